@@ -1,0 +1,16 @@
+// Package signer decides who may use which private key, and has it used.
+//
+// A [Registry] knows every key by its subject key identifier, by the legacy digest and by its label. A [Policy] says which
+// client may ask which key for what. A [Service] joins the two: it is a [keyless.Handler] that checks a request against the
+// policy, checks that its shape is right for the key, hashes what must be hashed, has a [Key] sign and writes a [Record].
+//
+// Where the keys live is the business of a [Backend]: a PKCS#11 token, or files (see [LoadFileKeys]) for trying out.
+//
+// # What a refused client learns
+//
+// A client learns of a key only if a rule of the policy names that key and the operation for that client. In every other case the answer
+// is [keyless.CodeKeyNotFound], the same for a key that does not exist, a key of someone else, an operation or
+// a scheme that is not allowed, and a server name outside the rule; the policy comes first, so neither the payload nor the
+// key's type can change that answer. Only a client that passed the policy sees [keyless.CodeFormat],
+// [keyless.CodeCrypto] or [keyless.CodeBadOpcode] about its request. The local record holds the true reason.
+package signer
