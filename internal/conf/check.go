@@ -1,0 +1,265 @@
+package conf
+
+import (
+	"encoding"
+	"fmt"
+	"reflect"
+	"sort"
+	"strings"
+	"time"
+
+	"go.yaml.in/yaml/v3"
+)
+
+var (
+	durationType = reflect.TypeFor[time.Duration]()
+	textType     = reflect.TypeFor[encoding.TextUnmarshaler]()
+)
+
+func isText(t reflect.Type) bool {
+	return t.Kind() != reflect.Pointer && reflect.PointerTo(t).Implements(textType)
+}
+
+// A checker holds a YAML tree against the type that it is to become.
+type checker struct {
+	file *File
+	errs Errors
+}
+
+func (c *checker) errorf(n *yaml.Node, key, format string, args ...any) {
+	c.errs = append(c.errs, &Error{File: c.file.path, Line: n.Line, Key: key, Msg: fmt.Sprintf(format, args...)})
+}
+
+func (c *checker) value(n *yaml.Node, t reflect.Type, key string) {
+	if t.Kind() == reflect.Pointer {
+		t = t.Elem()
+	}
+	switch {
+	case n.Kind == yaml.AliasNode || n.Anchor != "":
+		c.errorf(n, key, "anchors and aliases are not taken; write the value out")
+	case n.Kind == yaml.ScalarNode && n.Tag == "!!null":
+		c.errorf(n, key, "has no value; give one, or remove the key to get the default")
+	case t == durationType:
+		c.duration(n, key)
+	case isText(t):
+		c.text(n, t, key)
+	default:
+		c.kind(n, t, key)
+	}
+}
+
+func (c *checker) kind(n *yaml.Node, t reflect.Type, key string) {
+	switch t.Kind() {
+	case reflect.Struct:
+		c.mapping(n, t, key)
+	case reflect.Slice, reflect.Array:
+		if n.Kind != yaml.SequenceNode {
+			c.errorf(n, key, "must be a list (lines that start with \"- \", or [a, b]), not %s", describe(n))
+			return
+		}
+		for i, item := range n.Content {
+			k := fmt.Sprintf("%s[%d]", key, i)
+			c.file.lines[k] = item.Line
+			c.value(item, t.Elem(), k)
+		}
+	case reflect.Map:
+		c.mapping(n, t, key)
+	case reflect.Interface:
+	case reflect.String:
+		// YAML reads 12 and true as other types, but someone who writes them for a string means the text; only
+		// a name such as 0x1 or 1e3 would then come out changed, so all of them are refused alike.
+		if n.Kind != yaml.ScalarNode || n.Tag != "!!str" {
+			c.errorf(n, key, "must be a string, not %s; put it in quotes if it is one", describe(n))
+		}
+	case reflect.Bool:
+		if n.Kind != yaml.ScalarNode || n.Tag != "!!bool" {
+			c.errorf(n, key, "must be true or false, not %s", describe(n))
+		}
+	case reflect.Float32, reflect.Float64:
+		if n.Kind != yaml.ScalarNode || n.Tag != "!!float" && n.Tag != "!!int" {
+			c.errorf(n, key, "must be a number, not %s", describe(n))
+		}
+	default:
+		c.integer(n, t, key)
+	}
+}
+
+func (c *checker) integer(n *yaml.Node, t reflect.Type, key string) {
+	var v int64
+	if n.Kind != yaml.ScalarNode || n.Tag != "!!int" || n.Decode(&v) != nil {
+		c.errorf(n, key, "must be a whole number, not %s", describe(n))
+		return
+	}
+	if err := inRange(t, v); err != nil {
+		c.errorf(n, key, "%v", err)
+	}
+}
+
+func inRange(t reflect.Type, v int64) error {
+	p := reflect.New(t).Elem()
+	if p.CanUint() && (v < 0 || p.OverflowUint(uint64(v))) || p.CanInt() && p.OverflowInt(v) {
+		return fmt.Errorf("%d is out of range", v)
+	}
+	return nil
+}
+
+func (c *checker) duration(n *yaml.Node, key string) {
+	if n.Kind == yaml.ScalarNode {
+		if n.Value == "0" {
+			c.errorf(n, key, "write 0s: a duration has a unit")
+			return
+		}
+		if _, err := time.ParseDuration(n.Value); err == nil {
+			return
+		}
+	}
+	c.errorf(n, key, "must be a duration with a unit, such as 5s or 1h30m, not %s", describe(n))
+}
+
+func (c *checker) text(n *yaml.Node, t reflect.Type, key string) {
+	if n.Kind != yaml.ScalarNode {
+		c.errorf(n, key, "must be a single value, not %s", describe(n))
+		return
+	}
+	v := reflect.New(t).Interface().(encoding.TextUnmarshaler)
+	if err := v.UnmarshalText([]byte(n.Value)); err != nil {
+		c.errorf(n, key, "%v", err)
+	}
+}
+
+func (c *checker) mapping(n *yaml.Node, t reflect.Type, key string) {
+	if n.Kind != yaml.MappingNode {
+		c.errorf(n, key, "must be a group of keys, not %s", describe(n))
+		return
+	}
+	var known map[string]reflect.Type
+	if t.Kind() == reflect.Struct {
+		known = fields(t)
+	}
+	for i := 0; i+1 < len(n.Content); i += 2 {
+		k, v := n.Content[i], n.Content[i+1]
+		full := join(key, k.Value)
+		if first, dup := c.file.lines[full]; dup {
+			c.errorf(k, full, "is given twice, first in line %d; remove one", first)
+			continue
+		}
+		c.file.lines[full] = k.Line
+		ft, ok := known[k.Value]
+		switch {
+		case t.Kind() == reflect.Map:
+			c.value(v, t.Elem(), full)
+		case ok:
+			c.value(v, ft, full)
+		default:
+			c.errorf(k, full, "unknown key%s", suggest(k.Value, known))
+		}
+	}
+}
+
+func join(key, name string) string {
+	if key == "" {
+		return name
+	}
+	return key + "." + name
+}
+
+func describe(n *yaml.Node) string {
+	switch n.Kind {
+	case yaml.SequenceNode:
+		return "a list"
+	case yaml.MappingNode:
+		return "a group of keys"
+	}
+	v := n.Value
+	if len(v) > 40 {
+		v = v[:40] + "…"
+	}
+	return fmt.Sprintf("%q", v)
+}
+
+// fields returns the keys of a struct and their types.
+func fields(t reflect.Type) map[string]reflect.Type {
+	m := map[string]reflect.Type{}
+	for f := range t.Fields() {
+		name, opts, _ := strings.Cut(f.Tag.Get("mapstructure"), ",")
+		switch {
+		case !f.IsExported() || name == "-":
+		case strings.Contains(opts, "squash"):
+			for k, v := range fields(f.Type) {
+				m[k] = v
+			}
+		case name == "":
+			m[strings.ToLower(f.Name)] = f.Type
+		default:
+			m[name] = f.Type
+		}
+	}
+	return m
+}
+
+type leaf struct {
+	key string
+	typ reflect.Type
+}
+
+// leaves lists the keys below t that hold single values or lists.
+func leaves(t reflect.Type, key string) []leaf {
+	if t.Kind() == reflect.Pointer {
+		t = t.Elem()
+	}
+	if t.Kind() != reflect.Struct || isText(t) {
+		return []leaf{{key, t}}
+	}
+	var ls []leaf
+	for name, ft := range fields(t) {
+		ls = append(ls, leaves(ft, join(key, name))...)
+	}
+	sort.Slice(ls, func(i, j int) bool { return ls[i].key < ls[j].key })
+	return ls
+}
+
+func leafAt(t reflect.Type, key string) reflect.Type {
+	for _, l := range leaves(t, "") {
+		if l.key == key {
+			return l.typ
+		}
+	}
+	return nil
+}
+
+// suggest names the known key that is nearest to an unknown one, or all of them if none is near.
+func suggest(name string, known map[string]reflect.Type) string {
+	names := make([]string, 0, len(known))
+	best, dist := "", 3
+	for k := range known {
+		names = append(names, k)
+		if d := distance(strings.ToLower(name), k); d < dist || d == dist && k < best {
+			best, dist = k, d
+		}
+	}
+	if best != "" {
+		return fmt.Sprintf("; did you mean %s?", best)
+	}
+	sort.Strings(names)
+	return "; known here: " + strings.Join(names, ", ")
+}
+
+// distance is the Levenshtein distance of two short names.
+func distance(a, b string) int {
+	row := make([]int, len(b)+1)
+	for j := range row {
+		row[j] = j
+	}
+	for i := range len(a) {
+		prev := row[0]
+		row[0] = i + 1
+		for j := range len(b) {
+			cost := 1
+			if a[i] == b[j] {
+				cost = 0
+			}
+			prev, row[j+1] = row[j+1], min(row[j+1]+1, row[j]+1, prev+cost)
+		}
+	}
+	return row[len(b)]
+}

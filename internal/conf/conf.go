@@ -1,0 +1,284 @@
+// Package conf reads a program's configuration: a YAML file, then the environment, then flags, decoded strictly.
+// What is wrong is reported with file, line and key, all of it at once, so that an operator mends a file in one go.
+package conf
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"reflect"
+	"regexp"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/go-viper/mapstructure/v2"
+	"github.com/spf13/pflag"
+	"github.com/spf13/viper"
+	"go.yaml.in/yaml/v3"
+)
+
+// maxSize bounds a configuration file, in bytes.
+const maxSize = 4 << 20
+
+// Options say where values come from. Later sources win: file, environment, flags.
+type Options struct {
+	// Path of the YAML file. If empty, there is no file.
+	Path string
+	// EnvPrefix, such as "KEYHAVEN_EDGE", makes the key tls.min_version also KEYHAVEN_EDGE_TLS_MIN_VERSION. Only
+	// single values and lists of strings (comma-separated) can come from the environment. If empty, none do.
+	EnvPrefix string
+	// Flags that were set on the command line overlay the keys that FlagKeys maps their names to.
+	Flags    *pflag.FlagSet
+	FlagKeys map[string]string
+}
+
+// An Error is one fault of a configuration.
+type Error struct {
+	File string // empty for a fault of the environment
+	Line int    // 1 is the first; 0 if it is not known
+	Key  string // such as zones[1].origin; empty for the whole file
+	Msg  string // what is wrong and what to do
+}
+
+func (e *Error) Error() string {
+	var b strings.Builder
+	if e.File != "" {
+		b.WriteString(e.File)
+		if e.Line > 0 {
+			b.WriteByte(':')
+			b.WriteString(strconv.Itoa(e.Line))
+		}
+		b.WriteString(": ")
+	}
+	if e.Key != "" {
+		b.WriteString(e.Key)
+		b.WriteString(": ")
+	}
+	b.WriteString(e.Msg)
+	return b.String()
+}
+
+// Errors are all faults of one configuration, a line each.
+type Errors []error
+
+func (e Errors) Error() string {
+	lines := make([]string, len(e))
+	for i, err := range e {
+		lines[i] = err.Error()
+	}
+	return strings.Join(lines, "\n")
+}
+
+func (e Errors) Unwrap() []error { return e }
+
+// Err returns nil if there is no fault.
+func (e Errors) Err() error {
+	if len(e) == 0 {
+		return nil
+	}
+	return e
+}
+
+// A File remembers where each key of a configuration stands, for errors about its meaning.
+type File struct {
+	path  string
+	lines map[string]int
+}
+
+// Errorf makes an [Error] about key. The line is that of the key or, if the file does not have it, of the nearest
+// key around it.
+func (f *File) Errorf(key, format string, args ...any) error {
+	e := &Error{File: f.path, Key: key, Msg: fmt.Sprintf(format, args...)}
+	for k := key; ; k = parent(k) {
+		if line, ok := f.lines[k]; ok {
+			e.Line = line
+			return e
+		}
+		if k == "" {
+			return e
+		}
+	}
+}
+
+func parent(key string) string {
+	if i := strings.LastIndexAny(key, ".["); i >= 0 {
+		return key[:i]
+	}
+	return ""
+}
+
+// Load decodes the configuration into dst, a pointer to a struct with mapstructure tags whose fields hold the
+// defaults. Unknown keys, keys given twice, values of the wrong type and keys without a value are errors; then dst is
+// not to be used. The errors of one call are an [Errors].
+func Load(dst any, o Options) (*File, error) {
+	t := reflect.TypeOf(dst)
+	if t == nil || t.Kind() != reflect.Pointer || t.Elem().Kind() != reflect.Struct {
+		return nil, fmt.Errorf("conf: dst is a %T, not a pointer to a struct", dst)
+	}
+	f := &File{path: o.Path, lines: map[string]int{}}
+	v := viper.New()
+	if o.Path != "" {
+		m, err := f.read(t.Elem())
+		if err != nil {
+			return f, err
+		}
+		if err := v.MergeConfigMap(m); err != nil {
+			return f, Errors{f.Errorf("", "%v", err)}
+		}
+	}
+	if err := overlay(v, t.Elem(), o); err != nil {
+		return f, err
+	}
+	err := v.UnmarshalExact(dst, func(c *mapstructure.DecoderConfig) {
+		c.WeaklyTypedInput = false
+		c.ZeroFields = true // a list in the file replaces a default list, it does not merge with it
+		c.DecodeHook = mapstructure.ComposeDecodeHookFunc(
+			mapstructure.StringToTimeDurationHookFunc(),
+			mapstructure.TextUnmarshallerHookFunc())
+	})
+	if err != nil {
+		return f, Errors{f.Errorf("", "%v", err)}
+	}
+	return f, nil
+}
+
+// overlay adds the environment and the flags to v.
+func overlay(v *viper.Viper, t reflect.Type, o Options) error {
+	var errs Errors
+	if o.EnvPrefix != "" {
+		for _, l := range leaves(t, "") {
+			name := o.EnvPrefix + "_" + strings.ToUpper(strings.ReplaceAll(l.key, ".", "_"))
+			s, ok := os.LookupEnv(name)
+			if !ok {
+				continue
+			}
+			val, err := fromString(l.typ, s)
+			if err != nil {
+				errs = append(errs, &Error{Key: l.key, Msg: fmt.Sprintf("environment variable %s: %v", name, err)})
+				continue
+			}
+			v.Set(l.key, val)
+		}
+	}
+	for flag, key := range o.FlagKeys {
+		fl := o.Flags.Lookup(flag)
+		if fl == nil {
+			return fmt.Errorf("conf: no flag --%s", flag)
+		}
+		if !fl.Changed {
+			continue
+		}
+		if s, ok := fl.Value.(pflag.SliceValue); ok {
+			v.Set(key, s.GetSlice())
+			continue
+		}
+		l := leafAt(t, key)
+		if l == nil {
+			return fmt.Errorf("conf: flag --%s sets %s, which the configuration does not have", flag, key)
+		}
+		val, err := fromString(l, fl.Value.String())
+		if err != nil {
+			errs = append(errs, &Error{Key: key, Msg: fmt.Sprintf("flag --%s: %v", flag, err)})
+			continue
+		}
+		v.Set(key, val)
+	}
+	return errs.Err()
+}
+
+var yamlLine = regexp.MustCompile(`line (\d+): (.*)`)
+
+// read parses the file and checks it against t.
+func (f *File) read(t reflect.Type) (map[string]any, error) {
+	in, err := os.Open(f.path)
+	if err != nil {
+		return nil, Errors{fmt.Errorf("configuration file: %w: create it, or name another with --config", err)}
+	}
+	defer in.Close()
+	b, err := io.ReadAll(io.LimitReader(in, maxSize+1))
+	if err != nil {
+		return nil, Errors{fmt.Errorf("configuration file: %w", err)}
+	}
+	if len(b) > maxSize {
+		return nil, Errors{&Error{File: f.path, Msg: fmt.Sprintf("larger than %d bytes; is this the right file?", maxSize)}}
+	}
+	var doc yaml.Node
+	if err := yaml.Unmarshal(b, &doc); err != nil {
+		e := &Error{File: f.path, Msg: "not valid YAML: " + strings.TrimPrefix(err.Error(), "yaml: ")}
+		if m := yamlLine.FindStringSubmatch(err.Error()); m != nil {
+			e.Line, _ = strconv.Atoi(m[1])
+			e.Msg = "not valid YAML: " + m[2]
+		}
+		return nil, Errors{e}
+	}
+	if len(doc.Content) == 0 {
+		return map[string]any{}, nil // an empty file
+	}
+	root := doc.Content[0]
+	if root.Kind == yaml.ScalarNode && root.Tag == "!!null" {
+		return map[string]any{}, nil
+	}
+	c := checker{file: f}
+	c.value(root, t, "")
+	if err := c.errs.Err(); err != nil {
+		return nil, err
+	}
+	m := map[string]any{}
+	if err := root.Decode(&m); err != nil {
+		return nil, Errors{f.Errorf("", "%v", err)}
+	}
+	return m, nil
+}
+
+// fromString parses a value that came as text.
+func fromString(t reflect.Type, s string) (any, error) {
+	switch {
+	case t == durationType:
+		if _, err := time.ParseDuration(s); err != nil {
+			return nil, fmt.Errorf("%q is not a duration; write a number with a unit, such as 5s or 1h30m", s)
+		}
+		return s, nil
+	case isText(t):
+		return s, nil
+	}
+	switch t.Kind() {
+	case reflect.String:
+		return s, nil
+	case reflect.Bool:
+		b, err := strconv.ParseBool(s)
+		if err != nil {
+			return nil, fmt.Errorf("%q is not true or false", s)
+		}
+		return b, nil
+	case reflect.Int, reflect.Int8, reflect.Int16, reflect.Int32, reflect.Int64,
+		reflect.Uint, reflect.Uint8, reflect.Uint16, reflect.Uint32, reflect.Uint64:
+		n, err := strconv.ParseInt(s, 10, 64)
+		if err != nil {
+			return nil, fmt.Errorf("%q is not a whole number", s)
+		}
+		if err := inRange(t, n); err != nil {
+			return nil, err
+		}
+		return n, nil
+	case reflect.Float64:
+		n, err := strconv.ParseFloat(s, 64)
+		if err != nil {
+			return nil, fmt.Errorf("%q is not a number", s)
+		}
+		return n, nil
+	case reflect.Slice:
+		if t.Elem().Kind() == reflect.String {
+			if s == "" {
+				return []string{}, nil
+			}
+			parts := strings.Split(s, ",")
+			for i := range parts {
+				parts[i] = strings.TrimSpace(parts[i])
+			}
+			return parts, nil
+		}
+	}
+	return nil, errors.New("this key can only be set in the file")
+}

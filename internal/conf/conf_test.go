@@ -1,0 +1,155 @@
+package conf
+
+import (
+	"errors"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/spf13/pflag"
+)
+
+type listener struct {
+	Addr    string        `mapstructure:"addr"`
+	Timeout time.Duration `mapstructure:"timeout"`
+}
+
+type sample struct {
+	Listen string       `mapstructure:"listen"`
+	Port   uint16       `mapstructure:"port"`
+	On     bool         `mapstructure:"on"`
+	Prefix netip.Prefix `mapstructure:"prefix"`
+	TLS    listener     `mapstructure:"tls"`
+	Zones  []listener   `mapstructure:"zones"`
+	Names  []string     `mapstructure:"names"`
+	Opt    *listener    `mapstructure:"opt"`
+}
+
+func write(t *testing.T, text string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "c.yaml")
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func TestLoad(t *testing.T) {
+	path := write(t, `
+listen: "a:1"
+port: 80
+prefix: 10.0.0.0/8
+tls: {addr: x, timeout: 5s}
+zones:
+  - addr: one
+  - addr: two
+    timeout: 1m
+names: [p, q]
+opt:
+  addr: o
+`)
+	t.Setenv("T_TLS_ADDR", "fromenv")
+	t.Setenv("T_ON", "true")
+	t.Setenv("T_NAMES", "r, s")
+	fs := pflag.NewFlagSet("t", pflag.ContinueOnError)
+	fs.String("listen", "", "")
+	fs.Duration("timeout", 0, "")
+	if err := fs.Parse([]string{"--listen=b:2"}); err != nil {
+		t.Fatal(err)
+	}
+	got := sample{Names: []string{"default1", "default2", "default3"}, TLS: listener{Timeout: time.Hour}}
+	f, err := Load(&got, Options{Path: path, EnvPrefix: "T", Flags: fs,
+		FlagKeys: map[string]string{"listen": "listen", "timeout": "tls.timeout"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got.Listen != "b:2" || got.Port != 80 || !got.On || got.Prefix.String() != "10.0.0.0/8" ||
+		got.TLS != (listener{"fromenv", 5 * time.Second}) || strings.Join(got.Names, " ") != "r s" ||
+		len(got.Zones) != 2 || got.Zones[1] != (listener{"two", time.Minute}) || got.Opt == nil || got.Opt.Addr != "o" {
+		t.Errorf("got %+v", got)
+	}
+	if got, want := f.Errorf("zones[1].addr", "bad").Error(), path+":8: zones[1].addr: bad"; got != want {
+		t.Errorf("got %q, want %q", got, want)
+	}
+	if got, want := f.Errorf("zones[1].none", "bad").Error(), path+":8: zones[1].none: bad"; got != want {
+		t.Errorf("got %q, want %q", got, want)
+	}
+}
+
+func TestDefaultsStand(t *testing.T) {
+	got := sample{Listen: "d", Names: []string{"a"}, TLS: listener{Addr: "keep", Timeout: time.Second}}
+	if _, err := Load(&got, Options{Path: write(t, "tls:\n  timeout: 2s\n")}); err != nil {
+		t.Fatal(err)
+	}
+	if got.Listen != "d" || len(got.Names) != 1 || got.TLS != (listener{"keep", 2 * time.Second}) {
+		t.Errorf("got %+v", got)
+	}
+}
+
+func TestErrors(t *testing.T) {
+	tests := []struct{ name, yaml, want string }{
+		{"unknown key", "listne: x\n", `:1: listne: unknown key; did you mean listen?`},
+		{"unknown nested", "tls:\n  wildly: 1\n", `:2: tls.wildly: unknown key; known here: addr, timeout`},
+		{"case matters", "Listen: x\n", `:1: Listen: unknown key; did you mean listen?`},
+		{"string", "listen: 12\n", `:1: listen: must be a string, not "12"`},
+		{"bool", "on: \"yes\"\n", `:1: on: must be true or false, not "yes"`},
+		{"integer", "port: many\n", `:1: port: must be a whole number, not "many"`},
+		{"range", "port: 70000\n", `:1: port: 70000 is out of range`},
+		{"duration without unit", "tls:\n  timeout: 5\n", `:2: tls.timeout: must be a duration with a unit`},
+		{"duration zero", "tls:\n  timeout: 0\n", `:2: tls.timeout: write 0s`},
+		{"prefix", "prefix: 10.0.0.0\n", `:1: prefix: `},
+		{"list", "names: one\n", `:1: names: must be a list`},
+		{"in a list", "zones:\n  - addr: x\n  - addrs: y\n", `:3: zones[1].addrs: unknown key; did you mean addr?`},
+		{"twice", "listen: a\nlisten: b\n", `:2: listen: is given twice, first in line 1`},
+		{"null", "listen:\n", `:1: listen: has no value`},
+		{"alias", "tls: &a {addr: x}\nopt: *a\n", `anchors and aliases`},
+		{"syntax", "listen: [a\nport: 1\n", `not valid YAML`},
+		{"not a mapping", "- a\n", `must be a group of keys, not a list`},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			_, err := Load(&sample{}, Options{Path: write(t, tt.yaml)})
+			if err == nil || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("got %v, want it to contain %q", err, tt.want)
+			}
+		})
+	}
+	t.Run("all at once", func(t *testing.T) {
+		_, err := Load(&sample{}, Options{Path: write(t, "port: x\non: 1\n")})
+		if errs, ok := errors.AsType[Errors](err); !ok || len(errs) != 2 {
+			t.Errorf("got %v, want two errors", err)
+		}
+	})
+	t.Run("missing", func(t *testing.T) {
+		_, err := Load(&sample{}, Options{Path: "/nonexistent/c.yaml"})
+		if !errors.Is(err, os.ErrNotExist) || !strings.Contains(err.Error(), "--config") {
+			t.Errorf("got %v", err)
+		}
+	})
+	t.Run("environment", func(t *testing.T) {
+		t.Setenv("T_PORT", "x")
+		_, err := Load(&sample{}, Options{EnvPrefix: "T"})
+		if err == nil || !strings.Contains(err.Error(), `port: environment variable T_PORT: "x" is not a whole number`) {
+			t.Errorf("got %v", err)
+		}
+	})
+}
+
+func FuzzLoad(f *testing.F) {
+	// The attacker is whoever can write a configuration file; a fault must be an error, never a panic.
+	f.Add([]byte("listen: a\nzones:\n  - addr: x\n"))
+	f.Add([]byte("tls: &a {addr: x}\nopt: *a\n"))
+	f.Add([]byte("? [a]\n: b\n"))
+	dir := f.TempDir()
+	f.Fuzz(func(t *testing.T, b []byte) {
+		path := filepath.Join(dir, "c.yaml")
+		if err := os.WriteFile(path, b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		var s sample
+		Load(&s, Options{Path: path})
+	})
+}
