@@ -1,0 +1,148 @@
+package tunnel
+
+import (
+	"context"
+	"crypto/x509"
+	"log/slog"
+	"net"
+	"net/netip"
+	"time"
+
+	"github.com/keyhaven/keyhaven/mtls"
+	"github.com/keyhaven/keyhaven/vnet"
+)
+
+// A FlowKind says what a flow carries.
+type FlowKind byte
+
+// KindTCP is a byte stream in both directions with half-close. The other kinds are reserved; see SPEC.md.
+const KindTCP FlowKind = 1
+
+// A Flow describes what the edge wants to reach.
+type Flow struct {
+	// Kind is KindTCP; zero means KindTCP too.
+	Kind FlowKind
+	// VNet is the virtual network in which Host has its meaning.
+	VNet vnet.ID
+	// Host is an IP address or a host name.
+	Host string
+	// Port is the destination's port, not zero.
+	Port uint16
+	// Visitor is the address on whose behalf the flow is opened. The zero value: none or not told.
+	Visitor netip.AddrPort
+	// Deadline is how long the connector may take to answer. Zero leaves it to the connector.
+	Deadline time.Duration
+}
+
+// A Conn is an open flow: a net.Conn with half-close. Close gives up both directions: what was written is still
+// delivered, as with TCP, what was not read is discarded. The connections of this package have a method
+// Reset(Result) besides, which cuts the flow so that the peer cannot take it for a clean end.
+type Conn interface {
+	net.Conn
+	// CloseWrite ends the sending direction; the peer reads io.EOF after the last byte.
+	CloseWrite() error
+}
+
+// A Registration is what a connector tells of itself when it starts a session.
+type Registration struct {
+	// Instance is random and the same for all sessions of one process.
+	Instance string
+	// Index numbers the sessions of one process to one set of edges, 0 to 3.
+	Index int
+	// Version is the connector's program version.
+	Version string
+	// Hostname and Arch are for people.
+	Hostname, Arch string
+}
+
+// Limits bound a session. The zero value of each field means the default.
+type Limits struct {
+	// IdleTimeout is how long a silent peer is believed to live. If zero, 12s.
+	IdleTimeout time.Duration
+	// KeepAlive is how often the connector sends something on an idle session. If zero, 5s. Edges do not send any.
+	KeepAlive time.Duration
+	// MaxFlows is how many flows a session carries at a time. If zero, 16384.
+	MaxFlows int
+	// SetupTimeout bounds the registration, the reading of a flow's header, and a join. If zero, 5s.
+	SetupTimeout time.Duration
+	// SessionWindow is how many received bytes a session holds for all its slow readers together. If zero, 256 MiB at
+	// the edge, 64 MiB at the connector.
+	SessionWindow int
+	// FlowWindow is how many received bytes one flow holds for its reader at most. If zero, 4 MiB.
+	FlowWindow int
+}
+
+// A ListenConfig is the edge's side.
+type ListenConfig struct {
+	// Addr is the UDP address to listen on. If empty, ":7844".
+	Addr string
+	// Identity is the edge's certificate. Required.
+	Identity *mtls.Source
+	// Admit decides whether a connector whose certificate is valid gets a session. It must return nil to admit; a
+	// *RefusedError chooses the code that the connector gets. If Admit is nil, nobody is admitted.
+	Admit func(ctx context.Context, peer mtls.Identity, cert *x509.Certificate, reg Registration) error
+	// Handle runs while an admitted session lives; ctx ends with the session. The session is closed when Handle
+	// returns. If nil, sessions just live.
+	Handle func(ctx context.Context, s *Session)
+	// Join redeems a join token. If nil, joining is refused.
+	Join func(ctx context.Context, r JoinRequest) (JoinReply, error)
+	// Renew answers a session's request for a new certificate, leaf first. If nil, renewals are refused.
+	Renew func(ctx context.Context, peer mtls.Identity, csrDER []byte) ([][]byte, error)
+	// Logger gets what happens to sessions. If nil, nothing is logged.
+	Logger *slog.Logger
+	// DrainTimeout is how long Serve waits for open flows when its context ends. If zero, 30s.
+	DrainTimeout time.Duration
+	// MaxPending bounds the connections that are not admitted yet; more are refused. Above a quarter of it, clients
+	// have to prove their address first. If zero, 1024.
+	MaxPending int
+	// JoinRate is how many joins one source (an IPv4 address or an IPv6 /64) may try per minute. If zero, 10.
+	JoinRate int
+	// Limits bound each session.
+	Limits Limits
+}
+
+// A JoinRequest is a connector's request to be enrolled.
+type JoinRequest struct {
+	// TokenID and Secret are from the join token.
+	TokenID string
+	Secret  mtls.Secret
+	// CSR is the certificate request of the connector's own key, in DER.
+	CSR []byte
+	// Name is the name that the connector proposes. It may be empty.
+	Name string
+	// Remote is where the request came from.
+	Remote netip.AddrPort
+}
+
+// A JoinReply is the answer to a successful join.
+type JoinReply struct {
+	// Chain is the new certificate and its intermediates in DER, leaf first.
+	Chain [][]byte
+	// Roots are the edge operator's root certificates in PEM.
+	Roots []byte
+	// Identity is the name that the connector now has.
+	Identity mtls.Identity
+	// Tunnel is the tunnel that the connector serves.
+	Tunnel string
+	// Edges are the addresses to dial.
+	Edges []string
+}
+
+// A DialConfig is the connector's side.
+type DialConfig struct {
+	// Addr is the edge's host and port. A name is resolved at each Dial, and its addresses are tried in order.
+	Addr string
+	// LocalAddr is the address to send from. The zero value: any.
+	LocalAddr netip.Addr
+	// Identity is the connector's certificate. Required.
+	Identity *mtls.Source
+	// Registration is what to tell the edge.
+	Registration Registration
+	// Handle answers one flow with Accept or Reject and serves it; ctx ends with the session. It runs in a goroutine
+	// of its own; what is still open of the flow when it returns is cut. Required.
+	Handle func(ctx context.Context, in *Incoming)
+	// Logger gets what happens to the session. If nil, nothing is logged.
+	Logger *slog.Logger
+	// Limits bound the session.
+	Limits Limits
+}
