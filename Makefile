@@ -1,0 +1,60 @@
+# Keyhaven. `make help` lists the targets.
+
+# The newest stable Go compiles everything here. go.mod names it; where the installed Go is older, it fetches that
+# toolchain through the module proxy, as it does any other module.
+export GOTOOLCHAIN ?= $(shell sed -n 's/^toolchain //p' go.mod)+auto
+GO ?= go
+# How long each fuzz target runs.
+FUZZTIME ?= 5s
+STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
+GOVULNCHECK = golang.org/x/vuln/cmd/govulncheck@v1.8.0
+LDFLAGS = -s -w
+
+.DEFAULT_GOAL := help
+.PHONY: help setup build demo demo-check test unit netns fuzz lint vuln bench cover clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## install what tests and demo need and the machine lacks (SoftHSM2, curl, openssl, iproute2)
+	@./scripts/setup
+
+build: ## compile the three programs into bin/
+	CGO_ENABLED=1 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/keyhaven-keyserver ./cmd/keyserver
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/keyhaven-connector ./cmd/connector
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/keyhaven-edge ./cmd/edge
+
+bin/keyhaven-demo: build
+	CGO_ENABLED=0 $(GO) build -trimpath -o $@ ./demo
+
+demo: setup bin/keyhaven-demo ## run a whole installation with its keys in SoftHSM2, until Ctrl-C
+	@bin/keyhaven-demo
+
+demo-check: setup bin/keyhaven-demo ## the same without a person: a line for each check, exit code 0 or 1
+	@bin/keyhaven-demo --check
+
+test: setup unit netns ## all tests, with the race detector
+
+unit: ## the tests that need no namespaces
+	$(GO) test -race ./...
+
+netns: build ## the tests over network namespaces (root)
+	$(GO) test -race -count=1 -tags netns ./internal/testnet ./integration
+
+fuzz: ## each fuzz target for FUZZTIME
+	@GO="$(GO)" ./scripts/fuzz $(FUZZTIME)
+
+lint: ## gofmt, go vet, staticcheck
+	@bad=$$(gofmt -l $$(git ls-files '*.go')); if [ -n "$$bad" ]; then echo "gofmt would change:"; echo "$$bad"; exit 1; fi
+	$(GO) vet ./...
+	$(GO) vet -tags netns ./internal/testnet ./integration
+	$(GO) run $(STATICCHECK) -tags netns ./...
+
+vuln: ## known vulnerabilities in what is reachable from our code (needs the vulnerability database's host)
+	$(GO) run $(GOVULNCHECK) ./...
+
+bench: setup build ## measure, print a table and JSON lines
+	$(GO) run ./bench
+
+clean: ## remove what the targets made
+	rm -rf bin dist
