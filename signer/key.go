@@ -5,7 +5,6 @@ import (
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/ed25519"
-	"crypto/elliptic"
 	"crypto/rsa"
 	"crypto/tls"
 	"crypto/x509"
@@ -123,8 +122,8 @@ func TypeOf(pub crypto.PublicKey) string {
 }
 
 // Fits reports whether the algorithm can be used with the public key at all. A backend's key may support less.
-// An ECDSA key takes every hash: TLS 1.2 does not bind the hash to the curve (RFC 8422 section 5.10), and the schemes of TLS 1.3,
-// which do, are checked by [SchemeFits].
+// An ECDSA key takes every hash: TLS 1.2 does not bind the hash to the curve (RFC 8422 section 5.10); that TLS 1.3 does
+// is for [keyless.CheckScheme] to say.
 func Fits(pub crypto.PublicKey, alg Algorithm) bool {
 	switch k := pub.(type) {
 	case *ecdsa.PublicKey:
@@ -184,30 +183,4 @@ func AlgorithmOf(s tls.SignatureScheme) (Algorithm, bool) {
 		return Algorithm{Ed25519, 0}, true
 	}
 	return Algorithm{}, false
-}
-
-// SchemeFits reports whether the scheme may be used with the public key in the given TLS version. TLS 1.3 binds ECDSA schemes
-// to their curve and forbids PKCS#1 v1.5 and SHA-1 in a CertificateVerify (RFC 8446 section 4.2.3).
-func SchemeFits(pub crypto.PublicKey, s tls.SignatureScheme, version uint16) bool {
-	alg, ok := AlgorithmOf(s)
-	if !ok || !Fits(pub, alg) {
-		return false
-	}
-	if version < tls.VersionTLS13 {
-		return true
-	}
-	if alg.Kind == PKCS1v15 || alg.Hash == crypto.SHA1 {
-		return false
-	}
-	if k, ok := pub.(*ecdsa.PublicKey); ok {
-		switch alg.Hash {
-		case crypto.SHA256:
-			return k.Curve == elliptic.P256()
-		case crypto.SHA384:
-			return k.Curve == elliptic.P384()
-		case crypto.SHA512:
-			return k.Curve == elliptic.P521()
-		}
-	}
-	return true
 }
