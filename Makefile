@@ -38,8 +38,8 @@ test: setup unit netns ## all tests, with the race detector
 unit: ## the tests that need no namespaces
 	$(GO) test -race ./...
 
-netns: build ## the tests over network namespaces (root)
-	$(GO) test -race -count=1 -tags netns ./internal/testnet ./integration
+netns: build ## the tests over network namespaces (as root, or in a user namespace)
+	./scripts/rootless $(GO) test -race -count=1 -tags netns ./internal/testnet ./integration
 
 fuzz: ## each fuzz target for FUZZTIME
 	@GO="$(GO)" ./scripts/fuzz $(FUZZTIME)
