@@ -1,0 +1,176 @@
+package vnet
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"runtime"
+	"testing"
+)
+
+// benchRoutes returns n distinct routes spread over 16 networks: IPv4 prefixes of 16 to 32 bits and IPv6 prefixes of
+// 32 to 128 bits in fd00::/8, three to one.
+func benchRoutes(n int) []Route {
+	rng := rand.New(rand.NewPCG(1, uint64(n)))
+	type id struct {
+		v ID
+		p netip.Prefix
+	}
+	seen := make(map[id]bool, n)
+	routes := make([]Route, 0, n)
+	vnets := make([]ID, 16) // whoever asks has few identifiers too, not a text of its own for each question
+	for i := range vnets {
+		vnets[i] = ID(fmt.Sprintf("vnet-%02d", i))
+	}
+	for len(routes) < n {
+		var p netip.Prefix
+		if len(routes)%4 != 3 {
+			a := rng.Uint32()
+			p = netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(a >> 16), byte(a >> 8), byte(a)}), 16+rng.IntN(17)).Masked()
+			if n > 100_000 { // 10.0.0.0/8 alone would soon be full
+				p = netip.PrefixFrom(netip.AddrFrom4([4]byte{byte(a >> 24), byte(a >> 16), byte(a >> 8), byte(a)}), 16+rng.IntN(17)).Masked()
+			}
+		} else {
+			var b [16]byte
+			for i := range b {
+				b[i] = byte(rng.Uint32())
+			}
+			b[0] = 0xfd
+			p = netip.PrefixFrom(netip.AddrFrom16(b), 32+rng.IntN(97)).Masked()
+		}
+		k := id{vnets[rng.IntN(len(vnets))], p}
+		if seen[k] {
+			continue
+		}
+		seen[k] = true
+		routes = append(routes, Route{VNet: k.v, Prefix: p, Tunnel: fmt.Sprintf("tunnel-%04d", rng.IntN(5000))})
+	}
+	return routes
+}
+
+var sizes = []int{1_000, 10_000, 100_000, 1_000_000}
+
+func name(n int) string { return fmt.Sprintf("routes=%d", n) }
+
+// BenchmarkLookup asks for addresses inside routes of the table, in an order that no cache foresees, and reports what
+// the table weighs beside the routes' own texts.
+func BenchmarkLookup(b *testing.B) {
+	for _, n := range sizes {
+		b.Run(name(n), func(b *testing.B) {
+			routes := benchRoutes(n)
+			before := heap()
+			table := mustBuild(b, routes...)
+			perRoute := float64(heap()-before) / float64(n)
+			rand.Shuffle(n, func(i, j int) { routes[i], routes[j] = routes[j], routes[i] })
+			b.ReportAllocs()
+			i := 0
+			for b.Loop() {
+				r := &routes[i]
+				if _, ok := table.Lookup(r.VNet, r.Prefix.Addr()); !ok {
+					b.Fatalf("no route for %v", r)
+				}
+				if i++; i == n {
+					i = 0
+				}
+			}
+			b.ReportMetric(perRoute, "B/route")
+		})
+	}
+}
+
+// BenchmarkLookupParallel shows that look-ups do not hinder one another.
+func BenchmarkLookupParallel(b *testing.B) {
+	routes := benchRoutes(1_000_000)
+	table := mustBuild(b, routes...)
+	b.ReportAllocs()
+	b.RunParallel(func(pb *testing.PB) {
+		for i := rand.IntN(len(routes)); pb.Next(); i = (i + 7919) % len(routes) {
+			if _, ok := table.Lookup(routes[i].VNet, routes[i].Prefix.Addr()); !ok {
+				b.Errorf("no route for %v", routes[i])
+			}
+		}
+	})
+}
+
+// BenchmarkChange takes one route out and puts it back: two changes an iteration.
+func BenchmarkChange(b *testing.B) {
+	for _, n := range sizes {
+		b.Run(name(n), func(b *testing.B) {
+			routes := benchRoutes(n)
+			table := mustBuild(b, routes...)
+			b.ReportAllocs()
+			i := 0
+			for b.Loop() {
+				var err error
+				if table, err = table.Without(routes[i]); err != nil {
+					b.Fatal(err)
+				}
+				if table, err = table.With(routes[i]); err != nil {
+					b.Fatal(err)
+				}
+				if i++; i == n {
+					i = 0
+				}
+			}
+		})
+	}
+}
+
+func BenchmarkLookupHost(b *testing.B) {
+	for _, n := range sizes {
+		b.Run(name(n), func(b *testing.B) {
+			routes := make([]Route, n)
+			hosts := make([]string, n)
+			for i := range routes {
+				hosts[i] = fmt.Sprintf("host-%07d.site-%03d.corp.example", i, i%1000)
+				routes[i] = Route{VNet: "default", Host: hosts[i], Tunnel: "t"}
+				if i%4 == 0 {
+					routes[i].Host = "*." + hosts[i]
+					hosts[i] = "www." + hosts[i]
+				}
+			}
+			table := mustBuild(b, routes...)
+			rand.Shuffle(n, func(i, j int) { hosts[i], hosts[j] = hosts[j], hosts[i] })
+			b.ReportAllocs()
+			i := 0
+			for b.Loop() {
+				if _, ok := table.LookupHost("default", hosts[i]); !ok {
+					b.Fatalf("no route for %s", hosts[i])
+				}
+				if i++; i == n {
+					i = 0
+				}
+			}
+		})
+	}
+}
+
+// BenchmarkWho asks all networks at once.
+func BenchmarkWho(b *testing.B) {
+	routes := benchRoutes(100_000)
+	table := mustBuild(b, routes...)
+	i := 0
+	for b.Loop() {
+		table.Who(routes[i%len(routes)].Prefix.Addr())
+		i++
+	}
+}
+
+// BenchmarkBuild makes the table that an edge makes at its start.
+func BenchmarkBuild(b *testing.B) {
+	for _, n := range sizes {
+		b.Run(name(n), func(b *testing.B) {
+			routes := benchRoutes(n)
+			for b.Loop() {
+				mustBuild(b, routes...)
+			}
+		})
+	}
+}
+
+func heap() uint64 {
+	runtime.GC()
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	return m.HeapAlloc
+}
