@@ -153,8 +153,8 @@ func hashKnown(h crypto.Hash) bool {
 	return false
 }
 
-// AlgorithmOf returns the algorithm behind a TLS signature scheme (RFC 8446 section 4.2.3), and false for one that no key
-// here can serve.
+// AlgorithmOf returns the algorithm behind a TLS signature scheme (RFC 8446 section 4.2.3), and false for an unknown one. The
+// schemes with SHA-1 are unknown.
 func AlgorithmOf(s tls.SignatureScheme) (Algorithm, bool) {
 	switch s {
 	case tls.ECDSAWithP256AndSHA256:
@@ -163,8 +163,6 @@ func AlgorithmOf(s tls.SignatureScheme) (Algorithm, bool) {
 		return Algorithm{ECDSA, crypto.SHA384}, true
 	case tls.ECDSAWithP521AndSHA512:
 		return Algorithm{ECDSA, crypto.SHA512}, true
-	case tls.ECDSAWithSHA1:
-		return Algorithm{ECDSA, crypto.SHA1}, true
 	case tls.PSSWithSHA256:
 		return Algorithm{PSS, crypto.SHA256}, true
 	case tls.PSSWithSHA384:
@@ -177,8 +175,6 @@ func AlgorithmOf(s tls.SignatureScheme) (Algorithm, bool) {
 		return Algorithm{PKCS1v15, crypto.SHA384}, true
 	case tls.PKCS1WithSHA512:
 		return Algorithm{PKCS1v15, crypto.SHA512}, true
-	case tls.PKCS1WithSHA1:
-		return Algorithm{PKCS1v15, crypto.SHA1}, true
 	case tls.Ed25519:
 		return Algorithm{Ed25519, 0}, true
 	}

@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto"
 	"crypto/rsa"
-	"crypto/sha1"
 	"crypto/sha256"
 	"crypto/sha512"
 	"errors"
@@ -207,9 +206,6 @@ func hashed(h crypto.Hash, msg []byte) []byte {
 	switch h {
 	case 0:
 		return slices.Clone(msg)
-	case crypto.SHA1:
-		d := sha1.Sum(msg)
-		return d[:]
 	case crypto.SHA256:
 		d := sha256.Sum256(msg)
 		return d[:]
