@@ -1,0 +1,73 @@
+package mtls
+
+import (
+	"context"
+	"crypto/x509"
+	"math/rand/v2"
+	"time"
+)
+
+const (
+	minRenewRetry = time.Second
+	maxRenewRetry = 10 * time.Minute
+)
+
+// KeepRenewed renews the certificate when two thirds of its lifetime are over, somewhat earlier by chance so that many
+// programs do not ask at once. After a failure it tries again with a growing pause, of at most ten minutes or a
+// twentieth of the lifetime. A certificate that Reload brings in is minded from then on. It blocks until ctx ends and
+// returns the cause.
+func (s *Source) KeepRenewed(ctx context.Context, issue func(ctx context.Context, csrDER []byte) ([][]byte, error)) error {
+	for failures := 0; ; {
+		now := s.current.Load()
+		wait := time.Until(renewAt(now.cert.Leaf))
+		if failures > 0 {
+			wait = renewPause(now.cert.Leaf, failures)
+		}
+		timer := time.NewTimer(wait)
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			return context.Cause(ctx)
+		case <-now.replaced:
+			timer.Stop()
+			failures = 0
+			continue
+		case <-timer.C:
+		}
+		if err := s.Renew(ctx, issue); err != nil {
+			if ctx.Err() != nil {
+				return context.Cause(ctx)
+			}
+			failures++
+			s.log.Warn("certificate renewal failed", "err", err, "not_after", now.cert.Leaf.NotAfter, "failures", failures)
+			continue
+		}
+		failures = 0
+	}
+}
+
+// lifetimeOf returns a certificate's lifetime from its issue on, without the time by which its start was set back.
+func lifetimeOf(leaf *x509.Certificate) time.Duration {
+	whole := leaf.NotAfter.Sub(leaf.NotBefore)
+	if whole > backdate {
+		return whole - backdate
+	}
+	return whole
+}
+
+// renewAt returns a moment between 17/30 and 2/3 of the certificate's lifetime.
+func renewAt(leaf *x509.Certificate) time.Time {
+	life := lifetimeOf(leaf)
+	early := rand.N(life/10 + 1)
+	return leaf.NotAfter.Add(-life/3 - early)
+}
+
+// renewPause returns the pause after a number of failures: doubling from one second, half of it by chance.
+func renewPause(leaf *x509.Certificate, failures int) time.Duration {
+	limit := min(max(lifetimeOf(leaf)/20, minRenewRetry), maxRenewRetry)
+	pause := limit
+	if shift := failures - 1; shift < 20 {
+		pause = min(minRenewRetry<<shift, limit)
+	}
+	return pause/2 + rand.N(pause/2+1)
+}
