@@ -1,0 +1,279 @@
+package control
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/keyhaven/keyhaven/mtls"
+	"github.com/keyhaven/keyhaven/state"
+	"github.com/keyhaven/keyhaven/vnet"
+)
+
+// Config is what a [Control] works with.
+type Config struct {
+	// Store holds the records. Required; the caller closes it, after the Control.
+	Store state.Store
+	// Authority is the edge operator's, which names connectors. Required.
+	Authority *mtls.Authority
+	// Edges are the host:port addresses that join tokens and enrolled connectors are told to dial. Without any, no
+	// token can be made.
+	Edges []string
+	// ConnectorLifetime is the validity of connectors' certificates. If zero, 24h.
+	ConnectorLifetime time.Duration
+	// DialTimeout bounds a flow's opening if the caller's context has no earlier deadline. If zero, 10s.
+	DialTimeout time.Duration
+	// Logger gets what is decided. If nil, nothing is logged.
+	Logger *slog.Logger
+}
+
+// Defaults of [Config].
+const (
+	defaultConnectorLifetime = 24 * time.Hour
+	defaultDialTimeout       = 10 * time.Second
+)
+
+// A Control knows and decides. Its methods are safe for concurrent use. Make one with [Open].
+type Control struct {
+	cfg     Config
+	log     *slog.Logger
+	model   *model
+	reg     *registry
+	started time.Time
+	users   atomic.Pointer[func(name, id string) []string]
+
+	changing chan struct{} // holds a value while a change is being made
+	sightLog *sightings
+
+	cancel context.CancelFunc
+	done   sync.WaitGroup
+}
+
+// Open reads the store, creates the default network if there is none, and keeps the picture of the store up to date
+// until Close. A record that cannot be read makes Open fail.
+func Open(ctx context.Context, cfg Config) (*Control, error) {
+	if cfg.Store == nil || cfg.Authority == nil {
+		return nil, errors.New("control: open: a store and an authority are required")
+	}
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	if cfg.ConnectorLifetime == 0 {
+		cfg.ConnectorLifetime = defaultConnectorLifetime
+	}
+	if cfg.DialTimeout == 0 {
+		cfg.DialTimeout = defaultDialTimeout
+	}
+	c := &Control{cfg: cfg, log: cfg.Logger, model: newModel(), reg: newRegistry(), started: time.Now(),
+		changing: make(chan struct{}, 1), sightLog: newSightings()}
+	if err := c.found(ctx); err != nil {
+		return nil, err
+	}
+	rev, bad, err := c.reload(ctx)
+	if err == nil {
+		err = errors.Join(bad...)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("control: open: %w", err)
+	}
+	run, cancel := context.WithCancel(context.Background())
+	c.cancel = cancel
+	events, err := cfg.Store.Watch(run, "", rev)
+	if err != nil {
+		cancel()
+		return nil, fmt.Errorf("control: watch the store: %w", err)
+	}
+	c.done.Go(func() { c.follow(run, events) })
+	c.done.Go(func() { c.recordSightings(run) })
+	return c, nil
+}
+
+// Close ends the live sessions, stops and waits. The store stays open.
+func (c *Control) Close() error {
+	for _, l := range c.reg.all() {
+		l.end(endShutdown)
+	}
+	c.cancel()
+	c.done.Wait()
+	return nil
+}
+
+// SetUsers tells what else uses a virtual network, such as the zones of the configuration: f returns descriptions of
+// the users of the network with a name and id. It may be replaced at any time.
+func (c *Control) SetUsers(f func(name, id string) []string) { c.users.Store(&f) }
+
+// found writes the first records into an empty store and refuses a store of another schema.
+func (c *Control) found(ctx context.Context) error {
+	e, err := c.cfg.Store.Get(ctx, keyGeneration)
+	if err == nil {
+		if string(e.Value) != schema {
+			return fmt.Errorf("control: the state is of another version (%s, want %s): start the program that wrote it, or upgrade this one",
+				clip(string(e.Value)), schema)
+		}
+		return nil
+	}
+	if !errors.Is(err, state.ErrNotFound) {
+		return fmt.Errorf("control: read the state: %w", err)
+	}
+	v := VNet{ID: vnet.ID(newID("vn")), Name: defaultName, Created: c.now()}
+	_, err = c.cfg.Store.Txn(ctx, []state.Cond{{Key: keyGeneration}}, []state.Op{
+		put(prefixVNet+string(v.ID), v),
+		state.Put(keyDefaultVNet, []byte(v.ID)),
+		state.Put(keyGeneration, []byte(schema)),
+	})
+	if err != nil && !errors.Is(err, state.ErrConflict) { // a conflict: another edge was first
+		return fmt.Errorf("control: found the state: %w", err)
+	}
+	return nil
+}
+
+// reload replaces the picture with the store as it is.
+func (c *Control) reload(ctx context.Context) (state.Revision, []error, error) {
+	entries, rev, err := c.cfg.Store.List(ctx, "")
+	if err != nil {
+		return 0, nil, err
+	}
+	return rev, c.model.load(entries), nil
+}
+
+// reloadPause bounds how often the store is read as a whole when watching fails.
+const reloadPause = time.Second
+
+// follow keeps the picture up to date until ctx ends. If the watch breaks, it starts over from a listing.
+func (c *Control) follow(ctx context.Context, events <-chan state.Event) {
+	for {
+		c.take(events)
+		for events = nil; events == nil; {
+			if ctx.Err() != nil {
+				return
+			}
+			var err error
+			if events, err = c.restart(ctx); err != nil && ctx.Err() == nil {
+				c.log.Error("state cannot be followed", "err", err)
+				sleep(ctx, reloadPause/2+rand.N(reloadPause))
+			}
+		}
+	}
+}
+
+func (c *Control) restart(ctx context.Context) (<-chan state.Event, error) {
+	rev, bad, err := c.reload(ctx)
+	if err != nil {
+		return nil, err
+	}
+	c.applied(bad)
+	return c.cfg.Store.Watch(ctx, "", rev)
+}
+
+// take applies events until their channel ends. The generation record comes last in each transaction, so a change is
+// applied as a whole or not yet. Sightings stand alone.
+func (c *Control) take(events <-chan state.Event) {
+	var pending []delta
+	for e := range events {
+		d := delta{key: e.Key, value: e.Value}
+		if e.Deleted {
+			d.value = nil
+		}
+		switch {
+		case e.Key == keyGeneration:
+			bad := c.model.apply(pending, e.Revision)
+			pending = nil
+			c.applied(bad)
+		case hasPrefix(e.Key, prefixSeen):
+			c.applied(c.model.apply([]delta{d}, 0))
+		case ours(e.Key):
+			pending = append(pending, d)
+		}
+	}
+}
+
+// applied follows up on a new picture.
+func (c *Control) applied(bad []error) {
+	for _, err := range bad {
+		c.log.Error("record left out", "err", err)
+	}
+	c.sweep()
+}
+
+// maxTries bounds how often a change is decided anew because somebody else was faster.
+const maxTries = 20
+
+// change runs decide on the picture of one generation and writes what it returns, as one transaction that no other
+// change can come before. It returns when the picture shows it. decide must be free of side effects and may run
+// several times; no operations mean nothing to do.
+func (c *Control) change(ctx context.Context, decide func(m *model) ([]state.Op, error)) error {
+	select {
+	case c.changing <- struct{}{}:
+		defer func() { <-c.changing }()
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	for range maxTries {
+		e, err := c.cfg.Store.Get(ctx, keyGeneration)
+		if err != nil {
+			return fmt.Errorf("control: read the state: %w", err)
+		}
+		if err := c.await(ctx, e.Revision); err != nil {
+			return err
+		}
+		c.model.mu.RLock()
+		ops, err := decide(c.model)
+		c.model.mu.RUnlock()
+		if err != nil || len(ops) == 0 {
+			return err
+		}
+		rev, err := c.cfg.Store.Txn(ctx, []state.Cond{{Key: keyGeneration, Revision: e.Revision}},
+			append(ops, state.Put(keyGeneration, []byte(schema))))
+		if errors.Is(err, state.ErrConflict) {
+			sleep(ctx, rand.N(20*time.Millisecond))
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("control: write the state: %w", err)
+		}
+		return c.await(ctx, rev)
+	}
+	return refusal(CodeConflict, "try again", "others kept changing the state")
+}
+
+// await waits until the picture is at least as new as rev.
+func (c *Control) await(ctx context.Context, rev state.Revision) error {
+	for {
+		c.model.mu.RLock()
+		ok, moved := c.model.generation >= rev, c.model.moved
+		c.model.mu.RUnlock()
+		if ok {
+			return nil
+		}
+		select {
+		case <-moved:
+		case <-ctx.Done():
+			return fmt.Errorf("control: wait for the state: %w", ctx.Err())
+		}
+	}
+}
+
+func (c *Control) now() time.Time { return time.Now().UTC().Truncate(time.Millisecond) }
+
+func put(key string, v any) state.Op {
+	b, err := json.Marshal(v)
+	if err != nil {
+		panic("control: a record cannot be encoded: " + err.Error()) // only our own types come here
+	}
+	return state.Put(key, b)
+}
+
+func sleep(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-ctx.Done():
+	}
+}

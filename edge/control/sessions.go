@@ -1,0 +1,227 @@
+package control
+
+import (
+	"cmp"
+	"context"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/keyhaven/keyhaven/tunnel"
+)
+
+// Why this edge ends a session.
+const (
+	endRevoked  = tunnel.CloseRevoked
+	endReplaced = tunnel.CloseReplaced
+	endShutdown = tunnel.CloseShutdown
+	// endExpired: the connector may dial again with the certificate that it has by then.
+	endExpired = tunnel.CloseShutdown
+)
+
+// live is an admitted session.
+type live struct {
+	s         *tunnel.Session
+	connector Connector // as it was when the session was admitted
+	since     time.Time
+}
+
+func (l *live) end(why tunnel.CloseReason) { l.s.Close(why) }
+
+// A registry holds the live sessions. Slices in byTunnel are never changed in place, so that a reader may go on with
+// one after it has let go of mu.
+type registry struct {
+	mu       sync.RWMutex
+	byTunnel map[string][]*live
+	until    map[string]time.Time // by connector id: the end of the newest certificate that was renewed here
+}
+
+func newRegistry() *registry {
+	return &registry{byTunnel: map[string][]*live{}, until: map[string]time.Time{}}
+}
+
+// add enters l and returns the session whose place it takes, if any: the same process's with the same index.
+func (r *registry) add(l *live) (old *live) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	id, reg := l.connector.Tunnel, l.s.Registration()
+	next := make([]*live, 0, len(r.byTunnel[id])+1)
+	for _, o := range r.byTunnel[id] {
+		or := o.s.Registration()
+		if o.connector.ID == l.connector.ID && or.Instance == reg.Instance && or.Index == reg.Index {
+			old = o
+			continue
+		}
+		next = append(next, o)
+	}
+	r.byTunnel[id] = append(next, l)
+	return old
+}
+
+// remove takes l out and reports whether it was the connector's last session.
+func (r *registry) remove(l *live) (last bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	id := l.connector.Tunnel
+	next := make([]*live, 0, len(r.byTunnel[id]))
+	last = true
+	for _, o := range r.byTunnel[id] {
+		if o != l {
+			next = append(next, o)
+			last = last && o.connector.ID != l.connector.ID
+		}
+	}
+	if len(next) == 0 {
+		delete(r.byTunnel, id)
+	} else {
+		r.byTunnel[id] = next
+	}
+	if last {
+		delete(r.until, l.connector.ID)
+	}
+	return last
+}
+
+func (r *registry) of(tunnelID string) []*live {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	return r.byTunnel[tunnelID]
+}
+
+func (r *registry) all() []*live {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	var list []*live
+	for _, ls := range r.byTunnel {
+		list = append(list, ls...)
+	}
+	return list
+}
+
+func (r *registry) countOf(tunnelID, connectorID string) (n int) {
+	for _, l := range r.of(tunnelID) {
+		if l.connector.ID == connectorID {
+			n++
+		}
+	}
+	return n
+}
+
+// viewsOf returns a connector's sessions, oldest first.
+func (r *registry) viewsOf(tunnelID, connectorID string) []SessionView {
+	views := []SessionView{}
+	for _, l := range r.of(tunnelID) {
+		if l.connector.ID != connectorID {
+			continue
+		}
+		reg := l.s.Registration()
+		views = append(views, SessionView{Index: reg.Index, Instance: reg.Instance, Remote: l.s.RemoteAddr().String(), Since: l.since,
+			Flows: l.s.Flows(), Draining: l.s.Draining(), Version: reg.Version, Expires: r.expiry(l)})
+	}
+	slices.SortFunc(views, func(a, b SessionView) int { return cmp.Or(a.Since.Compare(b.Since), cmp.Compare(a.Index, b.Index)) })
+	return views
+}
+
+func (r *registry) renewed(connectorID string, until time.Time) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if until.After(r.until[connectorID]) {
+		r.until[connectorID] = until
+	}
+}
+
+// expiry is when the right to the session ends: with its certificate or, if the connector has renewed it here since,
+// with the new one.
+func (r *registry) expiry(l *live) time.Time {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	t := l.s.Cert().NotAfter
+	if u := r.until[l.connector.ID]; u.After(t) {
+		t = u
+	}
+	return t
+}
+
+// pick returns the session of the tunnel that has the least flows, takes new ones and was not tried, or nil. Among
+// equals, any.
+func (r *registry) pick(tunnelID string, tried []*live) *live {
+	ls := r.of(tunnelID)
+	if len(ls) == 0 {
+		return nil
+	}
+	var best *live
+	var least int
+	for i, start := 0, rand.IntN(len(ls)); i < len(ls); i++ {
+		l := ls[(start+i)%len(ls)]
+		if l.s.Draining() || slices.Contains(tried, l) {
+			continue
+		}
+		if n := l.s.Flows(); best == nil || n < least {
+			best, least = l, n
+		}
+	}
+	return best
+}
+
+// Handle keeps an admitted session in the registry while it lives. It is made for [tunnel.ListenConfig].
+func (c *Control) Handle(ctx context.Context, s *tunnel.Session) {
+	k, err := c.admitted(s.Peer())
+	if err != nil {
+		s.Close(endRevoked)
+		return
+	}
+	l := &live{s: s, connector: k, since: c.now()}
+	if old := c.reg.add(l); old != nil {
+		old.end(endReplaced)
+	}
+	// From here on sweep finds the session; what happened before is looked at once more.
+	if !c.stillGood(l) {
+		l.end(endRevoked)
+	}
+	c.sighted(l)
+	c.log.Info("session up", "peer", s.Peer().String(), "conn", s.Registration().Index, "remote", s.RemoteAddr().String(),
+		"version", s.Registration().Version)
+	c.outlive(ctx, l)
+	c.reg.remove(l)
+	c.sighted(l)
+	c.log.Info("session down", "peer", s.Peer().String(), "conn", s.Registration().Index, "err", s.Err())
+}
+
+// outlive waits for the end of the session, and ends it when the connector's certificate does.
+func (c *Control) outlive(ctx context.Context, l *live) {
+	for {
+		end := c.reg.expiry(l)
+		t := time.NewTimer(time.Until(end))
+		select {
+		case <-ctx.Done():
+			t.Stop()
+			return
+		case <-l.s.Done():
+			t.Stop()
+			return
+		case <-t.C:
+			if !c.reg.expiry(l).After(end) {
+				c.log.Warn("session ended with its certificate", "peer", l.s.Peer().String(), "not_after", end)
+				l.end(endExpired)
+				return
+			}
+		}
+	}
+}
+
+// stillGood reports whether the connector of l is enrolled as it was when l was admitted.
+func (c *Control) stillGood(l *live) bool {
+	k, err := c.admitted(l.s.Peer())
+	return err == nil && k.ID == l.connector.ID && k.Tunnel == l.connector.Tunnel && !l.s.Cert().NotBefore.Before(k.ValidFrom)
+}
+
+// sweep ends the sessions of connectors that lost their permission.
+func (c *Control) sweep() {
+	for _, l := range c.reg.all() {
+		if !c.stillGood(l) {
+			c.log.Info("session ended, its connector is no longer enrolled", "peer", l.s.Peer().String())
+			l.end(endRevoked)
+		}
+	}
+}

@@ -1,0 +1,146 @@
+package control
+
+import (
+	"cmp"
+	"context"
+	"slices"
+
+	"github.com/keyhaven/keyhaven/state"
+	"github.com/keyhaven/keyhaven/vnet"
+)
+
+// Bounds on the number of records.
+const (
+	maxVNets      = 4096
+	maxTunnels    = 1 << 17
+	maxConnectors = 1 << 18
+	maxRoutes     = 1 << 20
+	maxTokens     = 1 << 14
+)
+
+// defaultName is what the network is called that exists from the first start.
+const defaultName = "default"
+
+// AddVNet creates a virtual network and, if isDefault, makes it the default one.
+func (c *Control) AddVNet(ctx context.Context, name, comment string, isDefault bool) (VNetView, error) {
+	if err := checkName("virtual network", name); err != nil {
+		return VNetView{}, err
+	}
+	if err := checkComment(comment); err != nil {
+		return VNetView{}, err
+	}
+	v := VNet{ID: vnet.ID(newID("vn")), Name: name, Comment: comment, Created: c.now()}
+	err := c.change(ctx, func(m *model) ([]state.Op, error) {
+		if id, ok := m.vnetNames[name]; ok {
+			return nil, refusal(CodeExists, "choose another name, or use that one", "there is a virtual network %q already (%s)", name, id)
+		}
+		if len(m.vnets) >= maxVNets {
+			return nil, refusal(CodeLimit, "delete some", "there are %d virtual networks, which is the limit", maxVNets)
+		}
+		ops := []state.Op{put(prefixVNet+string(v.ID), v)}
+		if isDefault {
+			ops = append(ops, state.Put(keyDefaultVNet, []byte(v.ID)))
+		}
+		return ops, nil
+	})
+	return VNetView{VNet: v, Default: isDefault}, err
+}
+
+// SetDefaultVNet makes the network ref, a name or id, the default one.
+func (c *Control) SetDefaultVNet(ctx context.Context, ref string) (VNetView, error) {
+	if err := need("a virtual network", ref); err != nil {
+		return VNetView{}, err
+	}
+	err := c.change(ctx, func(m *model) ([]state.Op, error) {
+		v, err := m.vnetLocked(ref)
+		if err != nil || v.ID == m.defaultVNet {
+			return nil, err
+		}
+		return []state.Op{state.Put(keyDefaultVNet, []byte(v.ID))}, nil
+	})
+	if err != nil {
+		return VNetView{}, err
+	}
+	d, err := c.VNet(ref)
+	return d.VNetView, err
+}
+
+// VNets returns all virtual networks, sorted by name.
+func (c *Control) VNets() []VNetView {
+	m := c.model
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	list := make([]VNetView, 0, len(m.vnets))
+	for _, v := range m.vnets {
+		list = append(list, m.vnetViewLocked(v))
+	}
+	slices.SortFunc(list, func(a, b VNetView) int { return cmp.Compare(a.Name, b.Name) })
+	return list
+}
+
+func (m *model) vnetViewLocked(v VNet) VNetView {
+	return VNetView{VNet: v, Default: v.ID == m.defaultVNet, Routes: len(m.routesOfVNet[v.ID])}
+}
+
+// VNet returns the network ref, a name or id, with its routes. An empty ref is the default network.
+func (c *Control) VNet(ref string) (VNetDetail, error) {
+	m := c.model
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	v, err := m.vnetLocked(ref)
+	if err != nil {
+		return VNetDetail{}, err
+	}
+	return VNetDetail{VNetView: m.vnetViewLocked(v), RouteList: m.routeViewsLocked(m.routesOfVNet[v.ID])}, nil
+}
+
+// DeleteVNet deletes the network ref, a name or id. A network in use is refused with [ErrInUse] unless force, which
+// deletes its routes too. The default network is never deleted, nor one that the configuration names.
+func (c *Control) DeleteVNet(ctx context.Context, ref string, force bool) error {
+	if err := need("a virtual network", ref); err != nil {
+		return err
+	}
+	return c.change(ctx, func(m *model) ([]state.Op, error) {
+		v, err := m.vnetLocked(ref)
+		if err != nil {
+			return nil, err
+		}
+		if v.ID == m.defaultVNet {
+			return nil, refusal(CodeDefaultVNet, "make another network the default first, with 'vnet default NAME'",
+				"virtual network %q is the default one", v.Name)
+		}
+		if users := c.configUsers(v); len(users) > 0 {
+			return nil, &Error{Code: CodeInUse, Users: users, Message: "virtual network \"" + v.Name + "\" is named in the edge's configuration:",
+				Remedy: "change the configuration first; --force does not override it"}
+		}
+		keys := m.routesOfVNet[v.ID]
+		if len(keys) > 0 && !force {
+			return nil, &Error{Code: CodeInUse, Users: m.routeUsersLocked(keys), Message: "virtual network \"" + v.Name + "\" is in use:",
+				Remedy: "delete these first, or use --force to delete them with it"}
+		}
+		return append(deletes(keys), state.Delete(prefixVNet+string(v.ID))), nil
+	})
+}
+
+func (c *Control) configUsers(v VNet) []string {
+	users := c.users.Load()
+	if users == nil {
+		return nil
+	}
+	return (*users)(v.Name, string(v.ID))
+}
+
+func deletes(keys set) []state.Op {
+	ops := make([]state.Op, 0, len(keys)+1)
+	for k := range keys {
+		ops = append(ops, state.Delete(k))
+	}
+	return ops
+}
+
+func need(what, ref string) error {
+	if ref == "" {
+		return refusal(CodeInvalid, "give its name or id", "%s must be named", what)
+	}
+	return nil
+}
