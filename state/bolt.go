@@ -126,15 +126,19 @@ func putRevision(tx *bbolt.Tx, rev Revision) error {
 	return tx.Bucket(metaBucket).Put(revisionKey, binary.BigEndian.AppendUint64(nil, uint64(rev)))
 }
 
-func decodeRecord(key, record []byte) (Entry, error) {
+func recordRevision(key string, record []byte) (Revision, error) {
 	if len(record) < 8 {
-		return Entry{}, fmt.Errorf("state: the entry of key %q is damaged; restore the file from a backup", key)
+		return 0, fmt.Errorf("state: the entry of key %q is damaged; restore the file from a backup", key)
 	}
-	return Entry{
-		Key:      string(key),
-		Value:    slices.Clone(record[8:]),
-		Revision: Revision(binary.BigEndian.Uint64(record)),
-	}, nil
+	return Revision(binary.BigEndian.Uint64(record)), nil
+}
+
+func decodeRecord(key string, record []byte) (Entry, error) {
+	rev, err := recordRevision(key, record)
+	if err != nil {
+		return Entry{}, err
+	}
+	return Entry{Key: key, Value: slices.Clone(record[8:]), Revision: rev}, nil
 }
 
 func (s *boltStore) Get(ctx context.Context, key string) (e Entry, err error) {
@@ -146,7 +150,7 @@ func (s *boltStore) Get(ctx context.Context, key string) (e Entry, err error) {
 		if record == nil {
 			return fmt.Errorf("%w: key %q", ErrNotFound, key)
 		}
-		e, err = decodeRecord([]byte(key), record)
+		e, err = decodeRecord(key, record)
 		return err
 	})
 	return e, err
@@ -160,7 +164,7 @@ func (s *boltStore) List(ctx context.Context, prefix string) (entries []Entry, r
 		p := []byte(prefix)
 		c := tx.Bucket(dataBucket).Cursor()
 		for k, v := c.Seek(p); k != nil && bytes.HasPrefix(k, p); k, v = c.Next() {
-			e, err := decodeRecord(k, v)
+			e, err := decodeRecord(string(k), v)
 			if err != nil {
 				return err
 			}
@@ -263,11 +267,10 @@ func apply(tx *bbolt.Tx, conds []Cond, ops []Op) (Revision, []Event, error) {
 func checkCond(data *bbolt.Bucket, c Cond) error {
 	var have Revision
 	if record := data.Get([]byte(c.Key)); record != nil {
-		e, err := decodeRecord([]byte(c.Key), record)
-		if err != nil {
+		var err error
+		if have, err = recordRevision(c.Key, record); err != nil {
 			return err
 		}
-		have = e.Revision
 	}
 	switch {
 	case have == c.Revision:

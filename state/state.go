@@ -34,7 +34,7 @@ var (
 )
 
 // Revision counts the transactions that changed the store. It rises by one with each and never falls, not even over a
-// restart. Zero is the revision of an empty, unused store.
+// restart. Zero is the revision of a store that was never changed.
 type Revision uint64
 
 // Entry is a key with its value.
