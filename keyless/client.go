@@ -2,13 +2,14 @@ package keyless
 
 import (
 	"context"
-	"crypto"
 	"crypto/tls"
 	"errors"
-	"io"
+	"fmt"
 	"log/slog"
 	"net"
-	"net/netip"
+	"slices"
+	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -69,72 +70,273 @@ type ServerStats struct {
 
 // A Client sends operations to a group of servers over pipelined connections that it keeps open. It is safe for
 // concurrent use. Close it.
-type Client struct{ cfg ClientConfig }
+type Client struct {
+	cfg     ClientConfig
+	log     *slog.Logger
+	servers []*remote
+	ctx     context.Context // ends with Close
+	cancel  context.CancelFunc
+	links   sync.WaitGroup
+
+	mu      sync.Mutex // guards the rest
+	live    []*link    // links with a usable connection
+	trying  int        // links in a first attempt, so that waiting for them is worth it
+	changed chan struct{}
+	turn    int // where the next search in live begins
+}
+
+// A remote is one server of a client.
+type remote struct {
+	addr     string
+	dials    atomic.Uint64
+	failures atomic.Uint64
+	ailing   atomic.Int64 // until when, in Unix nanoseconds, other servers are better
+
+	mu      sync.Mutex // guards lastErr
+	lastErr error
+}
 
 // NewClient checks cfg and starts connecting in the background; it does not wait for a connection.
-func NewClient(cfg ClientConfig) (*Client, error) { return &Client{cfg: cfg}, nil }
+func NewClient(cfg ClientConfig) (*Client, error) {
+	switch {
+	case len(cfg.Servers) == 0:
+		return nil, errors.New("keyless: client has no Servers")
+	case cfg.TLS == nil:
+		return nil, errors.New("keyless: client has no TLS configuration")
+	case cfg.Heartbeat >= serverIdle:
+		return nil, fmt.Errorf("keyless: Heartbeat of %v must be below %v, after which servers close", cfg.Heartbeat, serverIdle)
+	}
+	cfg.Servers = slices.Clone(cfg.Servers)
+	cfg.ConnsPerServer = orDefault(cfg.ConnsPerServer, 2)
+	cfg.MaxInFlight = orDefault(cfg.MaxInFlight, 512)
+	cfg.Heartbeat = orDefault(cfg.Heartbeat, 15*time.Second)
+	cfg.DialTimeout = orDefault(cfg.DialTimeout, 3*time.Second)
+	cfg.Timeout = orDefault(cfg.Timeout, 2*time.Second)
+	if cfg.Dial == nil {
+		cfg.Dial = func(ctx context.Context, addr string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "tcp", addr)
+		}
+	}
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	c := &Client{cfg: cfg, log: cfg.Logger, changed: make(chan struct{})}
+	c.ctx, c.cancel = context.WithCancel(context.Background())
+	for _, addr := range cfg.Servers {
+		r := &remote{addr: addr}
+		c.servers = append(c.servers, r)
+		for range cfg.ConnsPerServer {
+			l := &link{client: c, remote: r}
+			c.trying++
+			c.links.Go(l.run)
+		}
+	}
+	return c, nil
+}
+
+// serverIdle is after how long existing servers close an idle connection.
+const serverIdle = 30 * time.Second
 
 // Close ends all connections; requests in flight fail with ErrClosed. It waits until nothing is left running, and may
 // be called more than once.
-func (c *Client) Close() error { return nil }
+func (c *Client) Close() error {
+	c.cancel()
+	c.links.Wait()
+	return nil
+}
+
+// Bounds of one Do.
+const (
+	// maxAttempts is how often one operation is sent at most.
+	maxAttempts = 3
+	// ailingTime is for how long a server that answered with an internal error is used only if there is no other.
+	ailingTime = time.Second
+)
 
 // Do sends op and returns the payload of the reply, which is the caller's. A refusal by the server is an *Error.
-func (c *Client) Do(ctx context.Context, op *Operation) ([]byte, error) { return nil, ErrUnavailable }
+//
+// An operation that never left is sent again over another connection. One that may have left is sent again only if
+// doing it twice does no harm: pings, signatures (FuncTLSSign too) and decryptions; never other custom functions, nor
+// sealing. Such an operation also moves on to another server when one answers CodeInternal. Do fails with
+// ErrUnavailable when no server can be reached, at once while all are known to be down; with ErrOverloaded when all
+// connections are full; with context.DeadlineExceeded when ctx or ClientConfig.Timeout ends first.
+func (c *Client) Do(ctx context.Context, op *Operation) ([]byte, error) {
+	return c.do(ctx, op, c.cfg.Timeout)
+}
+
+func (c *Client) do(ctx context.Context, op *Operation, timeout time.Duration) ([]byte, error) {
+	start := time.Now()
+	timer := timers.Get().(*time.Timer)
+	timer.Reset(timeout)
+	defer func() {
+		timer.Stop()
+		timers.Put(timer)
+	}()
+	res := ClientResult{Opcode: op.Opcode, Func: funcLabel(op)}
+	payload, err := c.attempts(ctx, timer.C, op, &res)
+	if c.cfg.OnResult != nil {
+		res.Duration, res.Err = time.Since(start), err
+		c.cfg.OnResult(res)
+	}
+	return payload, err
+}
+
+// timers holds stopped timers. Since Go 1.23 the channel of one that was stopped or reset is empty.
+var timers = sync.Pool{New: func() any {
+	t := time.NewTimer(time.Hour)
+	t.Stop()
+	return t
+}}
+
+// attempts tries op on one connection after the other.
+func (c *Client) attempts(ctx context.Context, timeout <-chan time.Time, op *Operation, res *ClientResult) ([]byte, error) {
+	var avoid *remote
+	for {
+		l, s, err := c.acquire(ctx, timeout, avoid)
+		if err != nil {
+			return nil, c.describe(op, res, err)
+		}
+		res.Attempts++
+		res.Server = l.remote.addr
+		payload, err := s.roundTrip(ctx, timeout, op)
+		if err == nil {
+			return payload, nil
+		}
+		again := false
+		switch {
+		case errors.Is(err, errNotSent):
+			again = true
+		case errors.Is(err, errBroken):
+			again = repeatable(op)
+		case errors.Is(err, ErrInternal):
+			l.remote.ailing.Store(time.Now().Add(ailingTime).UnixNano())
+			again = repeatable(op) && len(c.servers) > 1
+		}
+		if !again || res.Attempts >= maxAttempts {
+			return nil, c.describe(op, res, err)
+		}
+		avoid = l.remote
+	}
+}
+
+// repeatable reports whether doing op twice does no harm.
+func repeatable(op *Operation) bool {
+	return op.Opcode == OpPing || op.Opcode.IsSign() || op.Opcode.IsDecrypt() ||
+		op.Opcode == OpCustom && op.CustomFunc == FuncTLSSign
+}
+
+func (c *Client) describe(op *Operation, res *ClientResult, err error) error {
+	if c.ctx.Err() != nil {
+		err = ErrClosed
+	}
+	name := res.Func
+	if name == "" {
+		name = op.Opcode.String()
+	}
+	if res.Server == "" {
+		return fmt.Errorf("keyless: %s: %w", name, err)
+	}
+	return fmt.Errorf("keyless: %s by %s: %w", name, res.Server, err)
+}
+
+// acquire picks a connection and reserves a place on it. Without a usable one it waits for those in their first
+// attempt; if there are none of these either, it fails at once.
+func (c *Client) acquire(ctx context.Context, timeout <-chan time.Time, avoid *remote) (*link, *session, error) {
+	for {
+		l, s, changed, err := c.pick(avoid)
+		if err != nil || s != nil {
+			return l, s, err
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return nil, nil, fmt.Errorf("%w: %w", ErrUnavailable, context.Cause(ctx))
+		case <-timeout:
+			return nil, nil, fmt.Errorf("%w: %w", ErrUnavailable, context.DeadlineExceeded)
+		case <-c.ctx.Done():
+			return nil, nil, ErrClosed
+		}
+	}
+}
+
+// pick chooses the best of the live links: first by rank, then by requests in flight. If nothing is live but something
+// may soon be, it returns the channel to wait on.
+func (c *Client) pick(avoid *remote) (*link, *session, <-chan struct{}, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.ctx.Err() != nil {
+		return nil, nil, nil, ErrClosed
+	}
+	if len(c.live) == 0 {
+		if c.trying == 0 {
+			return nil, nil, nil, ErrUnavailable
+		}
+		return nil, nil, c.changed, nil
+	}
+	var best *link
+	bestRank, bestLoad := 0, 0
+	c.turn++
+	for i := range c.live {
+		l := c.live[(c.turn+i)%len(c.live)]
+		load := int(l.session.inFlight.Load())
+		if load >= c.cfg.MaxInFlight {
+			continue
+		}
+		rank := l.rank(avoid)
+		if best == nil || rank < bestRank || rank == bestRank && load < bestLoad {
+			best, bestRank, bestLoad = l, rank, load
+		}
+	}
+	if best == nil {
+		return nil, nil, nil, ErrOverloaded
+	}
+	best.session.inFlight.Add(1)
+	return best, best.session, nil, nil
+}
+
+// rank is 0 for a link that nothing speaks against.
+func (l *link) rank(avoid *remote) int {
+	rank := 0
+	if l.remote == avoid {
+		rank += 1
+	}
+	if until := l.remote.ailing.Load(); until != 0 && time.Now().UnixNano() < until {
+		rank += 2
+	}
+	if l.session.suspect.Load() {
+		rank += 4
+	}
+	return rank
+}
 
 // Healthy reports whether at least one server has a usable connection.
-func (c *Client) Healthy() bool { return false }
+func (c *Client) Healthy() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return len(c.live) > 0
+}
 
 // Stats returns a snapshot, servers in the order of the configuration.
-func (c *Client) Stats() Stats { return Stats{} }
-
-// KeyOptions say how a Key uses the servers. The zero value is the strict one.
-type KeyOptions struct {
-	// Plain uses the digest operations of the protocol instead of keyhaven/tls-sign, for servers of other makes. Such a
-	// key signs anything.
-	Plain bool
-	// AllowDecrypt enables Decrypt, for TLS 1.2 clients without ECDHE.
-	AllowDecrypt bool
-	// Timeout bounds one operation; 0 leaves it to the client's Timeout.
-	Timeout time.Duration
-	// NoVerify returns signatures unchecked.
-	NoVerify bool
+func (c *Client) Stats() Stats {
+	st := Stats{Servers: make([]ServerStats, len(c.servers))}
+	for i, r := range c.servers {
+		r.mu.Lock()
+		st.Servers[i] = ServerStats{Addr: r.addr, Dials: r.dials.Load(), Failures: r.failures.Load(), LastErr: r.lastErr}
+		r.mu.Unlock()
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, l := range c.live {
+		i := slices.Index(c.servers, l.remote)
+		st.Servers[i].Conns++
+		st.Servers[i].InFlight += int(l.session.inFlight.Load())
+	}
+	return st
 }
 
-// A Key is a private key that lives behind a Client. It implements crypto.Signer, crypto.MessageSigner and
-// crypto.Decrypter, and is safe for concurrent use.
-type Key struct {
-	client *Client
-	pub    crypto.PublicKey
-	ski    SKI
-	opts   KeyOptions
+func (r *remote) failed(err error) {
+	r.failures.Add(1)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.lastErr = err
 }
-
-// Key returns the key with this public half: RSA, ECDSA or Ed25519. No server is asked.
-func (c *Client) Key(pub crypto.PublicKey, o KeyOptions) (*Key, error) {
-	ski, err := SKIOf(pub)
-	return &Key{client: c, pub: pub, ski: ski, opts: o}, err
-}
-
-// Public returns the public half.
-func (k *Key) Public() crypto.PublicKey { return k.pub }
-
-// SKI returns the name that requests carry.
-func (k *Key) SKI() SKI { return k.ski }
-
-// Sign signs a digest.
-func (k *Key) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
-	return nil, ErrUnavailable
-}
-
-// SignMessage signs a message.
-func (k *Key) SignMessage(_ io.Reader, msg []byte, opts crypto.SignerOpts) ([]byte, error) {
-	return nil, ErrUnavailable
-}
-
-// Decrypt decrypts a session key.
-func (k *Key) Decrypt(_ io.Reader, ciphertext []byte, opts crypto.DecrypterOpts) ([]byte, error) {
-	return nil, ErrUnavailable
-}
-
-// For binds the key to one handshake.
-func (k *Key) For(ctx context.Context, sni string, client, server netip.Addr) crypto.Signer { return k }

@@ -1,0 +1,259 @@
+package keyless
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+var (
+	// errNotSent says that no byte of a request left: any operation may be sent again.
+	errNotSent = errors.New("request was not sent")
+	// errBroken says that the connection broke while a request was in flight.
+	errBroken = errors.New("connection broke")
+)
+
+// clientWriteTimeout bounds one batch of requests.
+const clientWriteTimeout = 5 * time.Second
+
+// A session is one connection of a client with its reader and writer, from the handshake to its end.
+type session struct {
+	conn     net.Conn
+	raw      net.Conn
+	reader   *frameReader
+	writer   *batchWriter
+	inFlight atomic.Int64  // places reserved by pick
+	received atomic.Uint64 // packets read
+	suspect  atomic.Bool   // a request timed out and nothing was read since
+	prod     chan struct{} // capacity 1; asks watch for a ping now
+	broken   chan struct{} // closed when reading or writing failed
+	helpers  sync.WaitGroup
+
+	mu     sync.Mutex // guards the rest
+	calls  map[uint32]*call
+	nextID uint32
+	err    error // set once, when the session broke
+}
+
+// A call is a request in flight. It is out of the map before it is done, so each is finished exactly once.
+type call struct {
+	seq     uint64 // of its packet in the writer
+	opcode  Opcode
+	payload []byte
+	err     error
+	done    chan struct{} // capacity 1
+}
+
+var calls = sync.Pool{New: func() any { return &call{done: make(chan struct{}, 1)} }}
+
+func newSession(conn, raw net.Conn) *session {
+	s := &session{
+		conn: conn, raw: raw,
+		reader: newFrameReader(conn),
+		writer: newBatchWriter(conn, clientWriteTimeout),
+		prod:   make(chan struct{}, 1),
+		broken: make(chan struct{}),
+		calls:  map[uint32]*call{},
+	}
+	s.helpers.Go(func() { s.fail(s.read()) })
+	s.helpers.Go(func() {
+		if err := s.writer.run(); err != nil {
+			s.fail(err)
+		}
+	})
+	return s
+}
+
+// end closes the session and waits for its goroutines. Requests in flight fail with cause.
+func (s *session) end(cause error) {
+	s.fail(cause)
+	s.helpers.Wait()
+}
+
+// fail breaks the session once and finishes its requests.
+func (s *session) fail(cause error) {
+	s.mu.Lock()
+	if s.err != nil {
+		s.mu.Unlock()
+		return
+	}
+	if cause == nil {
+		cause = net.ErrClosed
+	}
+	s.err = cause
+	orphans := s.calls
+	s.calls = nil
+	s.mu.Unlock()
+
+	s.writer.fail(net.ErrClosed)
+	close(s.broken)
+	s.raw.Close()
+	for _, c := range orphans {
+		if s.writer.wasHanded(c.seq) {
+			c.err = fmt.Errorf("%w: %w", errBroken, cause)
+		} else {
+			c.err = fmt.Errorf("%w: %w", errNotSent, cause)
+		}
+		c.done <- struct{}{}
+	}
+}
+
+// roundTrip sends op and waits for its reply, whose payload is the caller's. It gives back the place that pick reserved.
+func (s *session) roundTrip(ctx context.Context, timeout <-chan time.Time, op *Operation) ([]byte, error) {
+	defer s.inFlight.Add(-1)
+	id, c, err := s.send(op)
+	if err != nil {
+		return nil, err
+	}
+	before := s.received.Load()
+	select {
+	case <-c.done:
+	case <-ctx.Done():
+		err = context.Cause(ctx)
+	case <-timeout:
+		err = context.DeadlineExceeded
+	}
+	if err != nil {
+		if s.forget(id) {
+			calls.Put(c)
+			if s.received.Load() == before && errors.Is(err, context.DeadlineExceeded) {
+				s.doubt()
+			}
+			return nil, err
+		}
+		<-c.done // it is being finished at this moment
+	}
+	payload, err := c.payload, c.err
+	c.payload, c.err = nil, nil
+	calls.Put(c)
+	return payload, err
+}
+
+// send registers op and queues its packet.
+func (s *session) send(op *Operation) (uint32, *call, error) {
+	c := calls.Get().(*call)
+	c.opcode = op.Opcode
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.err != nil {
+		calls.Put(c)
+		return 0, nil, fmt.Errorf("%w: %w", errNotSent, s.err)
+	}
+	id := s.nextID
+	for s.calls[id] != nil {
+		id++
+	}
+	s.nextID = id + 1
+	p := Packet{Major: major, Minor: minor, ID: id, Operation: *op}
+	seq, err := s.writer.add(&p, false)
+	if err != nil {
+		calls.Put(c)
+		switch {
+		case errors.Is(err, errFull):
+			return 0, nil, ErrOverloaded
+		case errors.Is(err, ErrFormat):
+			return 0, nil, err
+		}
+		return 0, nil, fmt.Errorf("%w: %w", errNotSent, err)
+	}
+	c.seq = seq
+	s.calls[id] = c
+	return id, c, nil
+}
+
+// forget takes a call out of the map and reports whether it was still there.
+func (s *session) forget(id uint32) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	_, ok := s.calls[id]
+	delete(s.calls, id)
+	return ok
+}
+
+// doubt marks a session on which a request timed out with no sign of life, and has it pinged.
+func (s *session) doubt() {
+	s.suspect.Store(true)
+	select {
+	case s.prod <- struct{}{}:
+	default:
+	}
+}
+
+// read finishes calls with the replies that come in, in whatever order. Replies that nobody waits for are dropped.
+func (s *session) read() error {
+	for {
+		h, body, err := s.reader.next()
+		if err != nil {
+			return err
+		}
+		if h.Major != major {
+			return fmt.Errorf("keyless: reply of major version %d", h.Major)
+		}
+		op, err := ParseBody(body)
+		if err != nil {
+			return err
+		}
+		s.received.Add(1)
+		if s.suspect.Load() {
+			s.suspect.Store(false)
+		}
+		s.mu.Lock()
+		c := s.calls[h.ID]
+		delete(s.calls, h.ID)
+		s.mu.Unlock()
+		if c == nil {
+			continue
+		}
+		c.payload, c.err = c.result(&op)
+		c.done <- struct{}{}
+	}
+}
+
+// result turns a reply into what Do returns.
+func (c *call) result(op *Operation) ([]byte, error) {
+	switch {
+	case op.Opcode == OpError && len(op.Payload) == 1:
+		return nil, &Error{ErrorCode(op.Payload[0])}
+	case op.Opcode == OpResponse && c.opcode != OpPing, op.Opcode == OpPong && c.opcode == OpPing:
+		return append([]byte(nil), op.Payload...), nil
+	}
+	return nil, fmt.Errorf("keyless: %s with a payload of %d bytes is no reply to %s", op.Opcode, len(op.Payload), c.opcode)
+}
+
+// ping sends a ping and waits for any sign of life.
+func (s *session) ping(ctx context.Context) error {
+	s.inFlight.Add(1)
+	_, err := s.roundTrip(ctx, nil, &Operation{Opcode: OpPing})
+	return err
+}
+
+// watch pings the server each heartbeat, and when a request found it silent. It returns what ended the session: a
+// failure, silence for timeout after a ping, or ctx. A server that is too busy to answer the ping but sends replies is
+// alive.
+func (s *session) watch(ctx context.Context, heartbeat, timeout time.Duration) error {
+	tick := time.NewTicker(heartbeat)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return ErrClosed
+		case <-s.broken:
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			return s.err
+		case <-tick.C:
+		case <-s.prod:
+		}
+		before := s.received.Load()
+		pctx, cancel := context.WithTimeout(ctx, timeout)
+		err := s.ping(pctx)
+		cancel()
+		if err != nil && ctx.Err() == nil && s.received.Load() == before {
+			return fmt.Errorf("keyless: ping: %w", err)
+		}
+	}
+}
