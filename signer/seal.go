@@ -80,6 +80,19 @@ func NewSealer(text []byte) (*Sealer, error) {
 	return s, nil
 }
 
+// LoadSealer is [NewSealer] on a file that nobody but its owner may read.
+func LoadSealer(path string) (*Sealer, error) {
+	text, err := readSecret(path)
+	if err != nil {
+		return nil, fmt.Errorf("signer: seal key file %s: %w", path, err)
+	}
+	s, err := NewSealer(text)
+	if err != nil {
+		return nil, fmt.Errorf("signer: seal key file %s: %w", path, err)
+	}
+	return s, nil
+}
+
 // String and GoString keep the keys out of logs.
 func (s *Sealer) String() string { return "signer.Sealer(redacted)" }
 
