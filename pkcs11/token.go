@@ -1,0 +1,360 @@
+package pkcs11
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	ck "github.com/miekg/pkcs11"
+
+	"github.com/keyhaven/keyhaven/keyless"
+	"github.com/keyhaven/keyhaven/signer"
+)
+
+// Token is an open token, a [signer.Backend]. All methods may be called from several goroutines at once.
+type Token struct {
+	cfg  Config
+	name string
+	log  *slog.Logger
+	m    *module
+	pool *pool
+	slot atomic.Uint64
+
+	login  gate // one login or reopening at a time; guards pin and refused
+	pin    PIN
+	failed error // the token's refusal of the PIN; while it stands, no login is tried
+
+	device device
+
+	// fresh is held around operations of keys that want the PIN each time, so that a wrong one is tried once, not once
+	// for each session. It is entered before login.
+	fresh gate
+
+	scans gate // one discovery at a time; guards keys
+	keys  map[keyless.SKI]*key
+
+	closing sync.Once
+	closed  error // what Close returns
+}
+
+// gate is a mutex whose holder may be waited for with a context.
+type gate chan struct{}
+
+func (g gate) enter(ctx context.Context) error {
+	select {
+	case g <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+func (g gate) leave() { <-g }
+
+// Open loads the module, finds the token and logs in, once. A wrong PIN costs one try: ErrPINIncorrect. A token
+// that is not there is ErrTokenNotFound, a name that fits several is ErrAmbiguous and lists them. The caller must call Close.
+func Open(ctx context.Context, cfg Config) (*Token, error) {
+	if err := cfg.validate(); err != nil {
+		return nil, err
+	}
+	if cfg.Sessions == 0 {
+		cfg.Sessions = DefaultSessions
+	}
+	if cfg.PIN == nil {
+		uri := cfg.URI
+		cfg.PIN = uri.pin
+	}
+	cfg.URI.pinValue = PIN{}
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	path, err := cfg.resolveModule()
+	if err != nil {
+		return nil, err
+	}
+	pin, err := cfg.PIN()
+	if err != nil {
+		return nil, err
+	}
+	m, err := openModule(path)
+	if err != nil {
+		return nil, err
+	}
+	t, err := open(ctx, cfg, m, pin)
+	if err != nil {
+		return nil, errors.Join(err, m.release())
+	}
+	return t, nil
+}
+
+// open makes the token on a module that is ready.
+func open(ctx context.Context, cfg Config, m *module, pin PIN) (*Token, error) {
+	f, err := m.findToken(&cfg.URI)
+	if err != nil {
+		return nil, err
+	}
+	size := cfg.Sessions
+	// 0 means no limit, all bits set means unknown. PKCS #11 v2.40 section 3.2, CK_TOKEN_INFO.
+	if limit := f.info.MaxSessionCount; limit != 0 && limit != ^uint(0) && int(limit) < size {
+		size = int(limit)
+		cfg.Logger.Warn("token has fewer sessions than configured", "token", f.info.Label, "sessions", size, "configured", cfg.Sessions)
+	}
+	t := &Token{
+		cfg: cfg, m: m, pin: pin, log: cfg.Logger.With("token", f.name()), name: f.name(),
+		login: make(gate, 1), fresh: make(gate, 1), scans: make(gate, 1),
+		keys: map[keyless.SKI]*key{},
+	}
+	t.slot.Store(uint64(f.slot))
+	t.pool = newPool(m, &t.slot, size)
+	if err := t.do(ctx, t.ensureLogin); err != nil {
+		t.pool.close()
+		return nil, fmt.Errorf("pkcs11: log in to %s: %w", t.name, err)
+	}
+	return t, nil
+}
+
+// name is what operators call a token.
+func (f found) name() string {
+	if f.info.Label != "" {
+		return f.info.Label
+	}
+	return "serial " + f.info.SerialNumber
+}
+
+// Name returns the token's label, or its serial if it has none.
+func (t *Token) Name() string { return t.name }
+
+// Check reports whether the token answers and is logged in, and heals it if it can.
+func (t *Token) Check(ctx context.Context) error {
+	if err := t.do(ctx, t.ensureLogin); err != nil {
+		return fmt.Errorf("pkcs11: check token %s: %w", t.name, err)
+	}
+	return nil
+}
+
+// Close waits for operations in progress, closes the token's sessions and, after the last token of a module, finalises the
+// module. Operations that come later, and those that wait for a session, return ErrClosed.
+func (t *Token) Close() error {
+	t.closing.Do(func() {
+		t.pool.close()
+		t.closed = t.m.release()
+	})
+	return t.closed
+}
+
+// Reopen reads the PIN anew, forgets that one was refused, initialises the module again and logs in. Other tokens of
+// the module lose their sessions too and recover by themselves. Operations in progress are waited for.
+func (t *Token) Reopen(ctx context.Context) error {
+	pin, err := t.cfg.PIN()
+	if err != nil {
+		return err
+	}
+	if err := t.login.enter(ctx); err != nil {
+		return err
+	}
+	t.pin, t.failed = pin, nil
+	t.login.leave()
+	if err := t.restart(t.m.generation.Load()); err != nil {
+		return fmt.Errorf("pkcs11: reopen token %s: %w", t.name, err)
+	}
+	return t.Check(ctx)
+}
+
+// restart initialises the module anew and finds the token again, whose slot may have another number.
+func (t *Token) restart(seen uint64) error {
+	if err := t.m.reinitialise(seen); err != nil {
+		return err
+	}
+	f, err := t.m.findToken(&t.cfg.URI)
+	if err != nil {
+		return err
+	}
+	t.slot.Store(uint64(f.slot))
+	return nil
+}
+
+// ensureLogin logs in unless the login stands. However many callers find it gone, one tries.
+func (t *Token) ensureLogin(ctx context.Context, s *session) error {
+	if err := t.login.enter(ctx); err != nil {
+		return err
+	}
+	defer t.login.leave()
+	if t.failed != nil {
+		return t.failed
+	}
+	info, err := t.m.sessionInfo(s)
+	if err != nil {
+		return err
+	}
+	if info.State == ck.CKS_RO_USER_FUNCTIONS || info.State == ck.CKS_RW_USER_FUNCTIONS {
+		return nil
+	}
+	err = t.m.with(s, func(c *ck.Ctx, h ck.SessionHandle) error { return c.Login(h, ck.CKU_USER, t.pin.value()) })
+	switch {
+	case err == nil:
+		t.log.Info("logged in to token")
+	case errors.Is(err, ck.Error(ck.CKR_USER_ALREADY_LOGGED_IN)):
+		// Somebody else in this process did; nothing is known about our PIN.
+		return nil
+	case faultOf(err) == faultPIN:
+		return t.refuseLocked(err)
+	}
+	return err
+}
+
+// refuseLocked remembers that the token refused the PIN. The caller holds the login gate.
+func (t *Token) refuseLocked(err error) error {
+	t.failed = fmt.Errorf("token %s: %w", t.name, pinError(err))
+	t.log.Error("token refused the PIN; it is not tried again", "err", t.failed)
+	return t.failed
+}
+
+// do runs f on a session, with the remedies of the ladder.
+func (t *Token) do(ctx context.Context, f func(context.Context, *session) error) error {
+	var l ladder
+	for {
+		err := t.once(ctx, &l, f)
+		if err == nil {
+			t.device.works()
+			return nil
+		}
+		if err := t.climb(ctx, &l, err); err != nil {
+			return err
+		}
+	}
+}
+
+func (t *Token) once(ctx context.Context, l *ladder, f func(context.Context, *session) error) error {
+	l.generation = t.m.generation.Load()
+	s, err := t.pool.take(ctx)
+	if err != nil {
+		return err
+	}
+	if l.login {
+		err = t.ensureLogin(ctx, s)
+	}
+	if err == nil {
+		err = f(ctx, s)
+	}
+	t.pool.give(s, err)
+	return err
+}
+
+// ladder records which remedies one operation has had: each once.
+type ladder struct {
+	session, login, object, device bool
+	generation                     uint64 // of the module before the last try
+}
+
+// climb applies the remedy that err asks for. It returns nil if the operation should be tried again, and otherwise
+// the error to return.
+func (t *Token) climb(ctx context.Context, l *ladder, err error) error {
+	take := func(rung *bool) error {
+		if *rung {
+			return err
+		}
+		*rung = true
+		return nil
+	}
+	switch faultOf(err) {
+	case faultSession:
+		return take(&l.session)
+	case faultLogin:
+		return take(&l.login)
+	case faultObject:
+		t.pool.doubt()
+		return take(&l.object)
+	case faultDevice:
+		err = fmt.Errorf("%w: %w", ErrDevice, err)
+		if take(&l.device) != nil {
+			t.device.fails()
+			return err
+		}
+		return t.heal(ctx, l, err)
+	case faultPIN:
+		return t.refuse(ctx, err)
+	}
+	return err
+}
+
+// refuse remembers a PIN refused in a context-specific login.
+func (t *Token) refuse(ctx context.Context, err error) error {
+	if errors.Is(err, ErrPINIncorrect) || errors.Is(err, ErrPINLocked) {
+		return err
+	}
+	if gateErr := t.login.enter(context.WithoutCancel(ctx)); gateErr != nil {
+		return gateErr
+	}
+	defer t.login.leave()
+	return t.refuseLocked(err)
+}
+
+// heal initialises the module anew after a device failure, if a try is due.
+func (t *Token) heal(ctx context.Context, l *ladder, cause error) error {
+	if !t.device.due() {
+		return cause
+	}
+	if err := t.login.enter(ctx); err != nil {
+		return err
+	}
+	defer t.login.leave()
+	t.log.Warn("device failed; initialising the module anew", "err", cause)
+	if err := t.restart(l.generation); err != nil {
+		wait := t.device.fails()
+		t.log.Error("device does not come back", "err", err, "dur", wait)
+		return fmt.Errorf("%w: %w", ErrDevice, err)
+	}
+	l.login = true
+	return nil
+}
+
+// Bounds of the back-off between attempts to bring a device back.
+const (
+	minBackoff = time.Second
+	maxBackoff = 30 * time.Second
+)
+
+// device is what is known about the health of the hardware. The zero value is healthy.
+type device struct {
+	mu    sync.Mutex // guards next and wait
+	ill   atomic.Bool
+	next  time.Time
+	delay time.Duration
+}
+
+// fails records a failure and returns how long nothing will be tried.
+func (d *device) fails() time.Duration {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.delay = min(max(2*d.delay, minBackoff), maxBackoff)
+	d.next = time.Now().Add(d.delay)
+	d.ill.Store(true)
+	return d.delay
+}
+
+// works records a success.
+func (d *device) works() {
+	if !d.ill.Load() {
+		return
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.delay, d.next = 0, time.Time{}
+	d.ill.Store(false)
+}
+
+// due reports whether an attempt may be made.
+func (d *device) due() bool {
+	if !d.ill.Load() {
+		return true
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return !time.Now().Before(d.next)
+}
+
+var _ signer.Backend = (*Token)(nil)
