@@ -71,15 +71,9 @@ type KeyServer struct {
 	// Timeout bounds one signature, a retry included. It must stay below 3 s, because a slow signer stalls the whole
 	// QUIC connection of a visitor. If zero, 2 s.
 	Timeout time.Duration `mapstructure:"timeout"`
-	// Identity is the client certificate for this group, where the key owner differs from that of [Deps.KeyIdentity].
-	Identity KeyIdentity `mapstructure:"identity"`
-}
-
-// KeyIdentity names the files of a client certificate. All three or none.
-type KeyIdentity struct {
-	Certificate string `mapstructure:"certificate"`
-	Key         string `mapstructure:"key"`
-	Roots       string `mapstructure:"roots"`
+	// Identity is the directory of the client certificate for this group (cert.pem, key.pem, ca.pem), where the key owner
+	// differs from that of [Deps.KeyIdentity].
+	Identity string `mapstructure:"identity"`
 }
 
 // maxSignTimeout is where a signature's deadline must stay below: clients of QUIC give up a silent handshake at 5 s.
@@ -115,6 +109,20 @@ func Defaults() Config {
 // remarks that do not stop the edge, such as a certificate about to expire. It reads the certificate files and opens no
 // socket.
 func (c *Config) Validate(errorf func(key, format string, args ...any)) (warnings []string) {
+	_, warnings = c.validate(errorf)
+	return warnings
+}
+
+// compile is Validate with the zones that are sound, and the faults joined into one error.
+func (c *Config) compile() (zones []*zone.Zone, warnings []string, err error) {
+	var errs []error
+	zones, warnings = c.validate(func(key, format string, args ...any) {
+		errs = append(errs, fmt.Errorf("%s: %s", key, fmt.Sprintf(format, args...)))
+	})
+	return zones, warnings, errors.Join(errs...)
+}
+
+func (c *Config) validate(errorf func(key, format string, args ...any)) (zones []*zone.Zone, warnings []string) {
 	c.Listen.validate(errorf)
 	c.Limits.validate(errorf)
 	if c.Tickets.Rotate < time.Minute || c.Tickets.Rotate > 72*time.Hour {
@@ -127,22 +135,7 @@ func (c *Config) Validate(errorf func(key, format string, args ...any)) (warning
 	for i := range c.KeyServers {
 		c.KeyServers[i].validate(fmt.Sprintf("key_servers[%d]", i), groups, errorf)
 	}
-	_, warnings = c.compileZones(groups, errorf)
-	return warnings
-}
-
-// compileZones loads the certificates and returns the zones that are sound.
-func (c *Config) compileZones(groups map[string]bool, errorf func(key, format string, args ...any)) (zones []*zone.Zone, warnings []string) {
 	return zone.Compile("zones", c.Zones, func(group string) bool { return groups[group] }, errorf)
-}
-
-// check is Validate with the faults joined into one error.
-func (c *Config) check() (warnings []string, err error) {
-	var errs []error
-	warnings = c.Validate(func(key, format string, args ...any) {
-		errs = append(errs, fmt.Errorf("%s: "+format, append([]any{key}, args...)...))
-	})
-	return warnings, errors.Join(errs...)
 }
 
 func (l *Listen) validate(errorf func(key, format string, args ...any)) {
@@ -227,9 +220,6 @@ func (k *KeyServer) validate(at string, groups map[string]bool, errorf func(key,
 	}
 	if k.Timeout < 0 || k.Timeout >= maxSignTimeout {
 		errorf(at+".timeout", "must lie below %v, have %v: a slow signer stalls a visitor's whole QUIC connection", maxSignTimeout, k.Timeout)
-	}
-	if i := k.Identity; i != (KeyIdentity{}) && (i.Certificate == "" || i.Key == "" || i.Roots == "") {
-		errorf(at+".identity", "needs certificate, key and roots, all three")
 	}
 }
 

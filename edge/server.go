@@ -3,12 +3,21 @@ package edge
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net"
 	"net/netip"
+	"reflect"
+	"sync"
+	"sync/atomic"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/keyhaven/keyhaven/edge/proxy"
+	"github.com/keyhaven/keyhaven/edge/ticket"
+	"github.com/keyhaven/keyhaven/edge/zone"
+	"github.com/keyhaven/keyhaven/keyless"
 	"github.com/keyhaven/keyhaven/mtls"
 	"github.com/keyhaven/keyhaven/state"
 )
@@ -24,8 +33,8 @@ type Deps struct {
 	Dialer Dialer
 	// Store keeps the session ticket keys, so that a restart and other edges accept the same tickets.
 	Store state.Store
-	// KeyIdentity is the edge's client certificate towards key servers, issued by the key owner. It may be nil if every
-	// key server group has an identity of its own.
+	// KeyIdentity is the edge's client certificate towards key servers, issued by the key owner and renewed by the server
+	// through the key servers. It may be nil if every key server group has an identity of its own.
 	KeyIdentity *mtls.Source
 	// Logger gets the records. If nil, they are discarded.
 	Logger *slog.Logger
@@ -33,22 +42,262 @@ type Deps struct {
 	Registry prometheus.Registerer
 }
 
-var errNotYet = errors.New("edge: not built")
+// openTimeout bounds the first reading of the ticket keys.
+const openTimeout = 10 * time.Second
+
+// maxSignerLines is how many failed signatures are logged in a second.
+const maxSignerLines = 20
 
 // A Server serves visitors. Make one with [New].
-type Server struct{}
+type Server struct {
+	cfg          Config
+	deps         Deps
+	log          *slog.Logger
+	metrics      *metrics
+	tickets      *ticket.Keys
+	listeners    *listeners
+	signerFaults rate
+
+	now      atomic.Pointer[snapshot]
+	requests tracker // in flight, hijacked connections included
+
+	reload  sync.Mutex           // held while a configuration is put in place, started or closed
+	groups  map[string]*keyGroup // guarded by reload
+	started bool                 // guarded by reload
+	closed  bool                 // guarded by reload
+	ctx     context.Context
+	stop    context.CancelFunc // ends what runs beside the requests
+	retired sync.WaitGroup     // what waits for the end of old snapshots
+}
+
+// A snapshot is what one configuration compiles to. It is immutable.
+type snapshot struct {
+	table    *zone.Table
+	tcp      *visitorTLS
+	quic     *visitorTLS
+	proxy    *proxy.Handler
+	groups   map[string]*keyGroup
+	requests *tracker
+}
 
 // New checks cfg, loads the certificates and binds the listeners, so that faults of either show before anything runs.
 // A server that is never run must be closed with [Server.Close].
-func New(cfg Config, d Deps) (*Server, error) { return nil, errNotYet }
+func New(cfg Config, d Deps) (*Server, error) {
+	if d.Dialer == nil || d.Store == nil {
+		return nil, errors.New("edge: a dialer and a store are required")
+	}
+	s := &Server{cfg: cfg, deps: d, log: d.Logger, signerFaults: rate{limit: maxSignerLines}}
+	if s.log == nil {
+		s.log = slog.New(slog.DiscardHandler)
+	}
+	zones, err := s.compile(&cfg)
+	if err != nil {
+		return nil, err
+	}
+	s.ctx, s.stop = context.WithCancel(context.Background())
+	if err := s.open(cfg, zones); err != nil {
+		s.stop()
+		return nil, errors.Join(fmt.Errorf("edge: %w", err), s.closeGroups())
+	}
+	return s, nil
+}
 
-// Run serves until ctx ends, then stops accepting, lets requests in flight finish within the drain timeout, and returns
-// with nothing left running. It may be called once.
-func (s *Server) Run(ctx context.Context) error { return errNotYet }
+// open acquires what can fail; New releases the groups after an error.
+func (s *Server) open(cfg Config, zones []*zone.Zone) (err error) {
+	ctx, cancel := context.WithTimeout(s.ctx, openTimeout)
+	defer cancel()
+	s.tickets, err = ticket.Open(ctx, s.deps.Store, ticket.Options{Rotate: cfg.Tickets.Rotate, Generations: cfg.Tickets.Generations, Logger: s.log})
+	if err != nil {
+		return err
+	}
+	if s.metrics, err = newMetrics(s.deps.Registry, s.keyServersUp); err != nil {
+		return err
+	}
+	if s.listeners, err = listen(cfg.Listen); err != nil {
+		s.metrics.unregister(s.deps.Registry)
+		return err
+	}
+	if err := s.install(cfg, zones); err != nil {
+		s.metrics.unregister(s.deps.Registry)
+		return errors.Join(err, s.listeners.close())
+	}
+	return nil
+}
 
-// Reload replaces zones, key server groups and limits of the proxy at once; what is in flight goes on with what it began
-// with. On an error everything stays as it was. Listeners do not change.
-func (s *Server) Reload(cfg Config) error { return errNotYet }
+// compile checks a configuration as a whole.
+func (s *Server) compile(cfg *Config) ([]*zone.Zone, error) {
+	zones, warnings, err := cfg.compile()
+	if err != nil {
+		return nil, fmt.Errorf("edge: configuration: %w", err)
+	}
+	for _, w := range warnings {
+		s.log.Warn("configuration", "remark", w)
+	}
+	return zones, nil
+}
 
-// Close releases the listeners of a server that was not run. It is idempotent.
-func (s *Server) Close() error { return nil }
+// install puts a checked configuration in place and retires the one before.
+func (s *Server) install(cfg Config, zones []*zone.Zone) error {
+	groups, fresh, err := openGroups(s.groups, cfg.KeyServers, s.openGroup)
+	if err != nil {
+		return err
+	}
+	keys := make(map[*zone.Zone]*keyless.Key, len(zones))
+	for _, z := range zones {
+		g := groups[z.KeyServer]
+		keys[z], err = g.client.Key(z.Leaf.PublicKey, keyless.KeyOptions{Plain: z.PlainDigest, AllowDecrypt: z.AllowRSADecrypt})
+		if err != nil {
+			for _, f := range fresh {
+				err = errors.Join(err, f.close())
+			}
+			return fmt.Errorf("zone %s: %w", z.Name, err)
+		}
+	}
+	for _, g := range fresh {
+		if g.own {
+			g.keepRenewed(s.ctx)
+		}
+	}
+	next := &snapshot{table: zone.NewTable(zones), groups: groups, requests: new(tracker)}
+	next.tcp = s.tlsFor("tcp", zones, keys, (*zone.Zone).Protocols, "h2", "http/1.1")
+	next.quic = s.tlsFor("quic", zones, keys, quicProtocols, "h3")
+	next.proxy = proxy.New(proxy.Config{
+		Zones: next.table, Dialer: s.deps.Dialer,
+		ConnectTimeout: cfg.Limits.OriginConnectTimeout, ResponseTimeout: cfg.Limits.OriginResponseTimeout,
+		IdleConns: cfg.Limits.OriginConnections, AltSvc: s.listeners.altSvc(s.cfg.Listen),
+		Logger: s.log, OnRequest: s.metrics.request,
+	})
+	old := s.now.Swap(next)
+	s.groups = groups
+	if old != nil {
+		s.retire(old, next)
+	}
+	return nil
+}
+
+// retire lets what is in flight finish with the old snapshot, and then releases it.
+func (s *Server) retire(old, next *snapshot) {
+	old.proxy.CloseIdle()
+	s.retired.Go(func() {
+		_ = old.requests.wait(s.ctx)
+		old.proxy.CloseIdle()
+	})
+	for name, g := range old.groups {
+		if next.groups[name] == g {
+			continue
+		}
+		s.retired.Go(func() {
+			sleep(s.ctx, s.cfg.Limits.HandshakeTimeout) // handshakes that began before the change have ended by then
+			if err := g.close(); err != nil {
+				s.log.Warn("key server group did not close", "key_server", name, "err", err)
+			}
+		})
+	}
+}
+
+// Reload replaces zones, key server groups and the limits towards origins at once; what is in flight goes on with what it
+// began with. On an error everything stays as it was. Listeners, the other limits and the rotation of ticket keys need a
+// restart.
+func (s *Server) Reload(cfg Config) error {
+	zones, err := s.compile(&cfg)
+	if err != nil {
+		return err
+	}
+	s.reload.Lock()
+	defer s.reload.Unlock()
+	if s.closed {
+		return net.ErrClosed
+	}
+	if !reflect.DeepEqual(cfg.Listen, s.cfg.Listen) || cfg.Tickets != s.cfg.Tickets {
+		s.log.Warn("listeners and ticket rotation changed in the configuration; they take effect with a restart")
+	}
+	if err := s.install(cfg, zones); err != nil {
+		return fmt.Errorf("edge: %w", err)
+	}
+	for name, g := range s.groups {
+		if !g.own {
+			continue
+		}
+		if err := g.source.Reload(); err != nil {
+			s.log.Warn("client certificate for key servers not reread", "key_server", name, "err", err)
+		}
+	}
+	s.log.Info("zones replaced", "zones", len(zones), "key_servers", len(cfg.KeyServers))
+	return nil
+}
+
+// Ready returns nil if visitors can be served, and else which key server groups cannot be reached. Visitors with a ticket
+// are served all the same.
+func (s *Server) Ready(context.Context) error {
+	var down []error
+	for name, g := range s.now.Load().groups {
+		if !g.client.Healthy() {
+			down = append(down, fmt.Errorf("key server group %s cannot be reached", name))
+		}
+	}
+	return errors.Join(down...)
+}
+
+// keyServersUp says which key server groups can be reached.
+func (s *Server) keyServersUp() map[string]bool {
+	up := make(map[string]bool)
+	if now := s.now.Load(); now != nil {
+		for name, g := range now.groups {
+			up[name] = g.client.Healthy()
+		}
+	}
+	return up
+}
+
+// Addrs returns the addresses of the TLS listeners, in the order of the configuration.
+func (s *Server) Addrs() []net.Addr { return s.listeners.tlsAddrs() }
+
+// RedirectAddrs returns the addresses of the plain HTTP listeners, in the order of the configuration.
+func (s *Server) RedirectAddrs() []net.Addr { return s.listeners.redirectAddrs() }
+
+// Close releases a server that was not run. After Run it does nothing. It is idempotent.
+func (s *Server) Close() error {
+	s.reload.Lock()
+	defer s.reload.Unlock()
+	if s.started || s.closed {
+		return nil
+	}
+	return s.closeLocked()
+}
+
+func (s *Server) closeLocked() error {
+	s.closed = true
+	s.stop()
+	s.retired.Wait()
+	err := errors.Join(s.listeners.close(), s.closeGroups())
+	if now := s.now.Load(); now != nil {
+		now.proxy.CloseIdle()
+	}
+	s.metrics.unregister(s.deps.Registry)
+	return err
+}
+
+func (s *Server) closeGroups() error {
+	var errs []error
+	for _, g := range s.groups {
+		errs = append(errs, g.close())
+	}
+	s.groups = nil
+	return errors.Join(errs...)
+}
+
+func quicProtocols(z *zone.Zone) []string {
+	if !z.HTTP3 {
+		return nil
+	}
+	return []string{"h3"}
+}
+
+func sleep(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+	case <-t.C:
+	}
+}

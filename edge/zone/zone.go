@@ -1,9 +1,178 @@
 package zone
 
+import (
+	"crypto/tls"
+	"crypto/x509"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/keyhaven/keyhaven/keyless"
+)
+
 // A Zone is a compiled [Config]. It is immutable.
-type Zone struct{ cfg Config }
+type Zone struct {
+	Name      string
+	Hosts     []string // canonical patterns
+	Chain     [][]byte // DER, leaf first
+	Leaf      *x509.Certificate
+	SKI       keyless.SKI // of the leaf's public key
+	KeyServer string
+	// Schemes holds what the leaf's key can sign in TLS 1.2 and 1.3, nothing weaker.
+	Schemes             []tls.SignatureScheme
+	AllowRSADecrypt     bool
+	PlainDigest         bool
+	KeyEpoch            uint64
+	HTTP1, HTTP2, HTTP3 bool
+
+	upstreams []*Upstream // longest path first
+}
+
+// expiryWarning is how long before its end a certificate is remarked upon.
+const expiryWarning = 14 * 24 * time.Hour
+
+// A report collects the faults of one zone.
+type report struct {
+	at     string
+	failed bool
+	errorf func(key, format string, args ...any)
+}
+
+func (r *report) fault(key, format string, args ...any) {
+	r.failed = true
+	r.errorf(r.at+"."+key, format, args...)
+}
 
 // Compile checks configurations and loads their certificates. Faults go to errorf with keys below at ("zones[1].hosts[0]").
+// Zones with a fault are left out. hasGroup says whether a key server group exists.
 func Compile(at string, cfgs []Config, hasGroup func(string) bool, errorf func(key, format string, args ...any)) (zones []*Zone, warnings []string) {
-	return nil, nil
+	names := make(map[string]bool, len(cfgs))
+	owners := make(map[string]string)
+	for i := range cfgs {
+		r := &report{at: fmt.Sprintf("%s[%d]", at, i), errorf: errorf}
+		c := &cfgs[i]
+		switch {
+		case c.Name == "":
+			r.fault("name", "the zone has no name; logs, metrics and session tickets refer to it by name")
+		case names[c.Name]:
+			r.fault("name", "%q names two zones", c.Name)
+		}
+		names[c.Name] = true
+		z, w := compile(c, owners, hasGroup, r)
+		if !r.failed {
+			zones = append(zones, z)
+		}
+		warnings = append(warnings, w...)
+	}
+	return zones, warnings
+}
+
+func compile(c *Config, owners map[string]string, hasGroup func(string) bool, r *report) (z *Zone, warnings []string) {
+	z = &Zone{
+		Name: c.Name, KeyServer: c.KeyServer, AllowRSADecrypt: c.AllowRSADecrypt, PlainDigest: c.PlainDigest, KeyEpoch: c.KeyEpoch,
+	}
+	z.compileHosts(c, owners, r)
+	if c.KeyServer == "" {
+		r.fault("key_server", "no key server group; name one of key_servers")
+	} else if !hasGroup(c.KeyServer) {
+		r.fault("key_server", "%q is not the name of a sound entry of key_servers", c.KeyServer)
+	}
+	for i, v := range c.HTTP {
+		switch v {
+		case "1.1":
+			z.HTTP1 = true
+		case "2":
+			z.HTTP2 = true
+		case "3":
+			z.HTTP3 = true
+		default:
+			r.fault(fmt.Sprintf("http[%d]", i), "%q is not an HTTP version; use \"1.1\", \"2\" or \"3\"", v)
+		}
+	}
+	if len(c.HTTP) == 0 {
+		z.HTTP1, z.HTTP2, z.HTTP3 = true, true, true
+	}
+	warnings = z.loadChain(c, r, time.Now())
+	z.compileOrigins(c, r)
+	return z, warnings
+}
+
+func (z *Zone) compileHosts(c *Config, owners map[string]string, r *report) {
+	if len(c.Hosts) == 0 {
+		r.fault("hosts", "the zone has no host name")
+	}
+	for i, h := range c.Hosts {
+		key := fmt.Sprintf("hosts[%d]", i)
+		p, err := Pattern(h)
+		if err != nil {
+			r.fault(key, "%v", err)
+			continue
+		}
+		if owner, taken := owners[p]; taken {
+			r.fault(key, "%s belongs to zone %q already; a host belongs to one zone", p, owner)
+			continue
+		}
+		owners[p] = c.Name
+		z.Hosts = append(z.Hosts, p)
+	}
+}
+
+// Upstream returns the origin for a path, by the longest prefix that ends at a segment's end, and false if none fits. The
+// path is taken as it is on the wire: what is matched is what is forwarded.
+func (z *Zone) Upstream(path string) (*Upstream, bool) {
+	for _, u := range z.upstreams {
+		if u.matches(path) {
+			return u, true
+		}
+	}
+	return nil, false
+}
+
+// Upstreams returns all origins, longest path first.
+func (z *Zone) Upstreams() []*Upstream { return slices.Clone(z.upstreams) }
+
+// ByPath says whether the path of a request decides where it goes.
+func (z *Zone) ByPath() bool { return len(z.upstreams) > 1 || z.upstreams[0].Path != "" }
+
+// A Table finds zones by name. It is immutable.
+type Table struct {
+	exact    map[string]*Zone
+	wildcard map[string]*Zone // "*.example.com"
+	zones    []*Zone
+}
+
+// NewTable returns a table of zones whose hosts do not overlap, as [Compile] makes sure.
+func NewTable(zones []*Zone) *Table {
+	t := &Table{exact: make(map[string]*Zone), wildcard: make(map[string]*Zone), zones: zones}
+	for _, z := range zones {
+		for _, h := range z.Hosts {
+			if strings.HasPrefix(h, "*.") {
+				t.wildcard[h] = z
+			} else {
+				t.exact[h] = z
+			}
+		}
+	}
+	return t
+}
+
+// Zones returns the zones in the order of the configuration.
+func (t *Table) Zones() []*Zone { return t.zones }
+
+// Lookup returns the zone of a canonical name: the one with that very name, else the one with a wildcard for its first
+// label.
+func (t *Table) Lookup(name string) (*Zone, bool) {
+	if z, ok := t.exact[name]; ok {
+		return z, true
+	}
+	if len(t.wildcard) == 0 {
+		return nil, false
+	}
+	w, ok := wildcardOf(name)
+	if !ok {
+		return nil, false
+	}
+	z, ok := t.wildcard[w]
+	return z, ok
 }

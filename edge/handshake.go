@@ -1,0 +1,142 @@
+package edge
+
+import (
+	"context"
+	"crypto"
+	"crypto/tls"
+	"io"
+	"net"
+	"net/netip"
+	"time"
+
+	"github.com/keyhaven/keyhaven/edge/ticket"
+	"github.com/keyhaven/keyhaven/edge/zone"
+	"github.com/keyhaven/keyhaven/keyless"
+)
+
+// A handshake is what becomes known of one handshake while it runs. It travels in the handshake's context and is used by
+// one goroutine.
+type handshake struct {
+	zone    string
+	counted bool // a failure was counted where it happened
+}
+
+type handshakeKey struct{}
+
+func withHandshake(ctx context.Context) (context.Context, *handshake) {
+	h := new(handshake)
+	return context.WithValue(ctx, handshakeKey{}, h), h
+}
+
+// handshakeOf never returns nil.
+func handshakeOf(ctx context.Context) *handshake {
+	if h, ok := ctx.Value(handshakeKey{}).(*handshake); ok {
+		return h
+	}
+	return new(handshake)
+}
+
+// A visitorTLS holds the TLS configurations of the zones for one transport.
+type visitorTLS struct {
+	transport string // "tcp" or "quic"
+	refusal   *tls.Config
+	zones     map[*zone.Zone]*tls.Config // those offered over the transport
+}
+
+// configFor selects the zone by the name that the visitor asks for. Without one, the handshake ends with
+// unrecognized_name: there is no default certificate.
+func (s *Server) configFor(hello *tls.ClientHelloInfo, of func(*snapshot) *visitorTLS) (*tls.Config, error) {
+	now := s.now.Load()
+	v := of(now)
+	if name, err := zone.Canonical(hello.ServerName); err == nil {
+		if z, ok := now.table.Lookup(name); ok && v.zones[z] != nil {
+			handshakeOf(hello.Context()).zone = z.Name
+			return v.zones[z], nil
+		}
+	}
+	s.metrics.handshake("", v.transport, resultNoZone, false)
+	handshakeOf(hello.Context()).counted = true
+	return v.refusal, nil
+}
+
+// tlsFor makes the configurations of a snapshot for one transport.
+func (s *Server) tlsFor(transport string, zones []*zone.Zone, keys map[*zone.Zone]*keyless.Key, protos func(*zone.Zone) []string, all ...string) *visitorTLS {
+	v := &visitorTLS{transport: transport, refusal: zone.Refusal(all...), zones: make(map[*zone.Zone]*tls.Config)}
+	for _, z := range zones {
+		offered := protos(z)
+		if len(offered) == 0 {
+			continue
+		}
+		cfg := z.TLSConfig(s.signerFor(transport, z, keys[z]), offered...)
+		s.tickets.Bind(cfg, ticket.BindingOf(z))
+		v.zones[z] = cfg
+	}
+	return v
+}
+
+// signerFor returns what binds the zone's key to one handshake, and measures it.
+func (s *Server) signerFor(transport string, z *zone.Zone, key *keyless.Key) zone.SignerFunc {
+	return func(hello *tls.ClientHelloInfo, sni string) crypto.Signer {
+		inner := key.For(hello.Context(), sni, addrOf(hello.Conn.RemoteAddr()), addrOf(hello.Conn.LocalAddr()))
+		m := measured{Signer: inner, s: s, transport: transport, zone: z.Name, handshake: handshakeOf(hello.Context())}
+		if d, ok := inner.(crypto.Decrypter); ok {
+			return measuredDecrypter{m, d}
+		}
+		return m
+	}
+}
+
+// measured is a signer whose calls are timed and whose failures are counted.
+type measured struct {
+	crypto.Signer
+	s         *Server
+	transport string
+	zone      string
+	handshake *handshake
+}
+
+// SignMessage implements [crypto.MessageSigner], which crypto/tls prefers: the key server sees the whole message.
+func (m measured) SignMessage(rand io.Reader, msg []byte, opts crypto.SignerOpts) ([]byte, error) {
+	began := time.Now()
+	sig, err := crypto.SignMessage(m.Signer, rand, msg, opts)
+	m.done(began, err)
+	return sig, err
+}
+
+func (m measured) done(began time.Time, err error) {
+	m.s.metrics.signature(m.zone, began, err)
+	if err == nil {
+		return
+	}
+	m.handshake.counted = true
+	m.s.metrics.handshake(m.zone, m.transport, resultSigner, false)
+	if m.s.signerFaults.allow(time.Now()) {
+		m.s.log.Warn("no signature for a visitor", "zone", m.zone, "dur", time.Since(began), "err", err)
+	}
+}
+
+// measuredDecrypter is measured for a zone that allows RSA key exchange.
+type measuredDecrypter struct {
+	measured
+	d crypto.Decrypter
+}
+
+// Decrypt implements [crypto.Decrypter].
+func (m measuredDecrypter) Decrypt(rand io.Reader, msg []byte, opts crypto.DecrypterOpts) ([]byte, error) {
+	began := time.Now()
+	plain, err := m.d.Decrypt(rand, msg, opts)
+	m.done(began, err)
+	return plain, err
+}
+
+// addrOf returns the IP address of a TCP or UDP address, and the zero Addr of any other.
+func addrOf(a net.Addr) netip.Addr {
+	var ap netip.AddrPort
+	switch a := a.(type) {
+	case *net.TCPAddr:
+		ap = a.AddrPort()
+	case *net.UDPAddr:
+		ap = a.AddrPort()
+	}
+	return ap.Addr().Unmap().WithZone("")
+}

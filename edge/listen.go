@@ -1,0 +1,214 @@
+package edge
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"sync"
+	"time"
+)
+
+// listeners holds the sockets of a server.
+type listeners struct {
+	tls      []net.Listener
+	udp      []net.PacketConn // one per entry of tls, or none at all
+	redirect []net.Listener
+}
+
+// bindTries is how often a port chosen by the system is tried for TCP and UDP together.
+const bindTries = 8
+
+// listen binds every address of the configuration, or none.
+func listen(cfg Listen) (*listeners, error) {
+	l := &listeners{}
+	for _, addr := range cfg.TLS {
+		if err := l.bindTLS(addr, cfg.HTTP3); err != nil {
+			return nil, errors.Join(err, l.close())
+		}
+	}
+	for _, addr := range cfg.Redirect {
+		ln, err := net.Listen("tcp", addr)
+		if err != nil {
+			return nil, errors.Join(fmt.Errorf("listen for plain HTTP: %w", err), l.close())
+		}
+		l.redirect = append(l.redirect, ln)
+	}
+	return l, nil
+}
+
+func (l *listeners) bindTLS(addr string, http3 bool) error {
+	for try := 1; ; try++ {
+		tcp, err := net.Listen("tcp", addr)
+		if err != nil {
+			return fmt.Errorf("listen for TLS: %w", err)
+		}
+		if !http3 {
+			l.tls = append(l.tls, tcp)
+			return nil
+		}
+		// With port 0 the UDP port is the one that TCP was given, which may be taken.
+		udp, err := net.ListenPacket("udp", bindAddr(addr, tcp.Addr()))
+		if err == nil {
+			l.tls, l.udp = append(l.tls, tcp), append(l.udp, udp)
+			return nil
+		}
+		_ = tcp.Close()
+		if _, port, _ := net.SplitHostPort(addr); port != "0" || try == bindTries {
+			return fmt.Errorf("listen for HTTP/3: %w", err)
+		}
+	}
+}
+
+// bindAddr is addr with the port of bound.
+func bindAddr(addr string, bound net.Addr) string {
+	host, _, _ := net.SplitHostPort(addr)
+	_, port, _ := net.SplitHostPort(bound.String())
+	return net.JoinHostPort(host, port)
+}
+
+func (l *listeners) close() error {
+	var errs []error
+	for _, ln := range l.tls {
+		errs = append(errs, ignoreClosed(ln.Close()))
+	}
+	for _, c := range l.udp {
+		errs = append(errs, ignoreClosed(c.Close()))
+	}
+	for _, ln := range l.redirect {
+		errs = append(errs, ignoreClosed(ln.Close()))
+	}
+	return errors.Join(errs...)
+}
+
+func ignoreClosed(err error) error {
+	if errors.Is(err, net.ErrClosed) {
+		return nil
+	}
+	return err
+}
+
+func (l *listeners) tlsAddrs() []net.Addr      { return addrsOf(l.tls) }
+func (l *listeners) redirectAddrs() []net.Addr { return addrsOf(l.redirect) }
+
+func addrsOf(lns []net.Listener) []net.Addr {
+	addrs := make([]net.Addr, len(lns))
+	for i, ln := range lns {
+		addrs[i] = ln.Addr()
+	}
+	return addrs
+}
+
+// publicPort is the port that visitors dial.
+func (l *listeners) publicPort(cfg Listen) int {
+	if cfg.PublicPort != 0 {
+		return cfg.PublicPort
+	}
+	return l.tls[0].Addr().(*net.TCPAddr).Port
+}
+
+// altSvc is the value by which responses over TCP announce HTTP/3 (RFC 9114, section 3.1.1); "" without HTTP/3.
+func (l *listeners) altSvc(cfg Listen) string {
+	if len(l.udp) == 0 {
+		return ""
+	}
+	return fmt.Sprintf(`h3=":%d"; ma=86400`, l.publicPort(cfg))
+}
+
+// A tlsListener accepts connections and hands them out with their handshake done. Connections beyond the limits wait:
+// first in the kernel's queue, then for a handshake.
+type tlsListener struct {
+	net.Listener
+	config  *tls.Config
+	timeout time.Duration
+	conns   chan struct{} // one entry per open connection
+	shaking chan struct{} // one entry per handshake
+	log     *slog.Logger
+	opened  func(delta int)
+	result  func(h *handshake, cs tls.ConnectionState, err error)
+
+	ready chan net.Conn
+	done  chan struct{} // closed when run has stopped accepting
+}
+
+// Accept returns the next connection whose handshake has succeeded.
+func (l *tlsListener) Accept() (net.Conn, error) {
+	select {
+	case c := <-l.ready:
+		return c, nil
+	case <-l.done:
+		return nil, net.ErrClosed
+	}
+}
+
+// acceptPause is waited after a failed accept, such as for want of descriptors.
+const acceptPause = 50 * time.Millisecond
+
+// run accepts until the listener is closed, waits for the handshakes in progress, which end with ctx, and returns.
+func (l *tlsListener) run(ctx context.Context) error {
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer close(l.done)
+	for {
+		select {
+		case l.conns <- struct{}{}:
+		case <-ctx.Done():
+			return nil
+		}
+		raw, err := l.Listener.Accept()
+		if err != nil {
+			<-l.conns
+			if ctx.Err() != nil {
+				return nil
+			}
+			if errors.Is(err, net.ErrClosed) {
+				return fmt.Errorf("accept visitors: %w", err)
+			}
+			l.log.Warn("accept failed", "err", err)
+			sleep(ctx, acceptPause)
+			continue
+		}
+		l.opened(1)
+		conn := &countedConn{Conn: raw, closed: sync.OnceFunc(func() { l.opened(-1); <-l.conns })}
+		select {
+		case l.shaking <- struct{}{}:
+		case <-ctx.Done():
+			_ = conn.Close()
+			return nil
+		}
+		wg.Go(func() { l.handshake(ctx, conn) })
+	}
+}
+
+func (l *tlsListener) handshake(ctx context.Context, raw net.Conn) {
+	conn := tls.Server(raw, l.config)
+	hctx, cancel := context.WithTimeout(ctx, l.timeout)
+	hctx, h := withHandshake(hctx)
+	err := conn.HandshakeContext(hctx)
+	cancel()
+	<-l.shaking
+	l.result(h, conn.ConnectionState(), err)
+	if err != nil {
+		_ = raw.Close()
+		return
+	}
+	select {
+	case l.ready <- conn:
+	case <-ctx.Done():
+		_ = conn.Close()
+	}
+}
+
+// A countedConn gives back its place when it is closed.
+type countedConn struct {
+	net.Conn
+	closed func()
+}
+
+func (c *countedConn) Close() error {
+	err := c.Conn.Close()
+	c.closed()
+	return err
+}

@@ -1,0 +1,291 @@
+package proxy
+
+import (
+	"bufio"
+	"context"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/httputil"
+	"net/netip"
+	"net/url"
+	"sync/atomic"
+	"time"
+
+	"github.com/keyhaven/keyhaven/edge/zone"
+)
+
+// A Dialer reaches addresses behind the tunnel.
+type Dialer interface {
+	DialContext(ctx context.Context, vnet, host string, port uint16, visitor netip.AddrPort) (net.Conn, error)
+}
+
+// Config is what a [Handler] needs. Zones, Dialer and a positive ConnectTimeout are required.
+type Config struct {
+	Zones           *zone.Table
+	Dialer          Dialer
+	ConnectTimeout  time.Duration // to reach an origin; its TLS handshake may take as long again
+	ResponseTimeout time.Duration // for a response's header once the request is written; zero: none
+	IdleConns       int           // kept per origin; zero: net/http's default
+	AltSvc          string        // value of Alt-Svc for zones with HTTP/3 on connections without; "" sends none
+	Logger          *slog.Logger  // nil discards
+	// OnRequest, if not nil, is told of each finished request: the zone ("" if none), the HTTP version ("1.1", "2", "3")
+	// and the status, which is 499 if the visitor left before there was one.
+	OnRequest func(zone, version string, status int)
+}
+
+// statusGone counts requests whose visitor left before there was a response.
+const statusGone = 499
+
+// maxFaultLines is how many faults are logged in a second: visitors cause them at will.
+const maxFaultLines = 20
+
+// A Handler forwards the requests of the zones it was made with. It needs requests that came over TLS. It is safe for
+// concurrent use; close it when no request comes any more.
+type Handler struct {
+	cfg     Config
+	log     *slog.Logger
+	origins map[*zone.Upstream]*origin
+	faults  perSecond
+}
+
+// New returns a handler. It opens no connection.
+func New(cfg Config) *Handler {
+	h := &Handler{cfg: cfg, log: cfg.Logger, origins: make(map[*zone.Upstream]*origin)}
+	if h.log == nil {
+		h.log = slog.New(slog.DiscardHandler)
+	}
+	for _, z := range cfg.Zones.Zones() {
+		for _, u := range z.Upstreams() {
+			h.origins[u] = h.newOrigin(u)
+		}
+	}
+	return h
+}
+
+// CloseIdle closes the connections to origins that carry nothing; the others close when they become idle. Requests in
+// flight are not disturbed.
+func (h *Handler) CloseIdle() {
+	for _, o := range h.origins {
+		o.transport.CloseIdleConnections()
+	}
+}
+
+// A visit is one request on its way.
+type visit struct {
+	id      string
+	in      *http.Request // as it came, before any copy: its trailers are filled in while its body is read
+	zone    *zone.Zone
+	origin  *origin
+	host    string // canonical, with the port if one came
+	target  target
+	url     *url.URL // for the origin
+	visitor netip.Addr
+}
+
+type visitKey struct{}
+
+func visitOf(ctx context.Context) *visit { return ctx.Value(visitKey{}).(*visit) }
+
+// ServeHTTP implements [http.Handler].
+func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	sw := &statusWriter{ResponseWriter: w}
+	v := &visit{in: r}
+	if h.cfg.OnRequest != nil {
+		defer func() {
+			name := ""
+			if v.zone != nil {
+				name = v.zone.Name
+			}
+			h.cfg.OnRequest(name, versionOf(r), sw.statusOr(statusGone))
+		}()
+	}
+	if f, ok := h.admit(v, r); !ok {
+		if f.status == http.StatusMethodNotAllowed || r.ProtoMajor == 1 {
+			w.Header().Set("Connection", "close") // what follows may not be what it seems
+		}
+		h.refuse(sw, r, f)
+		return
+	}
+	if h.cfg.AltSvc != "" && v.zone.HTTP3 && r.ProtoMajor < 3 {
+		w.Header().Set("Alt-Svc", h.cfg.AltSvc)
+	}
+	if r.ProtoMajor == 1 {
+		// Without this net/http swallows the rest of a request's body once a response begins. HTTP/2 and 3 have it anyway.
+		_ = http.NewResponseController(w).EnableFullDuplex()
+	}
+	v.origin.proxy.ServeHTTP(sw, r.WithContext(context.WithValue(r.Context(), visitKey{}, v)))
+}
+
+// admit decides where a request goes, or why it goes nowhere. The zone is that of the connection's SNI, and the Host must
+// select the very same one.
+func (h *Handler) admit(v *visit, r *http.Request) (fault, bool) {
+	sni, err := zone.Canonical(r.TLS.ServerName)
+	if err != nil {
+		return faultNoZone, false
+	}
+	z, ok := h.cfg.Zones.Lookup(sni)
+	if !ok {
+		return faultNoZone, false
+	}
+	v.zone = z
+	name, err := zone.CanonicalHost(r.Host)
+	if err != nil {
+		return faultHost, false
+	}
+	if hz, ok := h.cfg.Zones.Lookup(name); !ok || hz != z {
+		return faultNoZone, false
+	}
+	if v.host = name; name != r.Host {
+		if _, port, err := net.SplitHostPort(r.Host); err == nil && port != "" {
+			v.host = name + ":" + port
+		}
+	}
+	switch {
+	case r.Method == http.MethodConnect:
+		return faultMethod, false
+	case r.ProtoMajor == 1 && !z.HTTP1, r.ProtoMajor == 2 && !z.HTTP2, r.ProtoMajor == 3 && !z.HTTP3:
+		return faultVersion, false
+	}
+	if up := upgradesTo(r.Header); up != "" && up != "websocket" {
+		return faultUpgrade, false // an upgrade to h2c would carry requests past every check here
+	}
+	if v.target, err = targetOf(r); err != nil || (z.ByPath() && v.target.ambiguous()) {
+		return faultTarget, false
+	}
+	up, ok := z.Upstream(v.target.path)
+	if !ok {
+		return faultNoOrigin, false
+	}
+	v.origin = h.origins[up]
+	if v.url, err = v.target.url(v.origin.scheme, up.Addr()); err != nil {
+		return faultTarget, false
+	}
+	addr, err := netip.ParseAddrPort(r.RemoteAddr)
+	if err != nil {
+		return faultProtocol, false
+	}
+	v.visitor = addr.Addr().Unmap().WithZone("")
+	return fault{}, true
+}
+
+func (h *Handler) refuse(w http.ResponseWriter, r *http.Request, f fault) {
+	id := requestID()
+	h.log.Debug("request refused", "request", id, "reason", f.kind, "peer", r.RemoteAddr, "method", r.Method)
+	f.write(w, r, id)
+}
+
+// rewrite turns the visitor's request into the origin's. httputil has removed the hop-by-hop headers already.
+func rewrite(pr *httputil.ProxyRequest) {
+	v := visitOf(pr.In.Context())
+	out := pr.Out
+	out.URL = v.url // httputil's copy has lost bytes of the query
+	out.Host = v.host
+	if hh := v.origin.up.HostHeader; hh != "" {
+		out.Host = hh
+	}
+	stripIdentity(out.Header)
+	setForwarded(out.Header, v.visitor, v.host)
+	if out.Body != nil && len(v.in.Trailer) > 0 {
+		out.Trailer = make(http.Header, len(v.in.Trailer))
+		for k := range v.in.Trailer {
+			out.Trailer[k] = nil // announces it
+		}
+		out.Body = &trailerBody{ReadCloser: out.Body, from: v.in, to: out.Trailer}
+	}
+}
+
+// A trailerBody passes on the trailers that a body ends with.
+type trailerBody struct {
+	io.ReadCloser
+	from *http.Request
+	to   http.Header // with the announced names
+}
+
+func (b *trailerBody) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	if err == io.EOF {
+		for k := range b.to {
+			if vv, ok := b.from.Trailer[k]; ok && !namesIdentity(k) {
+				b.to[k] = vv
+			}
+		}
+	}
+	return n, err
+}
+
+// cleanResponse removes what only the edge may say to visitors.
+func (h *Handler) cleanResponse(res *http.Response) error {
+	res.Header.Del("Alt-Svc")
+	return nil
+}
+
+// roundTripFailed answers when there is no response to pass on.
+func (h *Handler) roundTripFailed(w http.ResponseWriter, r *http.Request, err error) {
+	v := visitOf(r.Context())
+	if v.in.Context().Err() != nil {
+		panic(http.ErrAbortHandler) // the visitor has left, or the edge stops: there is nobody to tell
+	}
+	f := faultOf(err)
+	v.id = requestID()
+	if h.faults.allow(time.Now(), maxFaultLines) {
+		h.log.Warn("origin failed", "request", v.id, "reason", f.kind, "zone", v.zone.Name, "vnet", v.origin.up.VNet, "origin", v.origin.up.Addr(), "err", err)
+	}
+	f.write(w, v.in, v.id)
+}
+
+func versionOf(r *http.Request) string {
+	switch r.ProtoMajor {
+	case 3:
+		return "3"
+	case 2:
+		return "2"
+	}
+	return "1.1"
+}
+
+// A statusWriter remembers the status. net/http reaches what is below it through Unwrap.
+type statusWriter struct {
+	http.ResponseWriter
+	status int
+}
+
+func (w *statusWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+
+func (w *statusWriter) WriteHeader(status int) {
+	if status >= 200 || status == http.StatusSwitchingProtocols {
+		w.status = status
+	}
+	w.ResponseWriter.WriteHeader(status)
+}
+
+// Hijack is what a WebSocket takes.
+func (w *statusWriter) Hijack() (net.Conn, *bufio.ReadWriter, error) {
+	w.status = http.StatusSwitchingProtocols
+	return http.NewResponseController(w.ResponseWriter).Hijack()
+}
+
+func (w *statusWriter) statusOr(none int) int {
+	if w.status == 0 {
+		return none
+	}
+	return w.status
+}
+
+// perSecond counts events within the current second.
+type perSecond struct{ secondAndCount atomic.Uint64 }
+
+// allow reports whether fewer than limit events were allowed in the second of now. It may err by a few under contention.
+func (p *perSecond) allow(now time.Time, limit uint32) bool {
+	second := uint64(now.Unix()) << 32
+	old := p.secondAndCount.Load()
+	if old&^0xffff_ffff != second {
+		old = second
+	}
+	if uint32(old) >= limit {
+		return false
+	}
+	p.secondAndCount.Store(old + 1)
+	return true
+}

@@ -1,0 +1,87 @@
+package proxy
+
+import (
+	"errors"
+	"net/http"
+	"net/url"
+	"strings"
+)
+
+var (
+	errTarget     = errors.New("request target is not a path")
+	errTargetByte = errors.New("request target holds a byte that may not stand in one")
+	errDots       = errors.New("path is ambiguous: dot segments, encoded slashes or backslashes")
+)
+
+// A target is a request's path and query as they came, byte for byte.
+type target struct {
+	path     string // begins with "/"
+	query    string
+	hasQuery bool // so that "/?" stays "/?"
+}
+
+// targetOf takes the target from the request line or :path. An absolute form (RFC 9112, section 3.2.2) loses its scheme
+// and authority, which net/http has moved to Host.
+func targetOf(r *http.Request) (target, error) {
+	raw := r.RequestURI
+	if !strings.HasPrefix(raw, "/") {
+		rest, ok := strings.CutPrefix(raw, "https://")
+		if !ok || r.ProtoMajor != 1 {
+			return target{}, errTarget
+		}
+		i := strings.IndexAny(rest, "/?")
+		switch {
+		case i < 0:
+			raw = "/"
+		case rest[i] == '?':
+			raw = "/" + rest[i:]
+		default:
+			raw = rest[i:]
+		}
+	}
+	for i := range len(raw) {
+		// A fragment never crosses the wire; an origin that cuts there would see another path than we do.
+		if c := raw[i]; c <= ' ' || c == 0x7f || c == '#' {
+			return target{}, errTargetByte
+		}
+	}
+	var t target
+	t.path, t.query, t.hasQuery = strings.Cut(raw, "?")
+	return t, nil
+}
+
+// ambiguous reports whether an origin could read another path out of t than the prefix match did: dot segments, plain or
+// encoded or behind a path parameter, and anything that some servers take for a slash.
+func (t target) ambiguous() bool {
+	p := strings.ToLower(t.path)
+	if strings.Contains(p, "%2f") || strings.Contains(p, "%5c") || strings.Contains(p, "\\") || strings.Contains(p, "//") {
+		return true
+	}
+	p = strings.ReplaceAll(p, "%2e", ".")
+	p = strings.ReplaceAll(p, "%3b", ";")
+	for seg := range strings.SplitSeq(p[1:], "/") {
+		if name, _, _ := strings.Cut(seg, ";"); name == "." || name == ".." {
+			return true
+		}
+	}
+	return false
+}
+
+// url returns a URL that net/http writes as exactly these bytes, for an origin at host.
+func (t target) url(scheme, host string) (*url.URL, error) {
+	u := &url.URL{Scheme: scheme, Host: host, RawQuery: t.query, ForceQuery: t.hasQuery}
+	if !strings.HasPrefix(t.path, "//") {
+		u.Opaque = t.path
+		return u, nil
+	}
+	// An opaque part with two slashes would be written in absolute form, with the path's first segment as the host.
+	path, err := url.PathUnescape(t.path)
+	if err != nil {
+		return nil, errTargetByte
+	}
+	u.Path, u.RawPath = path, t.path
+	if u.EscapedPath() != t.path {
+		return nil, errTargetByte
+	}
+	return u, nil
+}

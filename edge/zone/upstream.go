@@ -1,0 +1,118 @@
+package zone
+
+import (
+	"crypto/tls"
+	"crypto/x509"
+	"fmt"
+	"net"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// An Upstream is a compiled [Origin]. It is immutable.
+type Upstream struct {
+	Path string // prefix without a slash at its end; "" fits every path
+	VNet string
+	Host string // name or address to dial
+	Port uint16
+	// TLS is nil for http. It must be cloned before use.
+	TLS *tls.Config
+	H2C bool
+	// HostHeader replaces the visitor's Host, unless empty.
+	HostHeader string
+}
+
+// Addr returns host:port.
+func (u *Upstream) Addr() string { return net.JoinHostPort(u.Host, strconv.Itoa(int(u.Port))) }
+
+func (u *Upstream) matches(path string) bool {
+	return strings.HasPrefix(path, u.Path) && (len(path) == len(u.Path) || path[len(u.Path)] == '/')
+}
+
+func (z *Zone) compileOrigins(c *Config, r *report) {
+	if len(c.Origins) == 0 {
+		r.fault("origins", "the zone has no origin")
+	}
+	for i := range c.Origins {
+		o, at := &c.Origins[i], fmt.Sprintf("origins[%d]", i)
+		u, ok := o.compile(at, r)
+		if !ok {
+			continue
+		}
+		if slices.ContainsFunc(z.upstreams, func(v *Upstream) bool { return v.Path == u.Path }) {
+			r.fault(at+".path", "%q has an origin already; a path has one", o.Path)
+			continue
+		}
+		z.upstreams = append(z.upstreams, u)
+	}
+	slices.SortStableFunc(z.upstreams, func(a, b *Upstream) int { return len(b.Path) - len(a.Path) })
+}
+
+func (o *Origin) compile(at string, r *report) (u *Upstream, ok bool) {
+	fault := func(key, format string, args ...any) {
+		r.fault(at+"."+key, format, args...)
+		ok = false
+	}
+	ok = true
+	u = &Upstream{Path: strings.TrimSuffix(o.Path, "/"), VNet: o.VNet, H2C: o.H2C, HostHeader: o.Host}
+	if o.Path != "" && (o.Path[0] != '/' || strings.ContainsAny(o.Path, "?#%\\; \t") || strings.Contains(o.Path, "//") || strings.Contains(o.Path+"/", "/./") || strings.Contains(o.Path+"/", "/../")) {
+		fault("path", "%q is not a plain path; it must begin with / and hold no dot segment, escape or delimiter", o.Path)
+	}
+	if o.Host != "" {
+		if _, err := CanonicalHost(o.Host); err != nil {
+			fault("host", "%q: %v", o.Host, err)
+		}
+	}
+	t, err := url.Parse(o.URL)
+	if err != nil || (t.Scheme != "http" && t.Scheme != "https") || t.Hostname() == "" ||
+		t.User != nil || (t.Path != "" && t.Path != "/") || t.RawQuery != "" || t.Fragment != "" {
+		fault("url", "%q is not http://host:port or https://host:port", o.URL)
+		return u, false
+	}
+	u.Host, u.Port = t.Hostname(), 80
+	if t.Scheme == "https" {
+		u.Port = 443
+	}
+	if p := t.Port(); p != "" {
+		n, err := strconv.ParseUint(p, 10, 16)
+		if err != nil || n == 0 {
+			fault("url", "%q: port %q is not a number from 1 to 65535", o.URL, p)
+		}
+		u.Port = uint16(n)
+	}
+	if t.Scheme == "http" {
+		if o.TLS != (OriginTLS{}) {
+			fault("tls", "the origin's url is http, so there is no TLS to configure")
+		}
+		return u, ok
+	}
+	if o.H2C {
+		fault("h2c", "is for http origins; an https origin negotiates HTTP/2 by itself")
+	}
+	u.TLS = &tls.Config{MinVersion: tls.VersionTLS12, ServerName: u.Host, InsecureSkipVerify: o.TLS.InsecureSkipVerify} //nolint:gosec // G402: the operator's explicit switch, off by default
+	if o.TLS.ServerName != "" {
+		u.TLS.ServerName = o.TLS.ServerName
+	}
+	if o.TLS.CA != "" {
+		pool, err := readPool(o.TLS.CA)
+		if err != nil {
+			fault("tls.ca", "%v", err)
+		}
+		u.TLS.RootCAs = pool
+	}
+	return u, ok
+}
+
+func readPool(file string) (*x509.CertPool, error) {
+	certs, err := readChain(file)
+	if err != nil {
+		return nil, err
+	}
+	pool := x509.NewCertPool()
+	for _, c := range certs {
+		pool.AddCert(c)
+	}
+	return pool, nil
+}
