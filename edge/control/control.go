@@ -7,9 +7,12 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/keyhaven/keyhaven/mtls"
 	"github.com/keyhaven/keyhaven/state"
@@ -29,6 +32,8 @@ type Config struct {
 	ConnectorLifetime time.Duration
 	// DialTimeout bounds a flow's opening if the caller's context has no earlier deadline. If zero, 10s.
 	DialTimeout time.Duration
+	// Registry gets the metrics. If nil, there are none.
+	Registry prometheus.Registerer
 	// Logger gets what is decided. If nil, nothing is logged.
 	Logger *slog.Logger
 }
@@ -50,6 +55,7 @@ type Control struct {
 
 	changing chan struct{} // holds a value while a change is being made
 	sightLog *sightings
+	dials    *prometheus.CounterVec
 
 	cancel context.CancelFunc
 	done   sync.WaitGroup
@@ -71,26 +77,33 @@ func Open(ctx context.Context, cfg Config) (*Control, error) {
 		cfg.DialTimeout = defaultDialTimeout
 	}
 	c := &Control{cfg: cfg, log: cfg.Logger, model: newModel(), reg: newRegistry(), started: time.Now(),
-		changing: make(chan struct{}, 1), sightLog: newSightings()}
+		changing: make(chan struct{}, 1), sightLog: newSightings(), dials: newDials()}
 	if err := c.found(ctx); err != nil {
 		return nil, err
 	}
-	rev, bad, err := c.reload(ctx)
-	if err == nil {
-		err = errors.Join(bad...)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("control: open: %w", err)
-	}
 	run, cancel := context.WithCancel(context.Background())
 	c.cancel = cancel
-	events, err := cfg.Store.Watch(run, "", rev)
+	ready := make(chan error, 1)
+	c.done.Go(func() { c.follow(run, ready) })
+	c.done.Go(func() { c.recordSightings(run) })
+	var err error
+	select {
+	case err = <-ready:
+	case <-ctx.Done():
+		err = ctx.Err()
+	}
 	if err != nil {
 		cancel()
-		return nil, fmt.Errorf("control: watch the store: %w", err)
+		c.done.Wait()
+		return nil, fmt.Errorf("control: open: %w", err)
 	}
-	c.done.Go(func() { c.follow(run, events) })
-	c.done.Go(func() { c.recordSightings(run) })
+	if cfg.Registry != nil {
+		for _, m := range []prometheus.Collector{collector{c}, c.dials} {
+			if err := cfg.Registry.Register(m); err != nil {
+				return nil, errors.Join(fmt.Errorf("control: open: %w", err), c.Close())
+			}
+		}
+	}
 	return c, nil
 }
 
@@ -133,64 +146,64 @@ func (c *Control) found(ctx context.Context) error {
 	return nil
 }
 
-// reload replaces the picture with the store as it is.
-func (c *Control) reload(ctx context.Context) (state.Revision, []error, error) {
-	entries, rev, err := c.cfg.Store.List(ctx, "")
-	if err != nil {
-		return 0, nil, err
-	}
-	return rev, c.model.load(entries), nil
-}
+// followPause is about how long to wait before the store is read as a whole again after it failed.
+const followPause = time.Second
 
-// reloadPause bounds how often the store is read as a whole when watching fails.
-const reloadPause = time.Second
-
-// follow keeps the picture up to date until ctx ends. If the watch breaks, it starts over from a listing.
-func (c *Control) follow(ctx context.Context, events <-chan state.Event) {
+// follow keeps the picture up to date until ctx ends. It reports on ready, once, how the first reading went.
+func (c *Control) follow(ctx context.Context, ready chan<- error) {
 	for {
-		c.take(events)
-		for events = nil; events == nil; {
-			if ctx.Err() != nil {
-				return
-			}
-			var err error
-			if events, err = c.restart(ctx); err != nil && ctx.Err() == nil {
-				c.log.Error("state cannot be followed", "err", err)
-				sleep(ctx, reloadPause/2+rand.N(reloadPause))
-			}
+		f := follower{c: c, ready: ready}
+		err := state.Follow(ctx, c.cfg.Store, "", f.reset, f.apply)
+		if ctx.Err() != nil {
+			return
 		}
+		select {
+		case ready <- err: // nobody waits any more, except at the first reading
+		default:
+		}
+		c.log.Error("state cannot be followed", "err", err)
+		sleep(ctx, followPause/2+rand.N(followPause))
 	}
 }
 
-func (c *Control) restart(ctx context.Context) (<-chan state.Event, error) {
-	rev, bad, err := c.reload(ctx)
-	if err != nil {
-		return nil, err
-	}
-	c.applied(bad)
-	return c.cfg.Store.Watch(ctx, "", rev)
+// A follower turns events into changes of the picture.
+type follower struct {
+	c       *Control
+	ready   chan<- error
+	pending []delta // of a transaction whose generation record has not come yet
 }
 
-// take applies events until their channel ends. The generation record comes last in each transaction, so a change is
-// applied as a whole or not yet. Sightings stand alone.
-func (c *Control) take(events <-chan state.Event) {
-	var pending []delta
-	for e := range events {
-		d := delta{key: e.Key, value: e.Value}
-		if e.Deleted {
-			d.value = nil
-		}
-		switch {
-		case e.Key == keyGeneration:
-			bad := c.model.apply(pending, e.Revision)
-			pending = nil
-			c.applied(bad)
-		case hasPrefix(e.Key, prefixSeen):
-			c.applied(c.model.apply([]delta{d}, 0))
-		case ours(e.Key):
-			pending = append(pending, d)
-		}
+func (f *follower) reset(entries []state.Entry, _ state.Revision) error {
+	f.pending = nil
+	bad := f.c.model.load(entries)
+	f.c.applied(bad)
+	select {
+	case f.ready <- errors.Join(bad...):
+	default:
 	}
+	return nil
+}
+
+// apply takes one event. The generation record comes last in each transaction, so a change is applied as a whole or
+// not yet. Sightings stand alone.
+func (f *follower) apply(e state.Event) error {
+	d := delta{key: e.Key, value: e.Value}
+	if e.Deleted {
+		d.value = nil
+	}
+	switch {
+	case e.Key == keyGeneration:
+		bad := f.c.model.apply(f.pending, e.Revision)
+		f.pending = nil
+		f.c.applied(bad)
+	case strings.HasPrefix(e.Key, prefixSeen):
+		for _, err := range f.c.model.apply([]delta{d}, 0) {
+			f.c.log.Error("record left out", "err", err)
+		}
+	case ours(e.Key):
+		f.pending = append(f.pending, d)
+	}
+	return nil
 }
 
 // applied follows up on a new picture.
@@ -203,6 +216,9 @@ func (c *Control) applied(bad []error) {
 
 // maxTries bounds how often a change is decided anew because somebody else was faster.
 const maxTries = 20
+
+// maxOps bounds the operations of one change; [state.MaxTxnOps] leaves room for the generation record.
+const maxOps = 100
 
 // change runs decide on the picture of one generation and writes what it returns, as one transaction that no other
 // change can come before. It returns when the picture shows it. decide must be free of side effects and may run

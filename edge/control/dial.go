@@ -21,6 +21,12 @@ const maxAttempts = 4
 // such network), [ErrInvalid], [ErrNoRoute], [ErrTunnelDown], the context's, or a [*tunnel.FlowError]. The connection is
 // a [tunnel.Conn].
 func (c *Control) DialContext(ctx context.Context, ref, host string, port uint16, visitor netip.AddrPort) (net.Conn, error) {
+	conn, err := c.dial(ctx, ref, host, port, visitor)
+	c.dials.WithLabelValues(dialResult(err)).Inc()
+	return conn, err
+}
+
+func (c *Control) dial(ctx context.Context, ref, host string, port uint16, visitor netip.AddrPort) (net.Conn, error) {
 	v, tunnelID, host, err := c.resolve(ref, host)
 	if err != nil {
 		return nil, err

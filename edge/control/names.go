@@ -75,3 +75,13 @@ func clip(s string) string {
 	}
 	return s
 }
+
+// plain makes text that a connector sends of itself fit for a terminal and a log.
+func plain(s string) string {
+	return clip(strings.Map(func(r rune) rune {
+		if r < ' ' || r > '~' {
+			return '?'
+		}
+		return r
+	}, s))
+}

@@ -116,8 +116,8 @@ func (r *registry) viewsOf(tunnelID, connectorID string) []SessionView {
 			continue
 		}
 		reg := l.s.Registration()
-		views = append(views, SessionView{Index: reg.Index, Instance: reg.Instance, Remote: l.s.RemoteAddr().String(), Since: l.since,
-			Flows: l.s.Flows(), Draining: l.s.Draining(), Version: reg.Version, Expires: r.expiry(l)})
+		views = append(views, SessionView{Index: reg.Index, Instance: plain(reg.Instance), Remote: l.s.RemoteAddr().String(), Since: l.since,
+			Flows: l.s.Flows(), Draining: l.s.Draining(), Version: plain(reg.Version), Expires: r.expiry(l)})
 	}
 	slices.SortFunc(views, func(a, b SessionView) int { return cmp.Or(a.Since.Compare(b.Since), cmp.Compare(a.Index, b.Index)) })
 	return views

@@ -19,7 +19,7 @@ type sightings struct {
 
 const (
 	sightingsPause = time.Second
-	sightingsBatch = 1000 // records in a transaction
+	sightingsBatch = maxOps // records in a transaction
 )
 
 func newSightings() *sightings {
@@ -37,7 +37,7 @@ func (c *Control) sighted(l *live) {
 	reg := l.s.Registration()
 	s := c.sightLog
 	s.mu.Lock()
-	s.fresh[l.connector.Name] = seen{Last: c.now(), Origin: l.s.RemoteAddr().String(), Version: clip(reg.Version), Hostname: clip(reg.Hostname)}
+	s.fresh[l.connector.Name] = seen{Last: c.now(), Origin: l.s.RemoteAddr().String(), Version: plain(reg.Version), Hostname: plain(reg.Hostname)}
 	s.mu.Unlock()
 	select {
 	case s.wake <- struct{}{}:
@@ -87,8 +87,6 @@ func (c *Control) writeSightings(ctx context.Context) {
 		}
 	}
 }
-
-func hasPrefix(key, prefix string) bool { return strings.HasPrefix(key, prefix) }
 
 // ours reports whether a key belongs to this package.
 func ours(key string) bool {

@@ -58,7 +58,7 @@ func (c *Control) CreateToken(ctx context.Context, ref string, ttl time.Duration
 
 func (m *model) forgetTokensLocked(now time.Time) (ops []state.Op) {
 	for id, r := range m.tokens {
-		if now.Sub(r.Expires) > tokenMemory {
+		if now.Sub(r.Expires) > tokenMemory && len(ops) < maxOps-1 {
 			ops = append(ops, state.Delete(prefixToken+id))
 		}
 	}

@@ -98,17 +98,17 @@ func (c *Control) DeleteTunnel(ctx context.Context, ref string, force bool) erro
 	if err := need("a tunnel", ref); err != nil {
 		return err
 	}
-	return c.change(ctx, func(m *model) ([]state.Op, error) {
+	return c.deleteAll(ctx, func(m *model) (ops []state.Op, last state.Op, err error) {
 		t, err := m.tunnelLocked(ref)
 		if err != nil {
-			return nil, err
+			return nil, last, err
 		}
 		users, ops := m.tunnelUsersLocked(t, c.now())
 		if len(users) > 0 && !force {
-			return nil, &Error{Code: CodeInUse, Users: users, Message: "tunnel \"" + t.Name + "\" is in use:",
+			return nil, last, &Error{Code: CodeInUse, Users: users, Message: "tunnel \"" + t.Name + "\" is in use:",
 				Remedy: "delete these routes and revoke these connectors first, or use --force to delete them with it"}
 		}
-		return append(ops, state.Delete(prefixTunnel+t.ID)), nil
+		return ops, state.Delete(prefixTunnel + t.ID), nil
 	})
 }
 

@@ -100,26 +100,47 @@ func (c *Control) DeleteVNet(ctx context.Context, ref string, force bool) error 
 	if err := need("a virtual network", ref); err != nil {
 		return err
 	}
-	return c.change(ctx, func(m *model) ([]state.Op, error) {
+	return c.deleteAll(ctx, func(m *model) (ops []state.Op, last state.Op, err error) {
 		v, err := m.vnetLocked(ref)
 		if err != nil {
-			return nil, err
+			return nil, last, err
 		}
 		if v.ID == m.defaultVNet {
-			return nil, refusal(CodeDefaultVNet, "make another network the default first, with 'vnet default NAME'",
+			return nil, last, refusal(CodeDefaultVNet, "make another network the default first, with 'vnet default NAME'",
 				"virtual network %q is the default one", v.Name)
 		}
 		if users := c.configUsers(v); len(users) > 0 {
-			return nil, &Error{Code: CodeInUse, Users: users, Message: "virtual network \"" + v.Name + "\" is named in the edge's configuration:",
+			return nil, last, &Error{Code: CodeInUse, Users: clipUsers(users), Message: "virtual network \"" + v.Name + "\" is named in the edge's configuration:",
 				Remedy: "change the configuration first; --force does not override it"}
 		}
 		keys := m.routesOfVNet[v.ID]
 		if len(keys) > 0 && !force {
-			return nil, &Error{Code: CodeInUse, Users: m.routeUsersLocked(keys), Message: "virtual network \"" + v.Name + "\" is in use:",
+			return nil, last, &Error{Code: CodeInUse, Users: m.routeUsersLocked(keys), Message: "virtual network \"" + v.Name + "\" is in use:",
 				Remedy: "delete these first, or use --force to delete them with it"}
 		}
-		return append(deletes(keys), state.Delete(prefixVNet+string(v.ID))), nil
+		return deletes(keys), state.Delete(prefixVNet + string(v.ID)), nil
 	})
+}
+
+// deleteAll deletes what decide returns, then last. It takes as many transactions as that needs, each decided anew; if
+// it fails midway, the record of last is still there and the call can be made again.
+func (c *Control) deleteAll(ctx context.Context, decide func(m *model) (ops []state.Op, last state.Op, err error)) error {
+	for more := true; more; {
+		err := c.change(ctx, func(m *model) ([]state.Op, error) {
+			ops, last, err := decide(m)
+			if err != nil {
+				return nil, err
+			}
+			if more = len(ops) >= maxOps; more {
+				return ops[:maxOps], nil
+			}
+			return append(ops, last), nil
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func (c *Control) configUsers(v VNet) []string {

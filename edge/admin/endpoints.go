@@ -1,0 +1,136 @@
+package admin
+
+import (
+	"net/http"
+	"net/url"
+	"strconv"
+	"time"
+
+	"github.com/keyhaven/keyhaven/edge/control"
+)
+
+type api struct{ c *control.Control }
+
+// endpoints is the whole API.
+func endpoints(a api) []endpoint {
+	type methods = map[string]method
+	const get, post, del = http.MethodGet, http.MethodPost, http.MethodDelete
+	return []endpoint{
+		{"/v1/status", methods{get: {serve: a.status}}},
+		{"/v1/vnets", methods{get: {serve: a.listVNets}, post: {serve: a.addVNet}}},
+		{"/v1/vnets/{ref}", methods{get: {serve: a.getVNet}, del: {a.deleteVNet, []string{"force"}}}},
+		{"/v1/vnets/{ref}/default", methods{post: {serve: a.defaultVNet}}},
+		{"/v1/tunnels", methods{get: {serve: a.listTunnels}, post: {serve: a.addTunnel}}},
+		{"/v1/tunnels/{ref}", methods{get: {serve: a.getTunnel}, del: {a.deleteTunnel, []string{"force"}}}},
+		{"/v1/tunnels/{ref}/tokens", methods{post: {serve: a.createToken}}},
+		{"/v1/connectors", methods{get: {a.listConnectors, []string{"tunnel"}}}},
+		{"/v1/connectors/{name}/revoke", methods{post: {serve: a.revoke}}},
+		{"/v1/routes", methods{get: {a.listRoutes, []string{"vnet"}}, post: {serve: a.addRoute},
+			del: {a.deleteRoute, []string{"vnet", "prefix", "host"}}}},
+		{"/v1/routes/lookup", methods{get: {a.findHost, []string{"vnet", "host"}}}},
+	}
+}
+
+func (a api) status(*http.Request, url.Values) (any, error)      { return a.c.Status(), nil }
+func (a api) listVNets(*http.Request, url.Values) (any, error)   { return a.c.VNets(), nil }
+func (a api) listTunnels(*http.Request, url.Values) (any, error) { return a.c.Tunnels(), nil }
+
+func (a api) addVNet(r *http.Request, _ url.Values) (any, error) {
+	var in vnetRequest
+	if err := body(r, &in); err != nil {
+		return nil, err
+	}
+	return a.c.AddVNet(r.Context(), in.Name, in.Comment, in.Default)
+}
+
+func (a api) getVNet(r *http.Request, _ url.Values) (any, error) { return a.c.VNet(r.PathValue("ref")) }
+
+func (a api) defaultVNet(r *http.Request, _ url.Values) (any, error) {
+	if err := body(r, &struct{}{}); err != nil {
+		return nil, err
+	}
+	return a.c.SetDefaultVNet(r.Context(), r.PathValue("ref"))
+}
+
+func (a api) deleteVNet(r *http.Request, q url.Values) (any, error) {
+	force, err := forced(q)
+	if err != nil {
+		return nil, err
+	}
+	return struct{}{}, a.c.DeleteVNet(r.Context(), r.PathValue("ref"), force)
+}
+
+func forced(q url.Values) (bool, error) {
+	if !q.Has("force") {
+		return false, nil
+	}
+	force, err := strconv.ParseBool(q.Get("force"))
+	if err != nil {
+		return false, badRequest("force must be true or false")
+	}
+	return force, nil
+}
+
+func (a api) addTunnel(r *http.Request, _ url.Values) (any, error) {
+	var in tunnelRequest
+	if err := body(r, &in); err != nil {
+		return nil, err
+	}
+	return a.c.AddTunnel(r.Context(), in.Name, in.Comment)
+}
+
+func (a api) getTunnel(r *http.Request, _ url.Values) (any, error) {
+	return a.c.Tunnel(r.PathValue("ref"))
+}
+
+func (a api) deleteTunnel(r *http.Request, q url.Values) (any, error) {
+	force, err := forced(q)
+	if err != nil {
+		return nil, err
+	}
+	return struct{}{}, a.c.DeleteTunnel(r.Context(), r.PathValue("ref"), force)
+}
+
+func (a api) createToken(r *http.Request, _ url.Values) (any, error) {
+	var in tokenRequest
+	if err := body(r, &in); err != nil {
+		return nil, err
+	}
+	var ttl time.Duration
+	if in.TTL != "" {
+		var err error
+		if ttl, err = time.ParseDuration(in.TTL); err != nil || ttl <= 0 {
+			return nil, badRequest("ttl %q is not a duration above zero, such as 1h", clip(in.TTL))
+		}
+	}
+	return a.c.CreateToken(r.Context(), r.PathValue("ref"), ttl)
+}
+
+func (a api) listConnectors(_ *http.Request, q url.Values) (any, error) {
+	return a.c.Connectors(q.Get("tunnel"))
+}
+
+func (a api) revoke(r *http.Request, _ url.Values) (any, error) {
+	if err := body(r, &struct{}{}); err != nil {
+		return nil, err
+	}
+	return a.c.RevokeConnector(r.Context(), r.PathValue("name"))
+}
+
+func (a api) listRoutes(_ *http.Request, q url.Values) (any, error) { return a.c.Routes(q.Get("vnet")) }
+
+func (a api) addRoute(r *http.Request, _ url.Values) (any, error) {
+	var in control.RouteSpec
+	if err := body(r, &in); err != nil {
+		return nil, err
+	}
+	return a.c.AddRoute(r.Context(), in)
+}
+
+func (a api) deleteRoute(r *http.Request, q url.Values) (any, error) {
+	return a.c.DeleteRoute(r.Context(), control.RouteSpec{VNet: q.Get("vnet"), Prefix: q.Get("prefix"), Host: q.Get("host")})
+}
+
+func (a api) findHost(_ *http.Request, q url.Values) (any, error) {
+	return a.c.FindHost(q.Get("host"), q.Get("vnet"))
+}
