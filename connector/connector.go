@@ -1,0 +1,288 @@
+package connector
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"runtime"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/keyhaven/keyhaven/mtls"
+	"github.com/keyhaven/keyhaven/tunnel"
+)
+
+// SessionsPerEdge is how many sessions are kept to each entry of Config.Edges.
+const SessionsPerEdge = 4
+
+// A Config describes a connector. New copies it.
+type Config struct {
+	// Identity is the connector's certificate, which Run keeps renewed. Required.
+	Identity *mtls.Source
+	// Edges are the edges to dial, as host:port; a missing port is 7844. A name may have several addresses: the
+	// sessions spread over them. At least one.
+	Edges []string
+	// Allow is what may be dialled. Nil permits nothing.
+	Allow *Allow
+	// MaxFlows bounds the flows at a time, over all sessions; further ones are refused. If zero, 8192.
+	MaxFlows int
+	// DialTimeout bounds how long a destination may take to be resolved and connected. If zero, 10s.
+	DialTimeout time.Duration
+	// DrainTimeout is how long Run waits for open flows when its context ends. If zero, 30s.
+	DrainTimeout time.Duration
+	// Version is told to the edge.
+	Version string
+	// Resolver resolves edges and destinations. If nil, the host's configuration is used.
+	Resolver Resolver
+	// Logger gets what happens. If nil, nothing is logged.
+	Logger *slog.Logger
+	// Registerer takes the metrics. If nil, nobody sees them.
+	Registerer prometheus.Registerer
+}
+
+// A Connector keeps sessions to edges and serves their flows. Its methods may be called by several goroutines.
+type Connector struct {
+	cfg     Config
+	log     *slog.Logger
+	metrics *metrics
+	dialer  dialer
+	allow   atomic.Pointer[Allow]
+	flows   flowSet
+	denied  throttle
+	lines   []*line
+	dial    func(context.Context, tunnel.DialConfig) (session, error)
+
+	running sync.WaitGroup // sessions
+
+	mu   sync.Mutex           // guards the field below
+	live map[session]struct{} // sessions that take flows
+}
+
+// session is what a Connector needs of a *tunnel.ClientSession.
+type session interface {
+	Run(ctx context.Context) error
+	Drain(ctx context.Context) error
+	Renew(ctx context.Context, csrDER []byte) ([][]byte, error)
+	Draining() <-chan struct{}
+	Done() <-chan struct{}
+	RemoteAddr() net.Addr
+	Err() error
+}
+
+// ParseEdge reads an edge's address: a host name or an IP address, with or without a port.
+func ParseEdge(s string) (host string, port uint16, err error) {
+	if a, err := netip.ParseAddr(s); err == nil { // an IPv6 address without a port has colons of its own
+		return a.String(), tunnel.DefaultPort, nil
+	}
+	host, text, err := net.SplitHostPort(s)
+	if addrErr, ok := errors.AsType[*net.AddrError](err); ok && addrErr.Err == "missing port in address" {
+		host, text, err = s, strconv.Itoa(tunnel.DefaultPort), nil
+	}
+	if err != nil || host == "" {
+		return "", 0, fmt.Errorf("edge %q: write host:port, such as edge.example.com:%d", s, tunnel.DefaultPort)
+	}
+	n, err := strconv.ParseUint(text, 10, 16)
+	if err != nil || n == 0 {
+		return "", 0, fmt.Errorf("edge %q: the port must be a number from 1 to 65535", s)
+	}
+	return host, uint16(n), nil
+}
+
+// New checks cfg and returns a connector that does nothing before Run.
+func New(cfg Config) (*Connector, error) {
+	if cfg.Identity == nil {
+		return nil, errors.New("connector: no identity")
+	}
+	if len(cfg.Edges) == 0 {
+		return nil, errors.New("connector: no edge to dial")
+	}
+	for _, d := range []*time.Duration{&cfg.DialTimeout, &cfg.DrainTimeout} {
+		if *d < 0 {
+			return nil, errors.New("connector: a timeout is negative")
+		}
+	}
+	if cfg.DialTimeout == 0 {
+		cfg.DialTimeout = 10 * time.Second
+	}
+	if cfg.DrainTimeout == 0 {
+		cfg.DrainTimeout = 30 * time.Second
+	}
+	if cfg.Resolver == nil {
+		cfg.Resolver = &net.Resolver{PreferGo: true}
+	}
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	c := &Connector{
+		cfg: cfg, log: cfg.Logger, metrics: newMetrics(), live: map[session]struct{}{},
+		dialer: dialer{resolver: cfg.Resolver},
+		dial: func(ctx context.Context, d tunnel.DialConfig) (session, error) {
+			s, err := tunnel.Dial(ctx, d)
+			if err != nil {
+				return nil, err // not a nil *ClientSession in an interface
+			}
+			return s, nil
+		},
+	}
+	c.allow.Store(cfg.Allow)
+	c.SetMaxFlows(cfg.MaxFlows)
+	hostname, err := os.Hostname()
+	if err != nil {
+		hostname = "unknown"
+	}
+	reg := tunnel.Registration{Instance: rand.Text(), Version: cfg.Version, Hostname: hostname, Arch: runtime.GOOS + "/" + runtime.GOARCH}
+	instance := reg.Instance
+	seen := map[string]bool{}
+	for n, e := range cfg.Edges {
+		host, port, err := ParseEdge(e)
+		if err != nil {
+			return nil, fmt.Errorf("connector: %w", err)
+		}
+		if addr := net.JoinHostPort(host, strconv.Itoa(int(port))); seen[addr] {
+			return nil, fmt.Errorf("connector: edge %q is listed twice; remove one", e)
+		} else {
+			seen[addr] = true
+		}
+		if n > 0 { // two entries may lead to one edge, which tells sessions apart by instance and index
+			reg.Instance = fmt.Sprintf("%s.%d", instance, n)
+		}
+		for i := range SessionsPerEdge {
+			reg.Index = i
+			c.lines = append(c.lines, &line{c: c, edge: e, host: host, port: port, reg: reg})
+		}
+	}
+	if cfg.Registerer != nil {
+		if err := c.register(cfg.Registerer); err != nil {
+			return nil, fmt.Errorf("connector: metrics: %w", err)
+		}
+	}
+	return c, nil
+}
+
+// Run keeps the sessions and serves flows until ctx ends. Then it dials no more, tells the edges, waits up to
+// Config.DrainTimeout for the open flows, and cuts what is left. On return nothing is left running. Run may be called
+// once. The error is nil after an orderly end.
+func (c *Connector) Run(ctx context.Context) error {
+	base := context.WithoutCancel(ctx)
+	lives, cut := context.WithCancel(base)
+	defer cut()
+	var wg sync.WaitGroup
+	for _, l := range c.lines {
+		wg.Go(func() { l.keep(ctx, lives) })
+	}
+	wg.Go(func() {
+		if err := c.cfg.Identity.KeepRenewed(ctx, c.renew); err != nil && ctx.Err() == nil {
+			c.log.Error("certificate renewal ended", "err", err)
+		}
+	})
+	wg.Wait()
+	c.drain(base)
+	cut()
+	c.running.Wait()
+	return nil
+}
+
+// drain ends all sessions, gently while DrainTimeout lasts.
+func (c *Connector) drain(base context.Context) {
+	start := time.Now()
+	ctx, cancel := context.WithTimeout(base, c.cfg.DrainTimeout)
+	defer cancel()
+	c.log.Info("draining", "flows", c.flows.len(), "grace", c.cfg.DrainTimeout)
+	var wg sync.WaitGroup
+	c.mu.Lock()
+	for s := range c.live {
+		wg.Go(func() {
+			if err := s.Drain(ctx); err != nil {
+				c.log.Warn("drain cut short", "peer", s.RemoteAddr(), "err", err)
+			}
+		})
+	}
+	c.mu.Unlock()
+	wg.Wait()
+	c.log.Info("drained", "dur", time.Since(start))
+}
+
+// errNoSession says that nothing can be asked of an edge now.
+var errNoSession = errors.New("connector: no session to an edge")
+
+// renew has an edge sign a certificate request.
+func (c *Connector) renew(ctx context.Context, csrDER []byte) ([][]byte, error) {
+	c.mu.Lock()
+	sessions := make([]session, 0, len(c.live))
+	for s := range c.live {
+		sessions = append(sessions, s)
+	}
+	c.mu.Unlock()
+	err := errNoSession
+	for _, s := range sessions { // another edge may do what the first cannot
+		var chain [][]byte
+		if chain, err = s.Renew(ctx, csrDER); err == nil {
+			return chain, nil
+		}
+		if ctx.Err() != nil {
+			break
+		}
+	}
+	return nil, err
+}
+
+func (c *Connector) track(s session, up bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if up {
+		c.live[s] = struct{}{}
+	} else {
+		delete(c.live, s)
+	}
+}
+
+// SetAllow replaces the allow-list. It counts for new flows at once, and open flows that it does not permit are cut.
+// It returns how many those were.
+func (c *Connector) SetAllow(a *Allow) (cut int) {
+	// The order matters: a flow that is added after the sweep sees the new list.
+	c.allow.Store(a)
+	return c.flows.sweep(a)
+}
+
+// SetMaxFlows changes how many flows there may be at a time; zero is the default. Open flows stay.
+func (c *Connector) SetMaxFlows(n int) {
+	if n <= 0 {
+		n = 8192
+	}
+	c.flows.max.Store(int64(n))
+}
+
+// Ready returns nil if at least one session takes flows, and else why none does.
+func (c *Connector) Ready(context.Context) error {
+	var last error
+	for _, s := range c.Status() {
+		if s.State == StateConnected {
+			return nil
+		}
+		if s.Err != nil {
+			last = fmt.Errorf("%s: %w", s.Edge, s.Err)
+		}
+	}
+	if last == nil {
+		last = errNoSession
+	}
+	return last
+}
+
+// Status returns the state of every session, in the order of Config.Edges and index.
+func (c *Connector) Status() []SessionStatus {
+	list := make([]SessionStatus, 0, len(c.lines))
+	for _, l := range c.lines {
+		list = append(list, l.snapshot())
+	}
+	return list
+}
