@@ -174,7 +174,7 @@ func (m *model) nameFreeLocked(name string) error {
 // redeemLocked returns the record of the request's token, and its tunnel, if it can be used now.
 func (m *model) redeemLocked(r tunnel.JoinRequest, now time.Time) (mtls.JoinRecord, Tunnel, error) {
 	rec := m.tokens[r.TokenID] // the zero record redeems nothing
-	if err := rec.Redeem(now, r.TokenID, r.Secret.Reveal()); err != nil {
+	if err := rec.Redeem(now, r.TokenID, r.Secret); err != nil {
 		return rec, Tunnel{}, tokenRefusal(rec, err)
 	}
 	t, ok := m.tunnels[rec.Tunnel]

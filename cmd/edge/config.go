@@ -1,0 +1,268 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"reflect"
+	"slices"
+	"strconv"
+	"time"
+
+	"github.com/keyhaven/keyhaven/edge"
+	"github.com/keyhaven/keyhaven/edge/zone"
+	"github.com/keyhaven/keyhaven/internal/conf"
+	"github.com/keyhaven/keyhaven/internal/ops"
+	"github.com/keyhaven/keyhaven/mtls"
+)
+
+const (
+	defaultConfig = "/etc/keyhaven/edge.yaml"
+	defaultSocket = "/run/keyhaven/edge.sock"
+	envPrefix     = "KEYHAVEN_EDGE"
+)
+
+// config is the whole configuration. Only visitors, without visitors.listen and visitors.tickets,
+// can change while the edge runs.
+type config struct {
+	State       stateConfig    `mapstructure:"state"`
+	Admin       adminConfig    `mapstructure:"admin"`
+	Identity    identityConfig `mapstructure:"identity"`
+	KeyIdentity keyIdentity    `mapstructure:"key_identity"`
+	Tunnel      tunnelConfig   `mapstructure:"tunnel"`
+	Ops         opsConfig      `mapstructure:"ops"`
+	Visitors    edge.Config    `mapstructure:"visitors"`
+}
+
+type stateConfig struct {
+	File string `mapstructure:"file"` // routes, connectors and ticket keys
+}
+
+type adminConfig struct {
+	Socket string `mapstructure:"socket"`
+}
+
+type identityConfig struct {
+	CADir string `mapstructure:"ca_dir"` // the edge operator's authority, made by "ca init"
+	Dir   string `mapstructure:"dir"`    // this edge's own certificate, made by "ca issue edge"
+}
+
+type keyIdentity struct {
+	Dir string `mapstructure:"dir"` // certificate from the key owner; empty if every key server group has its own
+}
+
+type tunnelConfig struct {
+	Listen            string        `mapstructure:"listen"`             // UDP host:port
+	Advertise         []string      `mapstructure:"advertise"`          // host:port addresses that connectors dial
+	ConnectorLifetime time.Duration `mapstructure:"connector_lifetime"` // of connectors' certificates
+	DrainTimeout      time.Duration `mapstructure:"drain_timeout"`      // for open flows when the edge stops
+}
+
+type opsConfig struct {
+	Listen           string `mapstructure:"listen"` // empty: not served
+	AllowNonLoopback bool   `mapstructure:"allow_non_loopback"`
+}
+
+func defaults() *config {
+	return &config{
+		State:    stateConfig{File: "/var/lib/keyhaven/edge/state.db"},
+		Admin:    adminConfig{Socket: defaultSocket},
+		Identity: identityConfig{CADir: "/etc/keyhaven/edge-ca", Dir: "/etc/keyhaven/edge-identity"},
+		Tunnel:   tunnelConfig{Listen: ":7844", ConnectorLifetime: 24 * time.Hour, DrainTimeout: 30 * time.Second},
+		Visitors: edge.Defaults(),
+	}
+}
+
+// load reads and checks the configuration without touching the system beyond the files that it names. Warnings go to
+// log.
+func load(path string, log *slog.Logger) (*config, error) {
+	cfg := defaults()
+	file, err := conf.Load(cfg, conf.Options{Path: path, EnvPrefix: envPrefix})
+	if err != nil {
+		return nil, err
+	}
+	var errs conf.Errors
+	errorf := func(key, format string, args ...any) { errs = append(errs, file.Errorf(key, format, args...)) }
+	cfg.validate(errorf)
+	warnings := cfg.Visitors.Validate(func(key, format string, args ...any) { errorf("visitors."+key, format, args...) })
+	for _, w := range warnings {
+		log.Warn("remark on the configuration", "remark", w)
+	}
+	if _, err := openIdentities(cfg, nil); err != nil {
+		if e, ok := errors.AsType[*keyError](err); ok {
+			errorf(e.key, "%v", e.err)
+		} else {
+			errs = append(errs, err)
+		}
+	}
+	if err := errs.Err(); err != nil {
+		return nil, err
+	}
+	return cfg, nil
+}
+
+func (c *config) validate(errorf func(key, format string, args ...any)) {
+	if c.State.File == "" {
+		errorf("state.file", "is empty; name the file that keeps routes and connectors")
+	}
+	if c.Admin.Socket == "" {
+		errorf("admin.socket", "is empty; name the socket for administration")
+	} else if len(c.Admin.Socket) > 100 {
+		errorf("admin.socket", "has %d bytes; the system takes up to about 100", len(c.Admin.Socket))
+	}
+	if err := hostPort(c.Tunnel.Listen, true); err != nil {
+		errorf("tunnel.listen", "%v", err)
+	}
+	if len(c.Tunnel.Advertise) == 0 {
+		errorf("tunnel.advertise", "is empty; give the host:port at which connectors reach this edge, such as edge1.example.com:7844")
+	}
+	if len(c.Tunnel.Advertise) > 8 {
+		errorf("tunnel.advertise", "has %d addresses; the limit is 8", len(c.Tunnel.Advertise))
+	}
+	for i, a := range c.Tunnel.Advertise {
+		if err := hostPort(a, false); err != nil {
+			errorf(fmt.Sprintf("tunnel.advertise[%d]", i), "%v", err)
+		}
+	}
+	if c.Tunnel.ConnectorLifetime < time.Minute || c.Tunnel.ConnectorLifetime > 90*24*time.Hour {
+		errorf("tunnel.connector_lifetime", "must lie between 1m and 2160h, have %s", c.Tunnel.ConnectorLifetime)
+	}
+	if c.Tunnel.DrainTimeout <= 0 {
+		errorf("tunnel.drain_timeout", "must be positive, have %s", c.Tunnel.DrainTimeout)
+	}
+	if err := ops.CheckAddr(c.Ops.Listen, c.Ops.AllowNonLoopback); err != nil {
+		errorf("ops.listen", "%v", err)
+	}
+	c.validateKeyIdentity(errorf)
+}
+
+func (c *config) validateKeyIdentity(errorf func(key, format string, args ...any)) {
+	for i, g := range c.Visitors.KeyServers {
+		if c.KeyIdentity.Dir == "" && g.Identity == "" {
+			errorf(fmt.Sprintf("visitors.key_servers[%d]", i), "the group has no client certificate; set key_identity.dir, or the group's own identity")
+		}
+	}
+}
+
+// hostPort checks an address; an address to listen on may lack the host and have port 0.
+func hostPort(addr string, listen bool) error {
+	host, port, err := net.SplitHostPort(addr)
+	if err != nil {
+		return fmt.Errorf("%q is not host:port: %w", addr, err)
+	}
+	if host == "" && !listen {
+		return fmt.Errorf("%q has no host", addr)
+	}
+	n, err := strconv.ParseUint(port, 10, 16)
+	if err != nil || n == 0 && !listen {
+		return fmt.Errorf("%q has no port from 1 to 65535", addr)
+	}
+	return nil
+}
+
+// fixed names the sections that differ between two configurations and cannot change without a restart.
+func fixed(old, new *config) (changed []string) {
+	for _, s := range []struct {
+		name     string
+		old, new any
+	}{
+		{"state", old.State, new.State}, {"admin", old.Admin, new.Admin}, {"identity", old.Identity, new.Identity},
+		{"key_identity", old.KeyIdentity, new.KeyIdentity}, {"tunnel", old.Tunnel, new.Tunnel}, {"ops", old.Ops, new.Ops},
+		{"visitors.listen", old.Visitors.Listen, new.Visitors.Listen}, {"visitors.tickets", old.Visitors.Tickets, new.Visitors.Tickets},
+	} {
+		if !reflect.DeepEqual(s.old, s.new) {
+			changed = append(changed, s.name)
+		}
+	}
+	return changed
+}
+
+// vnetRefs returns the names and ids of the networks that the configuration uses, the default network left out.
+func (c *config) vnetRefs() (refs []string) {
+	add := func(ref string) {
+		if ref != "" && !slices.Contains(refs, ref) {
+			refs = append(refs, ref)
+		}
+	}
+	for _, g := range c.Visitors.KeyServers {
+		add(g.VNet)
+	}
+	for _, z := range c.Visitors.Zones {
+		for _, o := range z.Origins {
+			add(o.VNet)
+		}
+	}
+	return refs
+}
+
+// vnetUsers describes what in the configuration uses a virtual network.
+func (c *config) vnetUsers(name, id string) (users []string) {
+	uses := func(ref string) bool { return ref == name || ref == id }
+	for _, g := range c.Visitors.KeyServers {
+		if uses(g.VNet) {
+			users = append(users, fmt.Sprintf("key server group %q", g.Name))
+		}
+	}
+	for _, z := range c.Visitors.Zones {
+		if slices.ContainsFunc(z.Origins, func(o zone.Origin) bool { return uses(o.VNet) }) {
+			users = append(users, fmt.Sprintf("zone %q", z.Name))
+		}
+	}
+	return users
+}
+
+// identities are the certificates that an edge works with.
+type identities struct {
+	authority *mtls.Authority
+	own       *mtls.Source
+	key       *mtls.Source // nil if there is none
+}
+
+// keyError is a fault of what a key of the configuration names.
+type keyError struct {
+	key string
+	err error
+}
+
+func (e *keyError) Error() string { return e.key + ": " + e.err.Error() }
+func (e *keyError) Unwrap() error { return e.err }
+
+func openIdentities(cfg *config, log *slog.Logger) (identities, error) {
+	var ids identities
+	var err error
+	if ids.authority, err = mtls.OpenAuthority(cfg.Identity.CADir); err != nil {
+		return ids, &keyError{"identity.ca_dir", remedy(err, "make one with 'keyhaven-edge ca init'")}
+	}
+	if ids.own, err = mtls.OpenDir(cfg.Identity.Dir, log); err != nil {
+		return ids, &keyError{"identity.dir", remedy(err, "make one with 'keyhaven-edge ca issue edge'")}
+	}
+	if err := ids.checkOwn(); err != nil {
+		return ids, &keyError{"identity.dir", err}
+	}
+	if cfg.KeyIdentity.Dir == "" {
+		return ids, nil
+	}
+	if ids.key, err = mtls.OpenDir(cfg.KeyIdentity.Dir, log); err != nil {
+		return ids, &keyError{"key_identity.dir", remedy(err, "the key owner makes it with 'keyhaven-keyserver client add'")}
+	}
+	if id := ids.key.Identity(); id.Kind != mtls.KindEdge {
+		return ids, &keyError{"key_identity.dir", fmt.Errorf("holds the identity %s; an edge's is needed", id)}
+	}
+	return ids, nil
+}
+
+func remedy(err error, what string) error {
+	return fmt.Errorf("%w; %s", err, what)
+}
+
+func (ids identities) checkOwn() error {
+	id := ids.own.Identity()
+	if id.Kind != mtls.KindEdge {
+		return fmt.Errorf("holds the identity %s; an edge's is needed", id)
+	}
+	if id.TrustDomain != ids.authority.TrustDomain() {
+		return fmt.Errorf("holds the identity %s, which is not of the authority's trust domain %s", id, ids.authority.TrustDomain())
+	}
+	return nil
+}

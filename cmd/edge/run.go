@@ -1,0 +1,245 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"sync"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spf13/cobra"
+
+	"github.com/keyhaven/keyhaven/edge"
+	"github.com/keyhaven/keyhaven/edge/admin"
+	"github.com/keyhaven/keyhaven/edge/control"
+	"github.com/keyhaven/keyhaven/internal/cli"
+	"github.com/keyhaven/keyhaven/internal/ops"
+	"github.com/keyhaven/keyhaven/state"
+	"github.com/keyhaven/keyhaven/tunnel"
+)
+
+func newRun() *cobra.Command {
+	var path string
+	cmd := &cobra.Command{
+		Use:   "run",
+		Short: "Run the edge until SIGTERM; SIGHUP reloads the configuration",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			log, err := cli.Logger(cmd)
+			if err != nil {
+				return err
+			}
+			cfg, err := load(path, log)
+			if err != nil {
+				return cli.ConfigError(err)
+			}
+			p, err := start(cmd.Context(), cfg, log)
+			if err != nil {
+				return err
+			}
+			p.reload = func() (*config, error) { return load(path, log) }
+			return p.serve(cmd.Context(), cli.Hangups(cmd.Context()))
+		},
+	}
+	cmd.Flags().StringVar(&path, "config", defaultConfig, "configuration file")
+	return cmd
+}
+
+func newCheck() *cobra.Command {
+	var path string
+	cmd := &cobra.Command{
+		Use:   "check",
+		Short: "Check the configuration and the files that it names, and start nothing",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			log, err := cli.Logger(cmd)
+			if err != nil {
+				return err
+			}
+			if _, err := load(path, log); err != nil {
+				return cli.ConfigError(err)
+			}
+			fmt.Fprintf(cmd.OutOrStdout(), "%s is good\n", path)
+			return nil
+		},
+	}
+	cmd.Flags().StringVar(&path, "config", defaultConfig, "configuration file")
+	return cmd
+}
+
+// A process is everything that a running edge holds.
+type process struct {
+	cfg    *config
+	log    *slog.Logger
+	reload func() (*config, error)
+
+	ids      identities
+	store    state.Store
+	control  *control.Control
+	tunnels  *tunnel.Listener
+	visitors *edge.Server
+	admin    *admin.Server
+	registry *prometheus.Registry
+}
+
+// start opens the state and binds every listener, so that what is wrong shows before anything is served.
+func start(ctx context.Context, cfg *config, log *slog.Logger) (p *process, err error) {
+	p = &process{cfg: cfg, log: log, registry: ops.NewRegistry()}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, p.close())
+		}
+	}()
+	if p.ids, err = openIdentities(cfg, log); err != nil {
+		return nil, cli.ConfigError(err)
+	}
+	if p.store, err = state.OpenBolt(cfg.State.File); err != nil {
+		return nil, fmt.Errorf("open the state: %w", err)
+	}
+	p.control, err = control.Open(ctx, control.Config{Store: p.store, Authority: p.ids.authority, Edges: cfg.Tunnel.Advertise,
+		ConnectorLifetime: cfg.Tunnel.ConnectorLifetime, Registry: p.registry, Logger: log})
+	if err != nil {
+		return nil, err
+	}
+	p.use(cfg)
+	p.tunnels, err = tunnel.Listen(tunnel.ListenConfig{Addr: cfg.Tunnel.Listen, Identity: p.ids.own, Admit: p.control.Admit,
+		Handle: p.control.Handle, Join: p.control.Join, Renew: p.control.Renew, Logger: log, DrainTimeout: cfg.Tunnel.DrainTimeout})
+	if err != nil {
+		return nil, fmt.Errorf("listen for tunnels: %w", err)
+	}
+	p.visitors, err = edge.New(cfg.Visitors, edge.Deps{Dialer: p.control, Store: p.store, KeyIdentity: p.ids.key, Logger: log, Registry: p.registry})
+	if err != nil {
+		return nil, err
+	}
+	p.admin, err = admin.Listen(cfg.Admin.Socket, p.control, log)
+	return p, err
+}
+
+// use tells the control which networks the configuration uses, and the operator which of them do not exist.
+func (p *process) use(cfg *config) {
+	p.control.SetUsers(cfg.vnetUsers)
+	for _, ref := range cfg.vnetRefs() {
+		if _, err := p.control.VNet(ref); err != nil {
+			p.log.Warn("the configuration uses a virtual network that does not exist", "vnet", ref, "remedy", "keyhaven-edge vnet add "+ref)
+		}
+	}
+}
+
+// close releases what start opened and serve has not.
+func (p *process) close() error {
+	var errs []error
+	if p.admin != nil {
+		errs = append(errs, p.admin.Close())
+	}
+	if p.visitors != nil {
+		errs = append(errs, p.visitors.Close())
+	}
+	if p.tunnels != nil {
+		ended, end := context.WithCancel(context.Background())
+		end()
+		errs = append(errs, p.tunnels.Serve(ended)) // releases the socket
+	}
+	if p.control != nil {
+		errs = append(errs, p.control.Close())
+	}
+	if p.store != nil {
+		errs = append(errs, p.store.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// serve runs all parts until ctx ends or one of them fails. Each part outlives those that lean on it: visitors are
+// drained first, then the tunnels that carry them, then what is behind both.
+func (p *process) serve(ctx context.Context, hangups <-chan os.Signal) error {
+	ctx, fail := context.WithCancelCause(ctx)
+	defer fail(nil)
+	behind, stopBehind := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopBehind()
+	carrying, stopCarrying := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopCarrying()
+	var behindDone, carryingDone sync.WaitGroup
+	run := func(wg *sync.WaitGroup, ctx context.Context, what string, f func(context.Context) error) {
+		wg.Go(func() {
+			if err := f(ctx); err != nil && ctx.Err() == nil {
+				fail(fmt.Errorf("%s: %w", what, err))
+			}
+		})
+	}
+	health := &ops.Server{Addr: p.cfg.Ops.Listen, AllowNonLoopback: p.cfg.Ops.AllowNonLoopback, Registry: p.registry, Logger: p.log,
+		Ready: func(context.Context) error { return p.ready(ctx) }}
+	run(&behindDone, behind, "health and metrics", health.Run)
+	run(&behindDone, behind, "administration", p.admin.Serve)
+	run(&behindDone, behind, "renew the edge's certificate", p.renewOwn)
+	run(&carryingDone, carrying, "tunnels", p.tunnels.Serve)
+	behindDone.Go(func() { p.followHangups(ctx, hangups) })
+
+	p.log.Info("edge up", "peer", p.ids.own.Identity().String(), "tunnels", p.tunnels.Addr().String(), "socket", p.cfg.Admin.Socket)
+	err := p.visitors.Run(ctx)
+	if err != nil && ctx.Err() == nil {
+		fail(fmt.Errorf("visitors: %w", err))
+	}
+	fail(nil) // where nothing has failed yet: a part that ends by itself ends the edge
+	p.log.Info("visitors drained")
+	stopCarrying()
+	carryingDone.Wait()
+	stopBehind()
+	behindDone.Wait()
+	p.admin, p.tunnels = nil, nil // they released their sockets at their end
+	closed := p.close()
+	if cause := context.Cause(ctx); !errors.Is(cause, context.Canceled) {
+		return errors.Join(cause, closed)
+	}
+	p.log.Info("edge down")
+	return closed
+}
+
+// ready reports what keeps the edge from serving visitors.
+func (p *process) ready(ctx context.Context) error {
+	if ctx.Err() != nil {
+		return errors.New("the edge is stopping")
+	}
+	if err := p.ids.own.Check(); err != nil {
+		return err
+	}
+	return p.visitors.Ready(ctx)
+}
+
+// followHangups reloads the configuration at each signal.
+func (p *process) followHangups(ctx context.Context, hangups <-chan os.Signal) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-hangups:
+			if err := p.tryReload(); err != nil {
+				p.log.Error("configuration not reloaded, the old one stays", "err", err)
+				continue
+			}
+			p.log.Info("configuration reloaded")
+		}
+	}
+}
+
+// tryReload puts a new configuration in place as a whole, or not at all.
+func (p *process) tryReload() error {
+	next, err := p.reload()
+	if err != nil {
+		return err
+	}
+	if changed := fixed(p.cfg, next); len(changed) > 0 {
+		return fmt.Errorf("%v cannot change while the edge runs: restart it, or put them back", changed)
+	}
+	// load has found the identities' files good.
+	if err := p.visitors.Reload(next.Visitors); err != nil {
+		return err
+	}
+	p.cfg = next
+	p.use(next)
+	errs := []error{p.ids.own.Reload()}
+	if p.ids.key != nil {
+		errs = append(errs, p.ids.key.Reload())
+	}
+	return errors.Join(errs...)
+}
