@@ -3,6 +3,7 @@ package tunnel
 import (
 	"context"
 	"crypto/x509"
+	"fmt"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -101,11 +102,11 @@ type ListenConfig struct {
 	Limits Limits
 }
 
-// A JoinRequest is a connector's request to be enrolled.
+// A JoinRequest is a connector's request to be enrolled. It redacts itself when it is formatted or logged.
 type JoinRequest struct {
-	// TokenID and Secret are from the join token.
+	// TokenID and Secret are from the join token; see mtls.JoinRecord.
 	TokenID string
-	Secret  mtls.Secret
+	Secret  []byte
 	// CSR is the certificate request of the connector's own key, in DER.
 	CSR []byte
 	// Name is the name that the connector proposes. It may be empty.
@@ -113,6 +114,17 @@ type JoinRequest struct {
 	// Remote is where the request came from.
 	Remote netip.AddrPort
 }
+
+// Format implements fmt.Formatter for every verb and shows nothing but the token's id.
+func (r JoinRequest) Format(f fmt.State, _ rune) {
+	fmt.Fprintf(f, "join request with token %q, secret redacted", r.TokenID)
+}
+
+// LogValue implements slog.LogValuer.
+func (r JoinRequest) LogValue() slog.Value { return slog.StringValue(fmt.Sprint(r)) }
+
+// MarshalText implements encoding.TextMarshaler.
+func (r JoinRequest) MarshalText() ([]byte, error) { return []byte(fmt.Sprint(r)), nil }
 
 // A JoinReply is the answer to a successful join.
 type JoinReply struct {
