@@ -124,7 +124,8 @@ func FuzzUnseal(f *testing.F) {
 	f.Add(sealed[:sealOverhead])
 	f.Add([]byte{sealVersion})
 	f.Fuzz(func(t *testing.T, b []byte) {
-		if got, err := s.Unseal(edgeOne, b); err == nil && !(bytes.Equal(b, sealed) && string(got) == "blob") {
+		// Each fuzzing process seals the blob under a nonce of its own, so more than one text opens.
+		if got, err := s.Unseal(edgeOne, b); err == nil && string(got) != "blob" {
 			t.Errorf("opened bytes that were not sealed here: %x", b)
 		}
 	})

@@ -1,0 +1,90 @@
+// Command keyhaven-keyserver signs TLS handshakes for edges with private keys that stay in PKCS#11 tokens.
+//
+// It runs beside the token, on a network that nobody reaches from outside. Edges ask it over mutual TLS; its
+// configuration says which edge may use which key for what.
+package main
+
+import (
+	"context"
+	"log/slog"
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"github.com/keyhaven/keyhaven/internal/cli"
+)
+
+const envPrefix = "KEYHAVEN_KEYSERVER"
+
+func main() {
+	ctx, stop := cli.SignalContext()
+	code := cli.Execute(ctx, newRoot(), os.Stderr)
+	stop()
+	os.Exit(code)
+}
+
+func newRoot() *cobra.Command {
+	root := cli.New("keyhaven-keyserver", "Sign TLS handshakes with keys that stay in a token")
+	root.AddCommand(newRun(), newCheck(), newCA(), newClient(), newKey())
+	return root
+}
+
+// configFlags adds the flags that name a configuration and overlay it.
+func configFlags(cmd *cobra.Command) {
+	cmd.Flags().StringP("config", "c", "", "configuration file (YAML)")
+	cmd.Flags().String("listen", "", "address to serve clients on, in place of the configuration's listen")
+	cmd.Flags().String("ops", "", "loopback address for /healthz, /readyz and /metrics, in place of the configuration's ops")
+	if err := cmd.MarkFlagRequired("config"); err != nil {
+		panic(err)
+	}
+}
+
+func newRun() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "run --config FILE",
+		Short: "Serve clients until SIGTERM; SIGHUP reloads keys, policy and certificates",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			logger, err := cli.Logger(cmd)
+			if err != nil {
+				return err
+			}
+			return run(cmd.Context(), optionsOf(cmd), logger)
+		},
+	}
+	configFlags(cmd)
+	return cmd
+}
+
+func newCheck() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "check --config FILE",
+		Short: "Say file, line and key of whatever is wrong with a configuration",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			logger, err := cli.Logger(cmd)
+			if err != nil {
+				return err
+			}
+			online, err := cmd.Flags().GetBool("online")
+			if err != nil {
+				return err
+			}
+			return check(cmd.Context(), optionsOf(cmd), online, logger, cmd.OutOrStdout())
+		},
+	}
+	configFlags(cmd)
+	cmd.Flags().Bool("online", false, "also open the tokens, which tries each PIN once, and look for the keys that are named")
+	return cmd
+}
+
+// run serves until ctx ends.
+func run(ctx context.Context, o loadOptions, logger *slog.Logger) error {
+	p, err := load(o, logger)
+	if err != nil {
+		return cli.ConfigError(err)
+	}
+	s, err := newServer(p, o, logger)
+	if err != nil {
+		return err
+	}
+	return s.run(ctx)
+}

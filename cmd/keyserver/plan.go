@@ -1,0 +1,219 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"slices"
+	"strings"
+
+	"github.com/keyhaven/keyhaven/internal/conf"
+	"github.com/keyhaven/keyhaven/mtls"
+	"github.com/keyhaven/keyhaven/pkcs11"
+	"github.com/keyhaven/keyhaven/signer"
+)
+
+// A plan is a configuration with everything loaded that it names, but for tokens: those take a PIN's try to open.
+type plan struct {
+	cfg    Config
+	file   *conf.File
+	policy *signer.Policy
+	tokens []pkcs11.Config
+	homes  []signer.Home // of file keys
+	source *mtls.Source
+	sealer *signer.Sealer // nil: off
+
+	authority *mtls.Authority // nil without ca_dir
+	revoked   *revocations    // nil without ca_dir
+}
+
+// load reads the configuration and what it names. The error lists every fault.
+func load(o loadOptions, logger *slog.Logger) (*plan, error) {
+	cfg, file, err := read(o)
+	if err != nil && file == nil {
+		return nil, err
+	}
+	p := &plan{cfg: cfg, file: file}
+	var errs conf.Errors
+	if err != nil {
+		errs = append(errs, err.(conf.Errors)...)
+	}
+	errs = append(errs, p.loadPolicy()...)
+	for i := range cfg.Tokens {
+		errs = append(errs, p.addToken(i, logger)...)
+	}
+	errs = append(errs, p.loadFileKeys(logger)...)
+	errs = append(errs, p.loadIdentity(logger)...)
+	errs = append(errs, p.loadAuthority()...)
+	errs = append(errs, p.loadSealer()...)
+	if err := errs.Err(); err != nil {
+		slices.SortStableFunc(errs, byLine)
+		return nil, errs
+	}
+	return p, nil
+}
+
+// byLine puts faults in the order of the file.
+func byLine(a, b error) int {
+	line := func(err error) int {
+		if e, ok := errors.AsType[*conf.Error](err); ok {
+			return e.Line
+		}
+		return 0
+	}
+	return line(a) - line(b)
+}
+
+func (p *plan) loadPolicy() (errs conf.Errors) {
+	policy, err := signer.NewPolicy(p.cfg.Clients)
+	p.policy = policy
+	if err == nil {
+		return nil
+	}
+	for _, e := range err.(interface{ Unwrap() []error }).Unwrap() {
+		re, ok := errors.AsType[*signer.RuleError](e)
+		if !ok {
+			errs = append(errs, p.file.Errorf("clients", "%v", e))
+			continue
+		}
+		errs = append(errs, p.file.Errorf(fmt.Sprintf("clients[%d].%s", re.Rule, re.Key), "%s", re.Problem))
+	}
+	return errs
+}
+
+// addToken turns the configuration of a token into that of its backend.
+func (p *plan) addToken(i int, logger *slog.Logger) (errs conf.Errors) {
+	c := p.cfg.Tokens[i]
+	key := func(name string) string { return fmt.Sprintf("tokens[%d].%s", i, name) }
+	if c.URI == "" {
+		return conf.Errors{p.file.Errorf(key("uri"), "is missing; write a PKCS#11 URI, such as pkcs11:token=site?pin-source=/etc/keyhaven/pin")}
+	}
+	if strings.Contains(c.URI, "pin-value") {
+		return conf.Errors{p.file.Errorf(key("uri"), "has a pin-value; a PIN has no place in a configuration: write it to a file of mode 600 and name that with pin-source")}
+	}
+	uri, err := pkcs11.ParseURI(c.URI)
+	if err != nil {
+		return conf.Errors{p.file.Errorf(key("uri"), "%v", err)}
+	}
+	if uri.PINSource == "" {
+		errs = append(errs, p.file.Errorf(key("uri"), "names no PIN; add ?pin-source=/path/of/a/file/of/mode/600"))
+	}
+	if p.tokenTwice(i) {
+		errs = append(errs, p.file.Errorf(key("uri"), "is given twice; remove one"))
+	}
+	tc := tokenConfig(uri, c.Module, p.cfg.Modules)
+	tc.Sessions, tc.AllowExtractable, tc.Logger = c.Sessions, c.AllowExtractable, logger
+	if n := len(slices.DeleteFunc([]string{uri.Token, uri.Serial, uri.SlotID}, func(v string) bool { return v == "" })); n != 1 {
+		errs = append(errs, p.file.Errorf(key("uri"), "names the token in %d ways; give exactly one of token, serial and slot-id", n))
+	}
+	if path := cmp.Or(tc.Module, uri.ModulePath); path == "" && uri.ModuleName == "" {
+		errs = append(errs, p.file.Errorf(key("module"), "no PKCS#11 module is named; give module, or add module-path to the uri"))
+	} else if path != "" {
+		if _, err := os.Stat(path); err != nil {
+			errs = append(errs, p.file.Errorf(key("uri"), "PKCS#11 module: %v; install the token's module, or correct the path", err))
+		}
+	}
+	p.tokens = append(p.tokens, tc)
+	return errs
+}
+
+// tokenConfig names token and module. Whoever writes a module's path into the configuration, or on the command line, allows that
+// module; a list of modules narrows that down.
+func tokenConfig(uri pkcs11.URI, module string, modules []string) pkcs11.Config {
+	c := pkcs11.Config{URI: uri, Module: module, AllowedModules: modules}
+	if len(modules) == 0 && module == "" {
+		c.Module = uri.ModulePath
+	}
+	return c
+}
+
+func (p *plan) tokenTwice(i int) bool {
+	for _, other := range p.cfg.Tokens[:i] {
+		if other.URI == p.cfg.Tokens[i].URI {
+			return true
+		}
+	}
+	return false
+}
+
+func (p *plan) loadFileKeys(logger *slog.Logger) (errs conf.Errors) {
+	for i, c := range p.cfg.FileKeys {
+		if c.Path == "" {
+			continue
+		}
+		files, err := signer.LoadFileKeys(logger, c.Path)
+		if err != nil {
+			errs = append(errs, p.file.Errorf(fmt.Sprintf("file_keys[%d].path", i), "%v", remedy(err)))
+			continue
+		}
+		keys, err := files.Keys(context.Background())
+		if err != nil {
+			errs = append(errs, p.file.Errorf(fmt.Sprintf("file_keys[%d].path", i), "%v", err))
+		}
+		for _, k := range keys {
+			p.homes = append(p.homes, signer.Home{Key: k, Decrypt: c.Decrypt})
+		}
+	}
+	return errs
+}
+
+// loadIdentity opens the server's certificate, key and roots.
+func (p *plan) loadIdentity(logger *slog.Logger) conf.Errors {
+	t := p.cfg.TLS
+	if t.Cert == "" || t.Key == "" || t.CA == "" {
+		return nil // said already
+	}
+	source, err := mtls.OpenSource(mtls.SourceConfig{CertFile: t.Cert, KeyFile: t.Key, RootsFile: t.CA, Logger: logger})
+	if err != nil {
+		return conf.Errors{p.file.Errorf("tls", "%v; keyhaven-keyserver ca issue writes a set of files that fit each other", err)}
+	}
+	if id := source.Identity(); id.Kind != mtls.KindKeyServer {
+		return conf.Errors{p.file.Errorf("tls.cert", "is for %s, which is no key server; have one issued by keyhaven-keyserver ca issue", id)}
+	}
+	p.source = source
+	return nil
+}
+
+func (p *plan) loadAuthority() conf.Errors {
+	if p.cfg.CADir == "" {
+		return nil
+	}
+	a, err := mtls.OpenAuthority(p.cfg.CADir)
+	if err != nil {
+		return conf.Errors{p.file.Errorf("ca_dir", "%v; keyhaven-keyserver ca init makes one", err)}
+	}
+	r, err := openRevocations(p.cfg.CADir)
+	if err != nil {
+		return conf.Errors{p.file.Errorf("ca_dir", "%v", err)}
+	}
+	if p.source != nil && p.source.Identity().TrustDomain != a.TrustDomain() {
+		return conf.Errors{p.file.Errorf("ca_dir", "is the authority of %s, and tls.cert is of %s; name the authority that issued the certificate", a.TrustDomain(), p.source.Identity().TrustDomain)}
+	}
+	p.authority, p.revoked = a, r
+	return nil
+}
+
+func (p *plan) loadSealer() conf.Errors {
+	path := p.cfg.SealKeyFile
+	if path == "" {
+		return nil
+	}
+	sealer, err := signer.LoadSealer(path)
+	if err != nil {
+		return conf.Errors{p.file.Errorf("seal_key_file", "%v", remedy(err))}
+	}
+	p.sealer = sealer
+	return nil
+}
+
+// remedy adds what to do about a file that is not there.
+func remedy(err error) error {
+	if errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("%w: create it, or correct the path", err)
+	}
+	return err
+}
