@@ -25,12 +25,13 @@ type Process struct {
 	args []string
 	env  []string
 	sink func(process, line string)
+	file string // takes the output if there is no sink
 
 	mu   sync.Mutex // guards the fields below
 	cmd  *exec.Cmd
 	done chan struct{} // closed when the process has ended and its output is read
 	err  error
-	log  bytes.Buffer // all output of all runs
+	log  bytes.Buffer // all output of all runs, if there is a sink
 }
 
 // Start runs the program. It is an error to start one that runs.
@@ -45,7 +46,7 @@ func (p *Process) Start() error {
 	// A Ctrl-C on the terminal must reach the lab alone, which then stops its processes in order; and should the lab
 	// itself be killed, they must not outlive it.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
-	r, w, err := os.Pipe()
+	r, w, err := p.output()
 	if err != nil {
 		return err
 	}
@@ -53,21 +54,34 @@ func (p *Process) Start() error {
 	err = cmd.Start()
 	w.Close()
 	if err != nil {
-		r.Close()
+		if r != nil {
+			r.Close()
+		}
 		return fmt.Errorf("lab: start %s: %w", p.name, err)
 	}
 	done := make(chan struct{})
 	p.cmd, p.done, p.err = cmd, done, nil
 	go func() {
 		defer close(done)
-		p.read(r)
-		r.Close()
+		if r != nil {
+			p.read(r)
+			r.Close()
+		}
 		err := cmd.Wait()
 		p.mu.Lock()
 		p.err = err
 		p.mu.Unlock()
 	}()
 	return nil
+}
+
+// output returns where the process writes, and where its lines are read if somebody wants them as they come.
+func (p *Process) output() (r, w *os.File, err error) {
+	if p.sink != nil {
+		return os.Pipe()
+	}
+	w, err = os.OpenFile(p.file, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	return nil, w, err
 }
 
 func (p *Process) running() bool {
@@ -90,9 +104,7 @@ func (p *Process) read(r io.Reader) {
 		p.log.Write(sc.Bytes())
 		p.log.WriteByte('\n')
 		p.mu.Unlock()
-		if p.sink != nil {
-			p.sink(p.name, sc.Text())
-		}
+		p.sink(p.name, sc.Text())
 	}
 	io.Copy(io.Discard, r) // after a line too long, so that the process does not block
 }
@@ -161,6 +173,13 @@ func (p *Process) Running() bool {
 
 // Log returns what the process has printed so far, over all its runs.
 func (p *Process) Log() string {
+	if p.sink == nil {
+		b, err := os.ReadFile(p.file)
+		if err != nil {
+			return err.Error()
+		}
+		return string(b)
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.log.String()

@@ -9,8 +9,11 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 )
 
 // ErrNotRoot says that namespaces cannot be made because the process is not root.
@@ -167,4 +170,25 @@ func (n *Net) Close() error {
 	}
 	n.spaces = nil
 	return errors.Join(errs...)
+}
+
+// Exists reports whether the namespace has not been removed.
+func (ns *Namespace) Exists() bool {
+	_, err := os.Stat("/run/netns/" + ns.name)
+	return err == nil
+}
+
+// Sweep removes namespaces that earlier runs with the same prefix left behind because they were killed: those whose
+// process is gone.
+func Sweep(prefix string) {
+	names, err := filepath.Glob("/run/netns/" + prefix + "*-*")
+	if err != nil {
+		return
+	}
+	for _, path := range names {
+		pid, _, _ := strings.Cut(strings.TrimPrefix(filepath.Base(path), prefix), "-")
+		if n, err := strconv.Atoi(pid); err == nil && syscall.Kill(n, 0) == syscall.ESRCH {
+			ip("netns", "del", filepath.Base(path))
+		}
+	}
 }

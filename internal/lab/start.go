@@ -1,0 +1,207 @@
+package lab
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net/netip"
+	"path/filepath"
+	"strings"
+	"time"
+)
+
+type obj = map[string]any
+
+// makeConfigs writes the configuration of each program.
+func (l *Lab) makeConfigs(context.Context) error {
+	if err := l.WriteYAML("keyserver.yaml", l.keyServerConfig()); err != nil {
+		return err
+	}
+	if err := l.WriteYAML("edge.yaml", l.EdgeConfig()); err != nil {
+		return err
+	}
+	for i := range l.Plan.Sites {
+		if err := l.WriteYAML("connector-"+l.Plan.Sites[i].Name+".yaml", l.connectorConfig(l.Plan.Sites[i])); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (l *Lab) keyServerConfig() obj {
+	var hosts, decrypt []string
+	for _, z := range l.Plan.Zones {
+		hosts = append(hosts, z.Host)
+		if z.Decrypt {
+			decrypt = append(decrypt, z.Host)
+		}
+	}
+	token := obj{"uri": l.Token.URI()}
+	id := "spiffe://" + KeyDomain + "/edge/edge1"
+	clients := []obj{{"id": id, "keys": hosts, "operations": []string{"tls-sign"}, "schemes": []string{"*"}, "snis": hosts}, {"id": id, "operations": []string{"renew"}}}
+	if len(decrypt) > 0 {
+		token["decrypt"] = decrypt
+		clients = append(clients, obj{"id": id, "keys": decrypt, "operations": []string{"decrypt"}, "snis": decrypt})
+	}
+	site := l.Plan.Sites[0]
+	return obj{
+		"listen": site.KeyServer, "ops": obj{"listen": site.KeyServerOps}, "modules": []string{l.Token.Module}, "ca_dir": l.Path("key-ca"),
+		"tls":    obj{"cert": l.Path("keyserver", "cert.pem"), "key": l.Path("keyserver", "key.pem"), "ca": l.Path("keyserver", "ca.pem")},
+		"tokens": []obj{token}, "clients": clients,
+	}
+}
+
+// EdgeConfig is the edge's configuration as the plan has it, for tests that change it.
+func (l *Lab) EdgeConfig() obj {
+	var zones []obj
+	for _, z := range l.Plan.Zones {
+		site := l.Plan.Sites[z.Site]
+		zone := obj{"name": strings.ReplaceAll(z.Host, ".", "-"), "hosts": []string{z.Host}, "certificate": l.Chain(z.Host), "key_server": "hsm",
+			"origins": []obj{{"url": "http://" + site.Origin, "vnet": site.VNet}}}
+		if z.Decrypt {
+			zone["allow_rsa_decrypt"] = true
+		}
+		zones = append(zones, zone)
+	}
+	return obj{
+		"state":        obj{"file": l.Path("edge-state.db")},
+		"admin":        obj{"socket": l.Path("edge.sock")},
+		"identity":     obj{"ca_dir": l.Path("edge-ca"), "dir": l.Path("edge-identity")},
+		"key_identity": obj{"dir": l.Path("edge-client"), "renew_from": "hsm"},
+		"tunnel":       obj{"listen": l.Plan.Edge.Tunnel, "advertise": []string{l.Plan.Edge.Tunnel}},
+		"ops":          obj{"listen": l.Plan.Edge.Ops},
+		"visitors": obj{
+			"listen": obj{"tls": []string{l.Plan.Edge.Visitors}},
+			"key_servers": []obj{{"name": "hsm", "vnet": l.Plan.Sites[0].VNet, "servers": []string{l.Plan.Sites[0].KeyServer},
+				"expect": []string{"spiffe://" + KeyDomain + "/keyserver/ks1"}}},
+			"zones": zones,
+		},
+	}
+}
+
+func (l *Lab) connectorConfig(s SitePlan) obj {
+	allow := []obj{allowEntry(s.Origin)}
+	if s.KeyServer != "" {
+		allow = append(allow, allowEntry(s.KeyServer))
+	}
+	return obj{"identity": obj{"dir": l.Path("connector-" + s.Name)}, "edges": []string{l.Plan.Edge.Tunnel}, "ops": obj{"listen": s.Ops}, "allow": allow}
+}
+
+func allowEntry(hostPort string) obj {
+	ap := netip.MustParseAddrPort(hostPort)
+	return obj{"to": netip.PrefixFrom(ap.Addr(), ap.Addr().BitLen()).String(), "ports": []uint16{ap.Port()}}
+}
+
+// Start starts everything in an order in which it comes up at once, and returns when the edge has every tunnel.
+func (l *Lab) Start(ctx context.Context) error {
+	first := l.Plan.Sites[0]
+	l.KeyServer = l.process("keyserver", first.NS, filepath.Join(l.Plan.Bin, "keyhaven-keyserver"), "run", "--config", l.Path("keyserver.yaml"), "--log-format", "json")
+	l.EdgeProc = l.process("edge", l.Plan.Edge.NS, filepath.Join(l.Plan.Bin, "keyhaven-edge"), "run", "--config", l.Path("edge.yaml"))
+	if err := l.KeyServer.Start(); err != nil {
+		return err
+	}
+	if err := l.EdgeProc.Start(); err != nil {
+		return err
+	}
+	for _, s := range l.Plan.Sites {
+		site := &Site{SitePlan: s}
+		site.Origin = l.process("origin-"+s.Name, s.NS, l.Plan.Tools, "origin", "--listen", s.Origin, "--name", s.Name)
+		site.Connector = l.process("connector-"+s.Name, s.NS, filepath.Join(l.Plan.Bin, "keyhaven-connector"), "run", "--config", l.Path("connector-"+s.Name+".yaml"))
+		l.Sites = append(l.Sites, site)
+		if err := site.Origin.Start(); err != nil {
+			return err
+		}
+	}
+	if err := l.AwaitEdge(ctx); err != nil {
+		return err
+	}
+	for _, s := range l.Sites {
+		if err := l.enrol(ctx, s); err != nil {
+			return err
+		}
+		if err := s.Connector.Start(); err != nil {
+			return err
+		}
+	}
+	return l.AwaitTunnels(ctx)
+}
+
+// AwaitEdge waits until the edge answers its administration socket.
+func (l *Lab) AwaitEdge(ctx context.Context) error {
+	return l.eventually(ctx, l.EdgeProc, func(ctx context.Context) error {
+		_, err := l.Edge(ctx, "status")
+		return err
+	})
+}
+
+// AwaitTunnels waits until every connector says that it is ready.
+func (l *Lab) AwaitTunnels(ctx context.Context) error {
+	for _, s := range l.Sites {
+		err := l.eventually(ctx, s.Connector, func(ctx context.Context) error {
+			cmd := s.NS.Command(ctx, "curl", "-sSf", "-m", "2", "http://"+s.Ops+"/readyz")
+			out, err := cmd.CombinedOutput()
+			if err != nil {
+				return fmt.Errorf("connector %s is not ready: %w: %s", s.Name, err, out)
+			}
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (l *Lab) eventually(ctx context.Context, p *Process, f func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	err := Eventually(ctx, func(ctx context.Context) error {
+		if !p.Running() {
+			cancel()
+			return fmt.Errorf("%s has ended", p.name)
+		}
+		return f(ctx)
+	})
+	if err != nil {
+		return fmt.Errorf("lab: %w; %s said:\n%s", err, p.name, tail(p.Log(), 15))
+	}
+	return nil
+}
+
+// enrol makes network, tunnel and routes of a site at the edge, and joins its connector with a token.
+func (l *Lab) enrol(ctx context.Context, s *Site) error {
+	if s.VNet != "" {
+		if _, err := l.Edge(ctx, "vnet", "add", s.VNet); err != nil {
+			return err
+		}
+	}
+	if _, err := l.Edge(ctx, "tunnel", "add", s.Name); err != nil {
+		return err
+	}
+	for _, r := range s.Routes {
+		args := []string{"route", "add", r.String(), "--tunnel", s.Name}
+		if s.VNet != "" {
+			args = append(args, "--vnet", s.VNet)
+		}
+		if _, err := l.Edge(ctx, args...); err != nil {
+			return err
+		}
+	}
+	token := l.Path("token-" + s.Name)
+	if _, err := l.Edge(ctx, "tunnel", "token", s.Name, "--out", token); err != nil {
+		return err
+	}
+	return l.Join(ctx, s, token, l.Path("connector-"+s.Name), s.Name)
+}
+
+// Join enrols a connector of the site with the token in a file.
+func (l *Lab) Join(ctx context.Context, s *Site, tokenFile, dir, name string) error {
+	cmd := s.NS.Command(ctx, filepath.Join(l.Plan.Bin, "keyhaven-connector"), "join", "--token-file", tokenFile, "--dir", dir, "--name", name)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("lab: join %s: %w: %s", name, err, out)
+	}
+	return nil
+}
+
+// WriteLogs writes what every process has printed.
+func (l *Lab) WriteLogs(w io.Writer) { io.WriteString(w, l.Logs()) }
