@@ -242,7 +242,7 @@ type reporter struct {
 }
 
 func (r *reporter) report(l *line, err error, advice string) {
-	if text := err.Error(); text != r.last {
+	if text := err.Error() + advice; text != r.last {
 		r.last, r.n = text, 0
 	}
 	r.n++
