@@ -282,7 +282,7 @@ func (t *Token) write(ctx context.Context, f func(*session) error) error {
 	if err := t.do(ctx, t.ensureLogin); err != nil {
 		return err
 	}
-	s, err := t.pool.take(ctx)
+	s, err := t.pool.take(ctx, false)
 	if err != nil {
 		return err
 	}

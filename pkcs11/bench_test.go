@@ -72,7 +72,7 @@ func BenchmarkRaw(b *testing.B) {
 					b.Fatal(err)
 				}
 				share(b, sessions, func(next func() bool) error {
-					s, err := t.pool.take(b.Context())
+					s, err := t.pool.take(b.Context(), false)
 					if err != nil {
 						return err
 					}
@@ -127,7 +127,7 @@ func BenchmarkMiekgSign(b *testing.B) {
 				b.Fatal(err)
 			}
 			share(b, 1, func(next func() bool) error {
-				s, err := t.pool.take(b.Context())
+				s, err := t.pool.take(b.Context(), false)
 				if err != nil {
 					return err
 				}

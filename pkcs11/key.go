@@ -204,7 +204,7 @@ func (k *key) perform(ctx context.Context, op *operation) error {
 func (k *key) attempt(ctx context.Context, l *ladder, op *operation) error {
 	t := k.t
 	l.generation = t.m.generation.Load()
-	s, err := t.pool.take(ctx)
+	s, err := t.pool.take(ctx, l.session)
 	if err != nil {
 		return err
 	}

@@ -199,7 +199,7 @@ func TestConcurrentSigning(t *testing.T) {
 func TestContext(t *testing.T) {
 	tok := openToken(t, softhsm.New(t), func(c *Config) { c.Sessions = 1 })
 	k := generate(t, tok, "p256")
-	s, err := tok.pool.take(t.Context())
+	s, err := tok.pool.take(t.Context(), false)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -222,7 +222,7 @@ func TestClose(t *testing.T) {
 	st := softhsm.New(t)
 	tok := openToken(t, st, func(c *Config) { c.Sessions = 1 })
 	k := generate(t, tok, "p256")
-	s, err := tok.pool.take(t.Context())
+	s, err := tok.pool.take(t.Context(), false)
 	if err != nil {
 		t.Fatal(err)
 	}

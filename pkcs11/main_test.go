@@ -5,6 +5,9 @@ import (
 	"context"
 	"crypto"
 	"log/slog"
+	"os"
+	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"testing"
@@ -16,7 +19,59 @@ import (
 	"github.com/keyhaven/keyhaven/signer"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	goleak.VerifyTestMain(m, goleak.Cleanup(func(code int) {
+		if spyLog != "" {
+			os.Remove(spyLog)
+		}
+		os.Exit(code)
+	}))
+}
+
+// spyLog is where pkcs11-spy writes. It opens the file once in a process.
+var spyLog string
+
+// spyModule puts OpenSC's pkcs11-spy, which records every call, before the module, and returns its path and a function that counts
+// the calls of a C function since.
+func spyModule(tb testing.TB, module string) (string, func(function string) int) {
+	tb.Helper()
+	var spy []string
+	for _, pattern := range []string{"/usr/lib/*/pkcs11-spy.so", "/usr/lib64/pkcs11-spy.so", "/usr/lib/pkcs11-spy.so"} {
+		found, err := filepath.Glob(pattern)
+		if err != nil {
+			tb.Fatal(err)
+		}
+		spy = append(spy, found...)
+	}
+	if len(spy) == 0 {
+		tb.Fatal("pkcs11-spy.so is missing; install opensc")
+	}
+	if spyLog == "" {
+		f, err := os.CreateTemp("", "keyhaven-pkcs11-spy-")
+		if err != nil {
+			tb.Fatal(err)
+		}
+		spyLog = f.Name()
+		if err := f.Close(); err != nil {
+			tb.Fatal(err)
+		}
+		// Not t.Setenv: the spy keeps what it read first.
+		os.Setenv("PKCS11SPY", module)
+		os.Setenv("PKCS11SPY_OUTPUT", spyLog)
+	}
+	count := func(function string) int {
+		b, err := os.ReadFile(spyLog)
+		if err != nil {
+			tb.Fatal(err)
+		}
+		return len(regexp.MustCompile(`(?m)^\d+: `+function+`$`).FindAll(b, -1))
+	}
+	before := map[string]int{}
+	for _, f := range []string{"C_Login", "C_SignInit", "C_Sign", "C_Initialize", "C_OpenSession", "C_FindObjectsInit"} {
+		before[f] = count(f)
+	}
+	return spy[0], func(function string) int { return count(function) - before[function] }
+}
 
 // capture is a log that tests read.
 type capture struct {

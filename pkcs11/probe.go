@@ -115,13 +115,12 @@ func (t *Token) inconclusive(s *session, err error) error {
 	if faultOf(err) != faultOther || !errors.As(err, &rv) {
 		return err
 	}
-	fresh, err := t.pool.open(false)
-	if err != nil {
-		return nil
-	}
 	old := *s
+	fresh, err := t.pool.exchange(&old)
+	if err != nil {
+		return err
+	}
 	*s = *fresh
-	t.m.closeSession(&old)
 	return nil
 }
 

@@ -44,14 +44,17 @@ func newPool(m *module, slot *atomic.Uint64, size int) *pool {
 // sessionWait is how long take waits for a session of its own process when the token has no more to give.
 const sessionWait = 2 * time.Second
 
-// take returns a session that the caller owns until give. It waits for one until ctx ends or the pool is closed.
-func (p *pool) take(ctx context.Context) (*session, error) {
+// take returns a session that the caller owns until give, a new one if fresh. It waits for one until ctx ends or the pool is closed.
+func (p *pool) take(ctx context.Context, fresh bool) (*session, error) {
 	if err := p.permit(ctx); err != nil {
 		return nil, err
 	}
 	var deadline time.Time
 	for {
 		s, err := p.get()
+		if err == nil && fresh {
+			s, err = p.exchange(s)
+		}
 		if err == nil {
 			return s, nil
 		}
@@ -157,17 +160,27 @@ func (p *pool) give(s *session, err error) {
 	p.mu.Unlock()
 }
 
+// exchange closes s for a new session, which is opened first so that the login survives, unless the token has no room for both.
+func (p *pool) exchange(s *session) (*session, error) {
+	fresh, err := p.open(false)
+	p.m.closeSession(s)
+	if errors.Is(err, ck.Error(ck.CKR_SESSION_COUNT)) {
+		fresh, err = p.open(false)
+	}
+	return fresh, err
+}
+
 // replace closes s and returns a session in its place, or nil if none is needed or to be had.
 func (p *pool) replace(s *session) *session {
 	p.mu.Lock()
 	last := len(p.idle) == 0
 	p.mu.Unlock()
-	var fresh *session
 	if last {
-		fresh, _ = p.open(false)
+		fresh, _ := p.exchange(s)
+		return fresh
 	}
 	p.m.closeSession(s)
-	return fresh
+	return nil
 }
 
 // doubt makes every session and object handle be looked at before its next use.

@@ -230,7 +230,7 @@ func (t *Token) do(ctx context.Context, f func(context.Context, *session) error)
 
 func (t *Token) once(ctx context.Context, l *ladder, f func(context.Context, *session) error) error {
 	l.generation = t.m.generation.Load()
-	s, err := t.pool.take(ctx)
+	s, err := t.pool.take(ctx, l.session)
 	if err != nil {
 		return err
 	}
@@ -259,6 +259,10 @@ func (t *Token) climb(ctx context.Context, l *ladder, err error) error {
 		}
 		*rung = true
 		return nil
+	}
+	if t.m.generation.Load() != l.generation {
+		// The module was restarted meanwhile, perhaps for another token: what was tried before no longer counts.
+		l.session, l.login, l.object = false, false, false
 	}
 	switch faultOf(err) {
 	case faultSession:
