@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -215,6 +216,7 @@ func (w *batchWriter) notify() {
 // run writes until close or fail, and returns what ended it, nil after close.
 func (w *batchWriter) run() error {
 	for range w.wake {
+		runtime.Gosched() // who is about to add a packet comes first, so that it leaves with this batch
 		for {
 			batch, err := w.take()
 			if err != nil || batch == nil {
