@@ -35,6 +35,12 @@ func joinCommand() *cobra.Command {
 		Long: `Join makes a key, which never leaves this host, and has an edge named in the join token certify it. The token is
 used up by that. It is read from a file, from standard input (--token-file -), or from a prompt on a terminal; it is not
 taken as an argument, since other users of this host could read it there.`,
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) > 0 { // not quoted back: it may be the token
+				return cli.UsageError("join takes no argument; give the token with --token-file, where others cannot read it")
+			}
+			return nil
+		},
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if dir == "" {
 				return cli.UsageError("--dir is missing: name the directory for the identity")

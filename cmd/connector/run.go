@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"reflect"
 	"sync"
 	"time"
@@ -97,7 +98,8 @@ func run(cmd *cobra.Command) error {
 		log.Warn("the allow-list is empty: every flow will be denied")
 	}
 	log.Info("starting", "identity", src.Identity(), "edges", s.edges, "rules", s.allow.Len(), "version", cli.Version())
-	side := &ops.Server{Addr: s.Ops.Addr, AllowNonLoopback: s.Ops.AllowNonLoopback, Ready: c.Ready, Registry: registry, Logger: log}
+	side := &ops.Server{Addr: s.Ops.Addr, AllowNonLoopback: s.Ops.AllowNonLoopback, Ready: c.Ready, Registry: registry, Logger: log,
+		Listening: func(a net.Addr) { log.Info("health and metrics", "addr", a) }}
 	return serve(cmd, s, log, src, c, side)
 }
 
