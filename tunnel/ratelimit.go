@@ -6,9 +6,13 @@ import (
 	"time"
 )
 
-// maxSources bounds the rate limiter's table. When it is full, the source that has waited longest is forgotten, which
-// lets that one begin anew; the joins that run at a time are bounded besides.
-const maxSources = 4096
+const (
+	// maxSources bounds the rate limiter's table. When it is full, one of a few sources picked at random is forgotten,
+	// the one that is closest to having its whole allowance back; the joins that run at a time are bounded besides.
+	maxSources = 4096
+	// evictSample is how many are picked.
+	evictSample = 16
+)
 
 // rateLimiter allows each source so many events per period, all at once or spread.
 type rateLimiter struct {
@@ -26,11 +30,11 @@ func newRateLimiter(n int, per time.Duration) *rateLimiter {
 // allow reports whether an event of addr is within the limit at now, and counts it if so. IPv6 addresses count by /64.
 func (r *rateLimiter) allow(addr netip.Addr, now time.Time) bool {
 	bits := 32
-	if addr.Is6() {
+	if addr = addr.Unmap(); addr.Is6() {
 		bits = 64
 	}
 	source, err := addr.Prefix(bits)
-	if err != nil {
+	if err != nil || !source.IsValid() {
 		return false
 	}
 	r.mu.Lock()
@@ -38,7 +42,7 @@ func (r *rateLimiter) allow(addr netip.Addr, now time.Time) bool {
 	// due is when the source has its whole allowance back: each event moves it on by every.
 	due, known := r.sources[source]
 	if !known && len(r.sources) >= maxSources {
-		r.makeRoomLocked(now)
+		r.evictLocked()
 	}
 	if due.Before(now) {
 		due = now
@@ -51,17 +55,16 @@ func (r *rateLimiter) allow(addr netip.Addr, now time.Time) bool {
 	return true
 }
 
-// makeRoomLocked forgets all sources that have their whole allowance back, or the one that will have it first.
-func (r *rateLimiter) makeRoomLocked(now time.Time) {
+func (r *rateLimiter) evictLocked() {
 	var first netip.Prefix
-	for source, due := range r.sources {
-		if !due.After(now) {
-			delete(r.sources, source)
-		} else if !first.IsValid() || due.Before(r.sources[first]) {
+	seen := 0
+	for source, due := range r.sources { // in random order
+		if !first.IsValid() || due.Before(r.sources[first]) {
 			first = source
 		}
+		if seen++; seen == evictSample {
+			break
+		}
 	}
-	if len(r.sources) >= maxSources {
-		delete(r.sources, first)
-	}
+	delete(r.sources, first)
 }

@@ -113,6 +113,7 @@ func TestRefusals(t *testing.T) {
 }
 
 func TestDialErrors(t *testing.T) {
+	t.Parallel()
 	p := newPKI(t)
 	src := p.source(mtls.KindConnector, "c1", 0)
 	t.Run("nobody answers", func(t *testing.T) {
@@ -231,7 +232,9 @@ func TestRenewalRefused(t *testing.T) {
 		"nil Renew": {nil, ErrNotAllowed},
 		"revoked":   {func(context.Context, mtls.Identity, []byte) ([][]byte, error) { return nil, ErrRevoked }, ErrRevoked},
 		"no chain":  {func(context.Context, mtls.Identity, []byte) ([][]byte, error) { return nil, nil }, ErrEdgeInternal},
-		"too long":  {func(context.Context, mtls.Identity, []byte) ([][]byte, error) { return [][]byte{make([]byte, 40<<10)}, nil }, ErrEdgeInternal},
+		"too long": {func(context.Context, mtls.Identity, []byte) ([][]byte, error) {
+			return [][]byte{make([]byte, 40<<10)}, nil
+		}, ErrEdgeInternal},
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, c, _ := pair(t, accept(echo), func(lc *ListenConfig, _ *DialConfig) { lc.Renew = tt.renew })
@@ -459,6 +462,7 @@ func TestCloseReason(t *testing.T) {
 
 // TestPeerKilled takes the connector's socket away without a word.
 func TestPeerKilled(t *testing.T) {
+	t.Parallel()
 	_, c, s := pair(t, accept(echo), func(lc *ListenConfig, dc *DialConfig) {
 		lc.Limits.IdleTimeout = time.Second
 		dc.Limits.KeepAlive = 200 * time.Millisecond

@@ -1,0 +1,179 @@
+package tunnel
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+)
+
+// Each benchmark runs over plain TCP on loopback too, so that one run gives ratios. The tunnel's flows end at the
+// connector's handler; nothing else is in between.
+
+// benchDialer opens connections to a server that serves each with serve.
+func benchDialers(b *testing.B, serve func(Conn)) map[string]func() Conn {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		b.Fatal(err)
+	}
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			wg.Go(func() {
+				defer c.Close()
+				serve(c.(*net.TCPConn))
+			})
+		}
+	})
+	b.Cleanup(func() {
+		ln.Close()
+		wg.Wait()
+	})
+	_, _, s := pair(b, accept(serve))
+	return map[string]func() Conn{
+		"tcp": func() Conn {
+			c, err := net.Dial("tcp", ln.Addr().String())
+			if err != nil {
+				b.Error(err)
+				return nil
+			}
+			return c.(*net.TCPConn)
+		},
+		"tunnel": func() Conn {
+			c, err := s.Open(context.Background(), testFlow)
+			if err != nil {
+				b.Error(err)
+				return nil
+			}
+			return c
+		},
+	}
+}
+
+// BenchmarkBulk sends from the connector to the edge, as downloads go, over so many flows at a time.
+func BenchmarkBulk(b *testing.B) {
+	const chunk = 64 << 10
+	dialers := benchDialers(b, func(c Conn) {
+		buf := make([]byte, chunk)
+		for {
+			if _, err := c.Write(buf); err != nil {
+				return
+			}
+		}
+	})
+	for _, via := range []string{"tcp", "tunnel"} {
+		for _, flows := range []int{1, 16} {
+			b.Run(fmt.Sprintf("%s/%d", via, flows), func(b *testing.B) {
+				conns := make([]Conn, flows)
+				for i := range conns {
+					conns[i] = dialers[via]()
+				}
+				b.SetBytes(chunk)
+				b.ReportAllocs()
+				b.ResetTimer()
+				var wg sync.WaitGroup
+				for i, c := range conns {
+					n := b.N / flows
+					if i < b.N%flows {
+						n++
+					}
+					wg.Go(func() {
+						buf := make([]byte, chunk)
+						for range n {
+							if _, err := io.ReadFull(c, buf); err != nil {
+								b.Error(err)
+								return
+							}
+						}
+					})
+				}
+				wg.Wait()
+				b.StopTimer()
+				for _, c := range conns {
+					c.Close()
+				}
+			})
+		}
+	}
+}
+
+// BenchmarkSmall sends 100 bytes and waits for 100 bytes: on a flow of each caller's own ("held"), and on a fresh flow each
+// time ("fresh").
+func BenchmarkSmall(b *testing.B) {
+	dialers := benchDialers(b, func(c Conn) {
+		buf := make([]byte, 100)
+		for {
+			if _, err := io.ReadFull(c, buf); err != nil {
+				return
+			}
+			if _, err := c.Write(buf); err != nil {
+				return
+			}
+		}
+	})
+	for _, kind := range []string{"held", "fresh"} {
+		for _, via := range []string{"tcp", "tunnel"} {
+			for _, callers := range []int{1, 64} {
+				b.Run(fmt.Sprintf("%s/%s/%d", kind, via, callers), func(b *testing.B) {
+					benchSmall(b, dialers[via], kind == "fresh", callers)
+				})
+			}
+		}
+	}
+}
+
+func benchSmall(b *testing.B, dial func() Conn, fresh bool, callers int) {
+	b.ReportAllocs()
+	took := make([][]time.Duration, callers)
+	var wg sync.WaitGroup
+	for i := range callers {
+		n := b.N / callers
+		if i < b.N%callers {
+			n++
+		}
+		wg.Go(func() {
+			buf := make([]byte, 100)
+			var c Conn
+			for range n {
+				start := time.Now()
+				if c == nil {
+					if c = dial(); c == nil {
+						return
+					}
+				}
+				if _, err := c.Write(buf); err != nil {
+					b.Error(err)
+					return
+				}
+				if _, err := io.ReadFull(c, buf); err != nil {
+					b.Error(err)
+					return
+				}
+				if fresh {
+					c.Close()
+					c = nil
+				}
+				took[i] = append(took[i], time.Since(start))
+			}
+			if c != nil {
+				c.Close()
+			}
+		})
+	}
+	wg.Wait()
+	all := slices.Concat(took...)
+	if len(all) == 0 {
+		return
+	}
+	slices.Sort(all)
+	b.ReportMetric(float64(all[len(all)/2].Microseconds()), "p50-µs")
+	b.ReportMetric(float64(all[len(all)*99/100].Microseconds()), "p99-µs")
+}
