@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 
@@ -131,6 +132,40 @@ func TestBoltWatchAfterReopen(t *testing.T) {
 	}
 }
 
+// TestWatchBetweenCommitAndHistory lists when a change is committed but not in the history yet: a watch from the revision
+// listed must wait for it and not take it for the future.
+func TestWatchBetweenCommitAndHistory(t *testing.T) {
+	s := openTest(t, filepath.Join(t.TempDir(), "s"))
+	s.commit.Lock()
+	var rev Revision
+	var events []Event
+	err := s.db.Update(func(tx *bbolt.Tx) (err error) {
+		rev, events, err = apply(tx, nil, []Op{Put("a", nil)})
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	listed, watched := make(chan Revision, 1), make(chan error, 1)
+	go func() {
+		_, rev, _ := s.List(t.Context(), "")
+		listed <- rev
+		_, err := s.Watch(t.Context(), "", rev)
+		watched <- err
+	}()
+	if got := <-listed; got != rev {
+		t.Errorf("listed revision %d, want %d", got, rev)
+	}
+	for range 1000 {
+		runtime.Gosched()
+	}
+	s.history.add(rev, events)
+	s.commit.Unlock()
+	if err := <-watched; err != nil {
+		t.Errorf("watch from the revision just listed: %v", err)
+	}
+}
+
 // TestHistoryBounds checks that what is kept for watchers stays within its bounds, and that a transaction is forgotten
 // as a whole: no watch may begin in the middle of one.
 func TestHistoryBounds(t *testing.T) {
@@ -166,6 +201,45 @@ func TestHistoryBounds(t *testing.T) {
 				t.Errorf("%s: watch after %d: got %v, want allowed %v", c.name, after, err, want)
 			}
 		}
+	}
+}
+
+// TestFollowListsAgain has a follower fall behind a small history.
+func TestFollowListsAgain(t *testing.T) {
+	s, err := openBolt(filepath.Join(t.TempDir(), "s"), 4, 1<<20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	const last = "k200"
+	finished := errors.New("finished")
+	resets := 0
+	view := map[string]bool{}
+	err = Follow(t.Context(), s, "k", func(entries []Entry, _ Revision) error {
+		resets++
+		clear(view)
+		for _, e := range entries {
+			view[e.Key] = true
+		}
+		if view[last] {
+			return finished
+		}
+		put(t, s, "k000", nil)
+		return nil
+	}, func(ev Event) error {
+		view[ev.Key] = true
+		if ev.Key == "k000" { // falls behind by more than one batch of a watcher and the whole history
+			for i := range 201 {
+				put(t, s, fmt.Sprintf("k%03d", i), nil)
+			}
+		}
+		if ev.Key == last {
+			return finished
+		}
+		return nil
+	})
+	if err != finished || resets < 2 || len(view) != 201 {
+		t.Errorf("got %v, %d resets, %d keys; want %v, at least 2 resets, 201 keys", err, resets, len(view), finished)
 	}
 }
 

@@ -63,6 +63,8 @@ func testWatchJoinsList(t *testing.T, s state.Store) {
 			}
 		})
 	}
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
 	views := make([]map[string]string, watchers)
 	var watching sync.WaitGroup
 	for i := range watchers {
@@ -77,7 +79,7 @@ func testWatchJoinsList(t *testing.T, s state.Store) {
 			for _, e := range entries {
 				view[e.Key] = string(e.Value)
 			}
-			events, err := s.Watch(t.Context(), "v/", rev)
+			events, err := s.Watch(ctx, "v/", rev)
 			if err != nil {
 				t.Error(err)
 				return
@@ -100,7 +102,25 @@ func testWatchJoinsList(t *testing.T, s state.Store) {
 			}
 		})
 	}
+	// Listing and watching at once must always work, at whatever moment between two changes.
+	relisted := make(chan struct{})
+	go func() {
+		defer close(relisted)
+		for range 200 {
+			_, rev, err := s.List(ctx, "v/")
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			short, stop := context.WithCancel(ctx)
+			if _, err = s.Watch(short, "v/", rev); err != nil {
+				t.Errorf("watch from the revision just listed: %v", err)
+			}
+			stop()
+		}
+	}()
 	writing.Wait()
+	<-relisted
 	want := map[string]string{}
 	entries, _ := mustList(t, s, "v/")
 	for _, e := range entries {
@@ -189,8 +209,8 @@ func testFollow(t *testing.T, s state.Store) {
 	ctx, cancel := context.WithCancelCause(t.Context())
 	cause := errors.New("enough")
 	var log []string
-	applied := make(chan struct{})
-	done := make(chan error)
+	applied := make(chan struct{}, 16)
+	done := make(chan error, 1)
 	go func() {
 		done <- state.Follow(ctx, s, "f/", func(entries []state.Entry, _ state.Revision) error {
 			log = append(log, "reset "+keysOf(entries))
