@@ -175,11 +175,15 @@ func (t *Token) admit(ctx context.Context, s *session, p *private, publics []pub
 	return nil, nil
 }
 
-// test finds out what the key can do. A key known from before is not tested again.
+// test finds out what the key can do. A key known from before is not tested again if the object is surely the same: an RSA object
+// holds its modulus; an EC object of the same ID and label may be another key's.
 func (t *Token) test(ctx context.Context, s *session, k *key, p *private) (bool, error) {
 	if old := t.keys[k.info.Load().SKI]; old != nil && sameObject(old, k) {
-		k.methods, k.decrypt = old.methods, old.decrypt
-		return true, nil
+		at := old.at.Load()
+		if p.kind == ck.CKK_RSA || *at == (location{p.handle, s.generation, s.epoch}) {
+			k.methods, k.decrypt = old.methods, old.decrypt
+			return true, nil
+		}
 	}
 	if k.always {
 		if err := t.fresh.enter(ctx); err != nil {

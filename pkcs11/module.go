@@ -135,7 +135,7 @@ func (c *Config) resolveModule() (string, error) {
 	}
 	real, err := filepath.EvalSymlinks(path)
 	if err != nil {
-		return "", fmt.Errorf("pkcs11: module: %w", err)
+		return "", fmt.Errorf("pkcs11: module %s: %w", path, err)
 	}
 	return real, nil
 }
