@@ -143,7 +143,7 @@ func routeAnswer(w io.Writer, a control.RouteAnswer) {
 		fmt.Fprintf(w, "%s in virtual network %q goes to tunnel %q by the route %s\n", a.Query, a.VNetName, a.Chosen.TunnelName, a.Chosen.Target())
 	}
 	if len(a.Everywhere) > 0 {
-		fmt.Fprintf(w, "\nroutes that have it, over all virtual networks:\n")
+		fmt.Fprintf(w, "\nby virtual network:\n")
 		routeTable(w, a.Everywhere...)
 	}
 	if len(a.Overlaps) > 0 {

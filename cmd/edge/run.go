@@ -173,9 +173,9 @@ func (p *process) serve(ctx context.Context, hangups <-chan os.Signal) error {
 	run(&behindDone, behind, "administration", p.admin.Serve)
 	run(&behindDone, behind, "renew the edge's certificate", p.renewOwn)
 	run(&carryingDone, carrying, "tunnels", p.tunnels.Serve)
+	p.log.Info("edge up", "peer", p.ids.own.Identity().String(), "tunnels", p.tunnels.Addr().String(), "socket", p.cfg.Admin.Socket)
 	behindDone.Go(func() { p.followHangups(ctx, hangups) })
 
-	p.log.Info("edge up", "peer", p.ids.own.Identity().String(), "tunnels", p.tunnels.Addr().String(), "socket", p.cfg.Admin.Socket)
 	err := p.visitors.Run(ctx)
 	if err != nil && ctx.Err() == nil {
 		fail(fmt.Errorf("visitors: %w", err))

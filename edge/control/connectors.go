@@ -64,15 +64,13 @@ func (c *Control) admitted(peer mtls.Identity) (Connector, error) {
 
 // Renew issues a new certificate to an enrolled connector that is not revoked. It is made for [tunnel.ListenConfig].
 func (c *Control) Renew(_ context.Context, peer mtls.Identity, csrDER []byte) ([][]byte, error) {
-	k, err := c.admitted(peer)
-	if err != nil {
+	if _, err := c.admitted(peer); err != nil {
 		return nil, err
 	}
 	chain, leaf, err := c.issue(csrDER, peer)
 	if err != nil {
 		return nil, err
 	}
-	c.reg.renewed(k.ID, leaf.NotAfter)
 	c.log.Info("connector certificate renewed", "peer", peer.String(), "not_after", leaf.NotAfter)
 	return chain, nil
 }

@@ -143,7 +143,7 @@ type RouteAnswer struct {
 	Chosen *RouteView `json:"chosen"`
 	// VNetName is the network asked for.
 	VNetName string `json:"vnet_name"`
-	// Everywhere holds, over all networks, every route that has the host, longest prefix first.
+	// Everywhere holds, for each network that has the host, the route that a flow takes there.
 	Everywhere []RouteView `json:"everywhere"`
 	// Overlaps holds the other prefixes, over all networks, that share addresses with the chosen prefix or with the
 	// prefix asked for.

@@ -16,8 +16,6 @@ const (
 	endRevoked  = tunnel.CloseRevoked
 	endReplaced = tunnel.CloseReplaced
 	endShutdown = tunnel.CloseShutdown
-	// endExpired: the connector may dial again with the certificate that it has by then.
-	endExpired = tunnel.CloseShutdown
 )
 
 // live is an admitted session.
@@ -34,11 +32,10 @@ func (l *live) end(why tunnel.CloseReason) { l.s.Close(why) }
 type registry struct {
 	mu       sync.RWMutex
 	byTunnel map[string][]*live
-	until    map[string]time.Time // by connector id: the end of the newest certificate that was renewed here
 }
 
 func newRegistry() *registry {
-	return &registry{byTunnel: map[string][]*live{}, until: map[string]time.Time{}}
+	return &registry{byTunnel: map[string][]*live{}}
 }
 
 // add enters l and returns the session whose place it takes, if any: the same process's with the same index.
@@ -59,17 +56,15 @@ func (r *registry) add(l *live) (old *live) {
 	return old
 }
 
-// remove takes l out and reports whether it was the connector's last session.
-func (r *registry) remove(l *live) (last bool) {
+// remove takes l out.
+func (r *registry) remove(l *live) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	id := l.connector.Tunnel
 	next := make([]*live, 0, len(r.byTunnel[id]))
-	last = true
 	for _, o := range r.byTunnel[id] {
 		if o != l {
 			next = append(next, o)
-			last = last && o.connector.ID != l.connector.ID
 		}
 	}
 	if len(next) == 0 {
@@ -77,10 +72,6 @@ func (r *registry) remove(l *live) (last bool) {
 	} else {
 		r.byTunnel[id] = next
 	}
-	if last {
-		delete(r.until, l.connector.ID)
-	}
-	return last
 }
 
 func (r *registry) of(tunnelID string) []*live {
@@ -117,30 +108,10 @@ func (r *registry) viewsOf(tunnelID, connectorID string) []SessionView {
 		}
 		reg := l.s.Registration()
 		views = append(views, SessionView{Index: reg.Index, Instance: plain(reg.Instance), Remote: l.s.RemoteAddr().String(), Since: l.since,
-			Flows: l.s.Flows(), Draining: l.s.Draining(), Version: plain(reg.Version), Expires: r.expiry(l)})
+			Flows: l.s.Flows(), Draining: l.s.Draining(), Version: plain(reg.Version), Expires: l.s.Cert().NotAfter})
 	}
 	slices.SortFunc(views, func(a, b SessionView) int { return cmp.Or(a.Since.Compare(b.Since), cmp.Compare(a.Index, b.Index)) })
 	return views
-}
-
-func (r *registry) renewed(connectorID string, until time.Time) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if until.After(r.until[connectorID]) {
-		r.until[connectorID] = until
-	}
-}
-
-// expiry is when the right to the session ends: with its certificate or, if the connector has renewed it here since,
-// with the new one.
-func (r *registry) expiry(l *live) time.Time {
-	r.mu.RLock()
-	defer r.mu.RUnlock()
-	t := l.s.Cert().NotAfter
-	if u := r.until[l.connector.ID]; u.After(t) {
-		t = u
-	}
-	return t
 }
 
 // pick returns the session of the tunnel that has the least flows, takes new ones and was not tried, or nil. Among
@@ -165,7 +136,7 @@ func (r *registry) pick(tunnelID string, tried []*live) *live {
 }
 
 // Handle keeps an admitted session in the registry while it lives. It is made for [tunnel.ListenConfig].
-func (c *Control) Handle(ctx context.Context, s *tunnel.Session) {
+func (c *Control) Handle(_ context.Context, s *tunnel.Session) {
 	k, err := c.admitted(s.Peer())
 	if err != nil {
 		s.Close(endRevoked)
@@ -182,32 +153,10 @@ func (c *Control) Handle(ctx context.Context, s *tunnel.Session) {
 	c.sighted(l)
 	c.log.Info("session up", "peer", s.Peer().String(), "conn", s.Registration().Index, "remote", s.RemoteAddr().String(),
 		"version", s.Registration().Version)
-	c.outlive(ctx, l)
+	<-s.Done()
 	c.reg.remove(l)
 	c.sighted(l)
 	c.log.Info("session down", "peer", s.Peer().String(), "conn", s.Registration().Index, "err", s.Err())
-}
-
-// outlive waits for the end of the session, and ends it when the connector's certificate does.
-func (c *Control) outlive(ctx context.Context, l *live) {
-	for {
-		end := c.reg.expiry(l)
-		t := time.NewTimer(time.Until(end))
-		select {
-		case <-ctx.Done():
-			t.Stop()
-			return
-		case <-l.s.Done():
-			t.Stop()
-			return
-		case <-t.C:
-			if !c.reg.expiry(l).After(end) {
-				c.log.Warn("session ended with its certificate", "peer", l.s.Peer().String(), "not_after", end)
-				l.end(endExpired)
-				return
-			}
-		}
-	}
 }
 
 // stillGood reports whether the connector of l is enrolled as it was when l was admitted.
