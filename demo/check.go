@@ -3,11 +3,13 @@ package main
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -33,10 +35,10 @@ func (d *demo) check(ctx context.Context) error {
 		do   func(context.Context) error
 	}{
 		{"the keys were made inside the token and cannot leave it", d.keysStay},
-		{"curl, TLS 1.3, ECDSA P-256 key in the token", d.fetches(ecHost, "--tlsv1.3", "ECDSA-P256-SHA256")},
-		{"curl, TLS 1.2, ECDSA P-256 key in the token", d.fetches(ecHost, "--tls-max=1.2", "ECDSA-P256-SHA256")},
-		{"curl, TLS 1.3, RSA-2048 key in the token", d.fetches(rsaHost, "--tlsv1.3", "")},
-		{"curl, TLS 1.2, RSA-2048 key in the token", d.fetches(rsaHost, "--tls-max=1.2", "")},
+		{"curl, TLS 1.3, ECDSA P-256 key in the token", d.fetches(ecHost, "--tlsv1.3", "ecdsa_secp256r1_sha256")},
+		{"curl, TLS 1.2, ECDSA P-256 key in the token", d.fetches(ecHost, "--tls-max 1.2", "ecdsa_secp256r1_sha256")},
+		{"curl, TLS 1.3, RSA-2048 key in the token", d.fetches(rsaHost, "--tlsv1.3", "rsa_pss_rsae_sha256")},
+		{"curl, TLS 1.2, RSA-2048 key in the token", d.fetches(rsaHost, "--tls-max 1.2", "rsa_pss_rsae_sha256")},
 		{"a returning visitor costs no signature", d.resumes},
 		{"an unknown host name is refused, without a certificate", d.unknownName},
 		{"the private network cannot be reached without the tunnel", d.outOfReach},
@@ -61,23 +63,30 @@ func (d *demo) check(ctx context.Context) error {
 	return fmt.Errorf("%w: %d checks failed", errChecks, failed)
 }
 
+// listedKey is a key as "key list --output json" shows it.
+type listedKey struct {
+	Label            string `json:"label"`
+	Extractable      bool   `json:"extractable"`
+	NeverExtractable bool   `json:"never_extractable"`
+	Local            bool   `json:"local"`
+}
+
 func (d *demo) keysStay(ctx context.Context) error {
-	out, err := d.lab.Tool(ctx, "keyhaven-keyserver", "key", "list", "--uri", d.lab.Token.URI())
+	out, err := d.lab.Tool(ctx, "keyhaven-keyserver", "key", "list", "--output", "json", "--uri", d.lab.Token.URI())
 	if err != nil {
 		return err
 	}
+	var keys []listedKey
+	if err := json.Unmarshal([]byte(out), &keys); err != nil {
+		return err
+	}
 	for _, host := range []string{ecHost, rsaHost} {
-		var line string
-		for l := range strings.Lines(out) {
-			if strings.Contains(l, host) {
-				line = l
-			}
-		}
-		if line == "" {
+		i := slices.IndexFunc(keys, func(k listedKey) bool { return k.Label == host })
+		if i < 0 {
 			return fmt.Errorf("key list does not show %s:\n%s", host, out)
 		}
-		if !strings.Contains(line, "never extractable") {
-			return fmt.Errorf("key list does not call %s never extractable: %s", host, line)
+		if k := keys[i]; k.Extractable || !k.NeverExtractable || !k.Local {
+			return fmt.Errorf("%s is extractable, or was, or was made elsewhere:\n%s", host, out)
 		}
 	}
 	return nil
@@ -103,7 +112,7 @@ func (d *demo) fetch(ctx context.Context, host string, args ...string) (string, 
 func (d *demo) fetches(host, version, scheme string) func(context.Context) error {
 	return func(ctx context.Context) error {
 		before := d.sigs.of(host)
-		out, err := d.fetch(ctx, host, version)
+		out, err := d.fetch(ctx, host, strings.Fields(version)...)
 		if err != nil {
 			return err
 		}

@@ -106,6 +106,7 @@ func New(ctx context.Context, p Plan) (*Lab, error) {
 		{"edge operator's authority", l.makeEdgeOwner},
 		{"keys and certificates", l.makeKeys},
 		{"configurations", l.makeConfigs},
+		{"programs", l.makeProcesses},
 	} {
 		if err := step.do(ctx); err != nil {
 			return nil, fmt.Errorf("lab: %s: %w", step.name, err)
@@ -146,13 +147,13 @@ func (l *Lab) makeToken(context.Context) (err error) {
 }
 
 func (l *Lab) makeKeyOwner(ctx context.Context) error {
-	if _, err := l.Tool(ctx, "keyhaven-keyserver", "ca", "init", "--dir", l.Path("key-ca"), "--trust-domain", KeyDomain); err != nil {
+	if _, err := l.Tool(ctx, "keyhaven-keyserver", "ca", "init", "--ca-dir", l.Path("key-ca"), "--trust-domain", KeyDomain); err != nil {
 		return err
 	}
-	if _, err := l.Tool(ctx, "keyhaven-keyserver", "ca", "issue", "ks1", "--dir", l.Path("key-ca"), "--out", l.Path("keyserver")); err != nil {
+	if _, err := l.Tool(ctx, "keyhaven-keyserver", "ca", "issue", "ks1", "--ca-dir", l.Path("key-ca"), "--out", l.Path("keyserver")); err != nil {
 		return err
 	}
-	_, err := l.Tool(ctx, "keyhaven-keyserver", "client", "add", "edge1", "--dir", l.Path("key-ca"), "--out", l.Path("edge-client"))
+	_, err := l.Tool(ctx, "keyhaven-keyserver", "client", "add", "edge1", "--ca-dir", l.Path("key-ca"), "--out", l.Path("edge-client"))
 	return err
 }
 
@@ -187,14 +188,14 @@ func (l *Lab) AddKey(ctx context.Context, z ZonePlan) error {
 	if _, err := l.Tool(ctx, "keyhaven-keyserver", gen...); err != nil {
 		return err
 	}
-	csr, err := l.Tool(ctx, "keyhaven-keyserver", "key", "csr", "--uri", uri, "--key", z.Host, "--host", z.Host)
+	csr, err := l.Tool(ctx, "keyhaven-keyserver", "key", "csr", "--uri", uri, "--key", z.Host, "--dns", z.Host)
 	if err != nil {
 		return err
 	}
 	if err := l.Issuer.Sign([]byte(csr), l.Chain(z.Host)); err != nil {
 		return err
 	}
-	_, err = l.Tool(ctx, "keyhaven-keyserver", "key", "import-cert", "--uri", uri, "--key", z.Host, "--cert", l.Chain(z.Host))
+	_, err = l.Tool(ctx, "keyhaven-keyserver", "key", "import-cert", "--uri", uri, "--key", z.Host, l.Chain(z.Host))
 	return err
 }
 

@@ -45,7 +45,7 @@ func (l *Lab) keyServerConfig() obj {
 	}
 	site := l.Plan.Sites[0]
 	return obj{
-		"listen": site.KeyServer, "ops": obj{"listen": site.KeyServerOps}, "modules": []string{l.Token.Module}, "ca_dir": l.Path("key-ca"),
+		"listen": site.KeyServer, "ops": site.KeyServerOps, "modules": []string{l.Token.Module}, "ca_dir": l.Path("key-ca"),
 		"tls":    obj{"cert": l.Path("keyserver", "cert.pem"), "key": l.Path("keyserver", "key.pem"), "ca": l.Path("keyserver", "ca.pem")},
 		"tokens": []obj{token}, "clients": clients,
 	}
@@ -67,7 +67,7 @@ func (l *Lab) EdgeConfig() obj {
 		"state":        obj{"file": l.Path("edge-state.db")},
 		"admin":        obj{"socket": l.Path("edge.sock")},
 		"identity":     obj{"ca_dir": l.Path("edge-ca"), "dir": l.Path("edge-identity")},
-		"key_identity": obj{"dir": l.Path("edge-client"), "renew_from": "hsm"},
+		"key_identity": obj{"dir": l.Path("edge-client")},
 		"tunnel":       obj{"listen": l.Plan.Edge.Tunnel, "advertise": []string{l.Plan.Edge.Tunnel}},
 		"ops":          obj{"listen": l.Plan.Edge.Ops},
 		"visitors": obj{
@@ -84,7 +84,7 @@ func (l *Lab) connectorConfig(s SitePlan) obj {
 	if s.KeyServer != "" {
 		allow = append(allow, allowEntry(s.KeyServer))
 	}
-	return obj{"identity": obj{"dir": l.Path("connector-" + s.Name)}, "edges": []string{l.Plan.Edge.Tunnel}, "ops": obj{"listen": s.Ops}, "allow": allow}
+	return obj{"identity": obj{"dir": l.Path("connector-" + s.Name)}, "edges": []string{l.Plan.Edge.Tunnel}, "ops": obj{"addr": s.Ops}, "allow": allow}
 }
 
 func allowEntry(hostPort string) obj {
@@ -92,23 +92,31 @@ func allowEntry(hostPort string) obj {
 	return obj{"to": netip.PrefixFrom(ap.Addr(), ap.Addr().BitLen()).String(), "ports": []uint16{ap.Port()}}
 }
 
+// makeProcesses prepares the programs, to be started by Start or one by one.
+func (l *Lab) makeProcesses(context.Context) error {
+	bin := func(prog string) string { return filepath.Join(l.Plan.Bin, prog) }
+	l.KeyServer = l.process("keyserver", l.Plan.Sites[0].NS, bin("keyhaven-keyserver"), "run", "--config", l.Path("keyserver.yaml"), "--log-format", "json")
+	l.EdgeProc = l.process("edge", l.Plan.Edge.NS, bin("keyhaven-edge"), "run", "--config", l.Path("edge.yaml"))
+	for _, s := range l.Plan.Sites {
+		l.Sites = append(l.Sites, &Site{
+			SitePlan:  s,
+			Origin:    l.process("origin-"+s.Name, s.NS, l.Plan.Tools, "origin", "--listen", s.Origin, "--name", s.Name),
+			Connector: l.process("connector-"+s.Name, s.NS, bin("keyhaven-connector"), "run", "--config", l.Path("connector-"+s.Name+".yaml")),
+		})
+	}
+	return nil
+}
+
 // Start starts everything in an order in which it comes up at once, and returns when the edge has every tunnel.
 func (l *Lab) Start(ctx context.Context) error {
-	first := l.Plan.Sites[0]
-	l.KeyServer = l.process("keyserver", first.NS, filepath.Join(l.Plan.Bin, "keyhaven-keyserver"), "run", "--config", l.Path("keyserver.yaml"), "--log-format", "json")
-	l.EdgeProc = l.process("edge", l.Plan.Edge.NS, filepath.Join(l.Plan.Bin, "keyhaven-edge"), "run", "--config", l.Path("edge.yaml"))
 	if err := l.KeyServer.Start(); err != nil {
 		return err
 	}
 	if err := l.EdgeProc.Start(); err != nil {
 		return err
 	}
-	for _, s := range l.Plan.Sites {
-		site := &Site{SitePlan: s}
-		site.Origin = l.process("origin-"+s.Name, s.NS, l.Plan.Tools, "origin", "--listen", s.Origin, "--name", s.Name)
-		site.Connector = l.process("connector-"+s.Name, s.NS, filepath.Join(l.Plan.Bin, "keyhaven-connector"), "run", "--config", l.Path("connector-"+s.Name+".yaml"))
-		l.Sites = append(l.Sites, site)
-		if err := site.Origin.Start(); err != nil {
+	for _, s := range l.Sites {
+		if err := s.Origin.Start(); err != nil {
 			return err
 		}
 	}
