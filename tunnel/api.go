@@ -36,13 +36,16 @@ type Flow struct {
 }
 
 // A Conn is an open flow: a net.Conn with half-close. Close gives up both directions: what was written is still
-// delivered, as with TCP, what was not read is discarded. The connections of this package have a method
-// Reset(Result) besides, which cuts the flow so that the peer cannot take it for a clean end.
+// delivered, as with TCP, what was not read is discarded. The connections of this package are also [Resetter]s.
 type Conn interface {
 	net.Conn
 	// CloseWrite ends the sending direction; the peer reads io.EOF after the last byte.
 	CloseWrite() error
 }
+
+// A Resetter can be cut so that the peer cannot take the end for a clean one: after an error in the middle of a body, for
+// one. The peer's reads and writes fail with a *FlowError; bytes that are on their way may be lost.
+type Resetter interface{ Reset(Result) }
 
 // A Registration is what a connector tells of itself when it starts a session.
 type Registration struct {

@@ -412,6 +412,8 @@ func TestSlowReaders(t *testing.T) {
 	}
 }
 
+// TestAllocations compares a flow with the bare stream below it: what this package adds to the QUIC library's own
+// allocations must be nothing.
 func TestAllocations(t *testing.T) {
 	if raceEnabled {
 		t.Log("the race detector allocates; only the transfer is tested")
@@ -421,14 +423,18 @@ func TestAllocations(t *testing.T) {
 	defer c.Close()
 	c.SetDeadline(time.Time{})
 	buf := make([]byte, 100)
-	got := testing.AllocsPerRun(500, func() {
-		c.Write(buf)
-		if _, err := io.ReadFull(c, buf); err != nil {
-			t.Fatal(err)
-		}
-	})
-	t.Logf("%.1f allocations for a request and its reply of 100 B, both ends and the QUIC library together", got)
-	if limit := 12.0; got > limit && !raceEnabled {
-		t.Errorf("%.1f allocations, at most %.0f allowed", got, limit)
+	measure := func(rw io.ReadWriter) float64 {
+		return testing.AllocsPerRun(2000, func() {
+			rw.Write(buf)
+			if _, err := io.ReadFull(rw, buf); err != nil {
+				t.Fatal(err)
+			}
+		})
+	}
+	measure(c)
+	ours, bare := measure(c), measure(c.(*flowConn).stream.(quicStream).Stream)
+	t.Logf("%.0f allocations for a request and its reply of 100 B at both ends together, %.0f over the bare stream", ours, bare)
+	if ours > bare+2 && !raceEnabled { // how packets fall makes a difference of one or two
+		t.Errorf("%.0f allocations, the bare stream has %.0f", ours, bare)
 	}
 }

@@ -159,7 +159,7 @@ func (l *Listener) answerJoin(ctx context.Context, car carrier, st stream) (Join
 		return JoinReply{}, ErrNotAllowed
 	}
 	remote := addrPortOf(car.remoteAddr())
-	if !l.rate.allow(remote.Addr(), time.Now()) {
+	if !l.joinRate.allow(remote.Addr(), time.Now()) {
 		return JoinReply{}, fmt.Errorf("too many joins from this source: %w", ErrBusy)
 	}
 	select {
@@ -192,11 +192,11 @@ func readJoin(st stream, timeout time.Duration) (certItems, error) {
 		}
 	}
 	if err != nil {
-		return certItems{}, errors.Join(ErrBadRequest, unexpectedEOF(err))
+		return certItems{}, fmt.Errorf("%w: %w", ErrBadRequest, unexpectedEOF(err))
 	}
 	c, err := parseJoin(f.payload)
 	if errors.Is(err, errMalformed) {
-		err = errors.Join(ErrBadRequest, err)
+		err = fmt.Errorf("%w: %w", ErrBadRequest, err)
 	}
 	return c, err
 }

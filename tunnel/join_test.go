@@ -51,6 +51,7 @@ func newEnrolment(t *testing.T, p *pki, expires time.Time) (*enrolment, mtls.Joi
 }
 
 func TestJoin(t *testing.T) {
+	t.Parallel()
 	p := newPKI(t)
 	en, tok := newEnrolment(t, p, time.Now().Add(time.Hour))
 	e := startEdge(t, ListenConfig{Identity: p.source(mtls.KindEdge, "e1", 0), Admit: admitAll, Join: en.join})
@@ -81,6 +82,8 @@ func TestJoin(t *testing.T) {
 		t.Errorf("second Join: %v, want ErrTokenUsed", err)
 	}
 	secret := string(tok.Secret.Reveal())
+	en.mu.Lock()
+	defer en.mu.Unlock()
 	for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%x"} {
 		if s := fmt.Sprintf(verb, en.seen); strings.Contains(s, secret) || strings.Contains(s, fmt.Sprintf("%x", secret)) {
 			t.Errorf("%s prints the secret", verb)
@@ -92,6 +95,7 @@ func TestJoin(t *testing.T) {
 }
 
 func TestJoinRefused(t *testing.T) {
+	t.Parallel()
 	p := newPKI(t)
 	edge := p.source(mtls.KindEdge, "e1", 0)
 	_, csr, err := mtls.NewKeyCSR()

@@ -28,6 +28,11 @@ const (
 	defaultJoinRate     = 10
 	// maxJoins bounds the joins that are worked on at a time; more are refused as busy.
 	maxJoins = 16
+	// noisePerMinute is how many refusals of one source are logged as warnings; more are logged at debug level.
+	noisePerMinute = 10
+	// connectionIDLen leaves room for hundreds of thousands of sessions without a collision. It must stay the same over
+	// restarts, for stateless resets.
+	connectionIDLen = 8
 )
 
 // A Listener is an edge's listening socket and its sessions.
@@ -37,11 +42,13 @@ type Listener struct {
 	udp  *net.UDPConn
 	tr   *quic.Transport
 	ln   *quic.Listener
-	rate *rateLimiter
 	join chan struct{} // holds one element for each join under way
 
-	pending atomic.Int64 // connections that are not admitted yet
-	served  atomic.Bool
+	joinRate, noise *rateLimiter
+
+	pending  atomic.Int64   // connections that are not admitted yet
+	watchers sync.WaitGroup // see countPending
+	served   atomic.Bool
 
 	mu       sync.Mutex // guards the fields below
 	stopping bool
@@ -66,7 +73,8 @@ func Listen(cfg ListenConfig) (*Listener, error) {
 
 	l := &Listener{
 		cfg: cfg, log: cfg.Logger,
-		rate:     newRateLimiter(cfg.JoinRate, time.Minute),
+		joinRate: newRateLimiter(cfg.JoinRate, time.Minute),
+		noise:    newRateLimiter(noisePerMinute, time.Minute),
 		join:     make(chan struct{}, maxJoins),
 		sessions: make(map[*Session]struct{}),
 	}
@@ -81,6 +89,7 @@ func Listen(cfg ListenConfig) (*Listener, error) {
 		ALPN: []string{ALPN}, AnonymousALPN: []string{JoinALPN}, Accept: mtls.AcceptKinds(mtls.KindConnector),
 	})
 	l.tr = newTransport(l.udp)
+	l.tr.ConnectionIDLength = connectionIDLen
 	l.tr.ConnContext = l.countPending
 	l.tr.VerifySourceAddress = func(net.Addr) bool { return l.pending.Load() > int64(cfg.MaxPending/4) }
 	l.tr.StatelessResetKey, err = resetKey(tlsConf)
@@ -125,15 +134,33 @@ func (l *Listener) Sessions() int {
 
 type pendingKey struct{}
 
-// countPending counts a connection until it is admitted or has ended, and refuses it if there are too many.
-func (l *Listener) countPending(ctx context.Context, _ *quic.ClientInfo) (context.Context, error) {
+// countPending counts a connection until it is admitted or has ended, and refuses it if there are too many. It also sees
+// to it that failed handshakes are logged.
+func (l *Listener) countPending(ctx context.Context, info *quic.ClientInfo) (context.Context, error) {
 	if l.pending.Add(1) > int64(l.cfg.MaxPending) {
 		l.pending.Add(-1)
 		return nil, ErrBusy
 	}
 	admitted := sync.OnceFunc(func() { l.pending.Add(-1) })
-	context.AfterFunc(ctx, admitted)
+	l.watchers.Add(1)
+	context.AfterFunc(ctx, func() {
+		defer l.watchers.Done()
+		admitted()
+		cause := context.Cause(ctx)
+		if te, ok := errors.AsType[*quic.TransportError](cause); ok && te.ErrorCode.IsCryptoError() {
+			l.warn(info.RemoteAddr, "handshake failed", cause)
+		}
+	})
 	return context.WithValue(ctx, pendingKey{}, admitted), nil
+}
+
+// warn logs what anybody can bring about, within limits.
+func (l *Listener) warn(remote net.Addr, msg string, err error) {
+	level := slog.LevelWarn
+	if !l.noise.allow(addrPortOf(remote).Addr(), time.Now()) {
+		level = slog.LevelDebug
+	}
+	l.log.Log(context.Background(), level, msg, "remote", remote.String(), "err", err)
 }
 
 // Serve accepts sessions until ctx ends, then lets the open ones drain for DrainTimeout, and closes the socket. When it
@@ -159,6 +186,7 @@ func (l *Listener) Serve(ctx context.Context) error {
 	wg.Wait()
 	l.tr.Close()  //nolint:errcheck // every connection is closed
 	l.udp.Close() //nolint:errcheck // nothing is left to lose
+	l.watchers.Wait()
 	if err != nil {
 		return fmt.Errorf("tunnel: serve: %w", err)
 	}
@@ -190,14 +218,14 @@ func (l *Listener) serveConn(ctx context.Context, conn *quic.Conn) {
 	case ALPN:
 		s, err := l.admit(ctx, car, log)
 		if err != nil {
-			log.Warn("session not admitted", "err", err)
+			l.warn(conn.RemoteAddr(), "session not admitted", err)
 			return
 		}
 		conn.Context().Value(pendingKey{}).(func())()
 		l.serveSession(ctx, s)
 	case JoinALPN:
 		if err := l.serveJoin(ctx, car); err != nil {
-			log.Warn("join refused", "err", err)
+			l.warn(conn.RemoteAddr(), "join refused", err)
 		}
 	default: // TLS has refused it already
 		car.close(CloseProtocol)
@@ -244,23 +272,23 @@ func (l *Listener) register(ctx context.Context, car carrier, control stream, lo
 	control.SetReadDeadline(time.Now().Add(l.cfg.Limits.SetupTimeout)) //nolint:errcheck // Read would fail too
 	f, err := readFrame(control, 0)
 	if err != nil {
-		return nil, errors.Join(ErrBadRequest, unexpectedEOF(err))
+		return nil, fmt.Errorf("%w: %w", ErrBadRequest, unexpectedEOF(err))
 	}
 	control.SetReadDeadline(time.Time{}) //nolint:errcheck // Read would fail too
 	if f.typ != frameRegister {
-		return nil, errors.Join(ErrBadRequest, malformed("control frame 0x%02x in place of register", byte(f.typ)))
+		return nil, fmt.Errorf("%w: control frame 0x%02x in place of register", ErrBadRequest, byte(f.typ))
 	}
 	reg, err := parseRegister(f.payload)
 	if err != nil {
 		if errors.Is(err, errMalformed) {
-			err = errors.Join(ErrBadRequest, err)
+			err = fmt.Errorf("%w: %w", ErrBadRequest, err)
 		}
 		return nil, err
 	}
 	cs := car.tlsState()
 	peer, err := mtls.PeerIdentity(cs)
 	if err != nil {
-		return nil, errors.Join(ErrNotAllowed, err)
+		return nil, fmt.Errorf("%w: %w", ErrNotAllowed, err)
 	}
 	if peer.Kind != mtls.KindConnector || l.cfg.Admit == nil {
 		return nil, fmt.Errorf("%s: %w", peer, ErrNotAllowed)

@@ -512,7 +512,7 @@ func TestAnswersFromDialledAddress(t *testing.T) {
 			p := newPKI(t)
 			e := startEdge(t, ListenConfig{Addr: listen, Identity: p.source(mtls.KindEdge, "e1", 0), Admit: admitAll})
 			port := e.ln.Addr().(*net.UDPAddr).Port
-			relay := newRelay(t, fmt.Sprintf("127.0.0.2:%d", port))
+			relay := newRelay(t, fmt.Sprintf("127.0.0.2:%d", port), 0)
 			dc := dialConfig(e, p.source(mtls.KindConnector, "c1", 0), accept(echo))
 			dc.Addr = relay.addr()
 			startConnector(t, dc)

@@ -132,7 +132,7 @@ func (s *splice) finish() error {
 // cut closes c so that its peer sees a failure.
 func cut(c Conn) {
 	switch c := c.(type) {
-	case interface{ Reset(Result) }:
+	case Resetter:
 		c.Reset(ResultReset)
 		return
 	case interface{ SetLinger(int) error }:
