@@ -55,6 +55,7 @@ const domain = "keys.example"
 
 func newSite(t *testing.T) *site {
 	t.Helper()
+	t.Parallel()
 	s := &site{t: t, dir: t.TempDir()}
 	t.Cleanup(func() {
 		if strings.Contains(s.output(), "pin-canary-") || strings.Contains(s.output(), "canary-wrong") {
@@ -132,7 +133,7 @@ func rule(name, operations string) string {
 
 func (s *site) command(ctx context.Context, args ...string) *exec.Cmd {
 	cmd := exec.CommandContext(ctx, os.Args[0], args...)
-	cmd.Env = append(append(os.Environ(), asProgram+"=1"), s.env...)
+	cmd.Env = append(append(os.Environ(), asProgram+"=1", "GORACE=atexit_sleep_ms=0"), s.env...)
 	return cmd
 }
 

@@ -39,9 +39,6 @@ func (f *tokenFlags) add(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&f.token, "token", "", "label or serial of the token, if the configuration has several")
 	cmd.Flags().StringVar(&f.module, "module", "", "path of the PKCS#11 module, if the URI has none")
 	cmd.Flags().StringVar(&f.pinFile, "pin-file", "", "file of mode 600 that holds the PIN, if the URI has no pin-source; without either the terminal is asked")
-	cmd.MarkFlagsMutuallyExclusive("uri", "config")
-	cmd.MarkFlagsMutuallyExclusive("config", "pin-file")
-	cmd.MarkFlagsOneRequired("uri", "config")
 }
 
 // with opens the token, runs f and closes the token.
@@ -64,7 +61,12 @@ func (f *tokenFlags) with(cmd *cobra.Command, work func(ctx context.Context, t *
 }
 
 func (f *tokenFlags) tokenConfig() (pkcs11.Config, error) {
-	if f.config != "" {
+	switch {
+	case (f.uri == "") == (f.config == ""):
+		return pkcs11.Config{}, cli.UsageError("name the token with one of --uri and --config")
+	case f.config != "" && f.pinFile+f.module != "":
+		return pkcs11.Config{}, cli.UsageError("with --config the configuration names module and PIN; leave --module and --pin-file out")
+	case f.config != "":
 		return f.fromConfig()
 	}
 	if strings.Contains(f.uri, "pin-value") {

@@ -48,6 +48,7 @@ func load(o loadOptions, logger *slog.Logger) (*plan, error) {
 	}
 	errs = append(errs, p.loadFileKeys(logger)...)
 	errs = append(errs, p.loadIdentity(logger)...)
+	errs = append(errs, p.checkClients()...)
 	errs = append(errs, p.loadAuthority()...)
 	errs = append(errs, p.loadSealer()...)
 	if err := errs.Err(); err != nil {
@@ -65,7 +66,7 @@ func byLine(a, b error) int {
 		}
 		return 0
 	}
-	return line(a) - line(b)
+	return cmp.Or(line(a)-line(b), strings.Compare(a.Error(), b.Error()))
 }
 
 func (p *plan) loadPolicy() (errs conf.Errors) {
@@ -176,6 +177,24 @@ func (p *plan) loadIdentity(logger *slog.Logger) conf.Errors {
 	}
 	p.source = source
 	return nil
+}
+
+// checkClients finds rules for clients that could never connect.
+func (p *plan) checkClients() (errs conf.Errors) {
+	if p.source == nil {
+		return nil
+	}
+	for i, c := range p.cfg.Clients {
+		id, err := mtls.ParseIdentity(c.ID)
+		key, domain := fmt.Sprintf("clients[%d].id", i), p.source.Identity().TrustDomain
+		switch {
+		case err != nil && strings.Contains(c.ID, "://"): // else the policy has said it
+			errs = append(errs, p.file.Errorf(key, "%v", err))
+		case err == nil && id.TrustDomain != domain:
+			errs = append(errs, p.file.Errorf(key, "%s lies outside the server's trust domain %s, so it could never connect; correct the name", id, domain))
+		}
+	}
+	return errs
 }
 
 func (p *plan) loadAuthority() conf.Errors {

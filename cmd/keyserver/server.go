@@ -113,6 +113,9 @@ func (s *server) renewClient(_ context.Context, peer string, csrDER []byte) ([][
 	if err != nil {
 		return nil, err
 	}
+	if id.Kind != mtls.KindEdge {
+		return nil, fmt.Errorf("%s is no edge; only edges renew here", peer)
+	}
 	if l.revoked.revokedID(peer) {
 		return nil, fmt.Errorf("%s is revoked", peer)
 	}

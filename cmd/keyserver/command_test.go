@@ -1,0 +1,253 @@
+package main
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"fmt"
+	"math/big"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+)
+
+// TestCheckNamesTheFault holds each fault of a configuration to its line, its key and a remedy.
+func TestCheckNamesTheFault(t *testing.T) {
+	s := newSite(t)
+	s.must("ca", "issue", "other", "--ca-dir", s.path("ca"), "--out", s.path("other"))
+	s.must("ca", "init", "--ca-dir", s.path("ca2"), "--trust-domain", "elsewhere.example")
+	s.must("ca", "issue", "hsm", "--ca-dir", s.path("ca"), "--out", s.path("old"), "--lifetime", "1s")
+	mustEnd := time.Now().Add(1500 * time.Millisecond)
+	open := s.write("open.pem", 0o644, "x")
+	if err := os.Chmod(open, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	badSeal := s.write("seal", 0o600, "tooshort\n")
+	module := s.write("module.so", 0o600, "")
+	good := s.config("clients:" + rule("one", "sign, tls-sign"))
+	swap := func(old, new string) string {
+		if !strings.Contains(good, old) {
+			t.Fatalf("no %q in the configuration", old)
+		}
+		return strings.Replace(good, old, new, 1)
+	}
+	token := func(text string) string { return good + "\ntokens:\n  - " + text + "\n" }
+	tests := []struct {
+		name, text string
+		want       []string
+	}{
+		{"good", good, nil},
+		{"unknown key", good + "\nlimit: {}\n", []string{":16: limit: unknown key", "limits"}},
+		{"unknown nested key", swap("  ca: ", "  roots: "), []string{":7: tls.roots: unknown key"}},
+		{"wrong type", swap("[sign, tls-sign]", "sign"), []string{":13: clients[0].operations:", "list"}},
+		{"duration without unit", good + "\ntimeouts:\n  idle: 5\n", []string{":17: timeouts.idle:", "5s"}},
+		{"duration out of range", good + "\ntimeouts:\n  idle: 5h\n", []string{":17: timeouts.idle:", "1h"}},
+		{"limit out of range", good + "\nlimits:\n  in_flight: 0\n", []string{":17: limits.in_flight:"}},
+		{"address", swap("listen: 127.0.0.1:0", "listen: here"), []string{":1: listen:", "host:port"}},
+		{"ops not on loopback", swap("ops: 127.0.0.1:0", "ops: 0.0.0.0:9000"), []string{":2: ops:", "127.0.0.1"}},
+		{"unknown operation", swap("tls-sign]", "tlssign]"), []string{":13: clients[0].operations[1]:", `"tlssign"`, "tls-sign"}},
+		{"empty list", swap(`snis: ["*"]`, "snis: []"), []string{":15: clients[0].snis:", "admits nobody"}},
+		{"no clients", s.config(""), []string{"clients: is empty and admits nobody"}},
+		{"identity of another domain", swap("//keys.example/", "//other.example/"), []string{":11: clients[0].id:", "keys.example"}},
+		{"identity with two spellings", swap("/edge/one", "/edge/One"), []string{":11: clients[0].id:"}},
+		{"certificate not there", swap("/tls/cert.pem", "/nocert.pem"), []string{":4: tls:", "nocert.pem", "ca issue"}},
+		{"certificate not named", swap("  cert: "+s.path("tls/cert.pem")+"\n", ""), []string{"tls.cert: is missing"}},
+		{"certificate does not fit the key", swap("/tls/key.pem", "/other/key.pem"), []string{":4: tls:", "other/key.pem", "private key does not match public key", "ca issue"}},
+		{"certificate of a client", strings.ReplaceAll(good, "/tls/", "/one/"), []string{":5: tls.cert:", "no key server"}},
+		{"authority not there", swap("/ca\n", "/noca\n"), []string{":3: ca_dir:", "ca init"}},
+		{"other authority", swap("/ca\n", "/ca2\n"), []string{":3: ca_dir:", "elsewhere.example"}},
+		{"key file not there", swap("filekey.pem", "none.pem"), []string{":9: file_keys[0].path:", "none.pem", "correct the path"}},
+		{"key file open to others", swap("filekey.pem", "open.pem"), []string{":9: file_keys[0].path:", "0644", "chmod 600"}},
+		{"key file twice", swap("clients:", "  - path: "+s.path("filekey.pem")+"\nclients:"), []string{":10: file_keys[1].path:", "file_keys[0]"}},
+		{"seal key", good + "\nseal_key_file: " + badSeal + "\n", []string{":16: seal_key_file:", "64 hex digits"}},
+		{"token without URI", token("sessions: 1"), []string{":17: tokens[0].uri: is missing"}},
+		{"token with PIN", token("uri: pkcs11:token=a?pin-value=canary-wrong"), []string{":17: tokens[0].uri:", "pin-source"}},
+		{"token without PIN", token("uri: pkcs11:token=a?module-path=" + module), []string{":17: tokens[0].uri: names no PIN", "pin-source"}},
+		{"token named twice over", token("uri: pkcs11:token=a;serial=b?pin-source=/p&module-path=" + module), []string{":17: tokens[0].uri:", "exactly one"}},
+		{"token without module", token("uri: pkcs11:token=a?pin-source=/p"), []string{"tokens[0].module:", "module-path"}},
+		{"module not there", token("uri: pkcs11:token=a?pin-source=/p&module-path=/no/such.so"), []string{":17: tokens[0].uri:", "/no/such.so", "install"}},
+		{"no URI at all", token("uri: http://x"), []string{":17: tokens[0].uri:", "pkcs11"}},
+		{"several faults", swap("ops: 127.0.0.1:0", "ops: x\nsurprise: 1"), []string{":3: surprise"}},
+		{"several faults of meaning", strings.Replace(swap("ops: 127.0.0.1:0", "ops: x"), "listen: 127.0.0.1:0", "listen: y", 1), []string{":1: listen", ":2: ops"}},
+	}
+	for _, tt := range tests {
+		cfg := s.write("c.yaml", 0o600, tt.text)
+		code, out := s.try("check", "--config", cfg)
+		if tt.want == nil {
+			if code != 0 || !strings.Contains(out, "good: 0 tokens, 1 file keys, 1 client rules, identity spiffe://keys.example/keyserver/hsm") {
+				t.Errorf("%s: got %d, %s", tt.name, code, out)
+			}
+			continue
+		}
+		if code != 3 {
+			t.Errorf("%s: got exit code %d, want 3: %s", tt.name, code, out)
+		}
+		for _, w := range tt.want {
+			if strings.HasPrefix(w, ":") {
+				w = cfg + w
+			}
+			if !strings.Contains(out, w) {
+				t.Errorf("%s: the output lacks %q: %s", tt.name, w, out)
+			}
+		}
+		// What check refuses, run refuses.
+		if code, _ := s.try("run", "--config", cfg); code != 3 {
+			t.Errorf("%s: run ended with %d, want 3", tt.name, code)
+		}
+	}
+	for time.Now().Before(mustEnd) {
+		time.Sleep(50 * time.Millisecond)
+	}
+	cfg := s.write("c.yaml", 0o600, strings.ReplaceAll(good, "/tls/", "/old/"))
+	if code, out := s.try("check", "--config", cfg); code != 3 || !strings.Contains(out, "expired") {
+		t.Errorf("expired certificate: got %d, %s", code, out)
+	}
+}
+
+func TestExitCodes(t *testing.T) {
+	s := newSite(t)
+	busy := s.start(s.write("ks.yaml", 0o600, s.config("clients:"+rule("one", "sign"))))
+	for _, tt := range []struct {
+		code int
+		want string
+		args []string
+	}{
+		{0, "Usage:", []string{"--help"}},
+		{0, "keyhaven-keyserver version", []string{"--version"}},
+		{2, "unknown command", []string{"serve"}},
+		{2, "unknown flag", []string{"run", "--fast"}},
+		{2, "config", []string{"run"}},
+		{2, "uri", []string{"key", "list"}},
+		{2, "config", []string{"key", "list", "--uri", "pkcs11:token=a", "--config", "x"}},
+		{2, "pin-file", []string{"key", "list", "--config", "x", "--pin-file", "/y"}},
+		{2, "pin-value", []string{"key", "list", "--uri", "pkcs11:token=a?pin-value=canary-wrong"}},
+		{2, "accepts 1 arg", []string{"client", "add", "two", "extra", "--ca-dir", "x", "--out", "y"}},
+		{2, "Edge", []string{"client", "add", "Edge", "--ca-dir", s.path("ca"), "--out", s.path("x")}},
+		{3, "no such file", []string{"run", "--config", s.path("none.yaml")}},
+		{1, "address already in use", []string{"run", "--config", s.path("ks.yaml"), "--listen", busy.addr()}},
+		{3, "ops", []string{"check", "--config", s.path("ks.yaml"), "--ops", "10.0.0.1:1"}},
+		{1, "exists", []string{"ca", "init", "--ca-dir", s.path("ca"), "--trust-domain", "keys.example"}},
+		{1, "--replace", []string{"client", "add", "one", "--ca-dir", s.path("ca"), "--out", s.path("one")}},
+		{1, "--replace", []string{"ca", "issue", "hsm", "--ca-dir", s.path("ca"), "--out", s.path("tls")}},
+		{0, "issued", []string{"ca", "issue", "hsm", "--ca-dir", s.path("ca"), "--out", s.path("tls"), "--replace"}},
+	} {
+		if code, out := s.try(tt.args...); code != tt.code || !strings.Contains(out, tt.want) {
+			t.Errorf("%v: got %d, %s; want %d with %q", tt.args, code, out, tt.code, tt.want)
+		}
+	}
+	busy.stop()
+}
+
+// TestKeyCommands goes the whole way of a key: made, listed, certified, served.
+func TestKeyCommands(t *testing.T) {
+	s := newSite(t)
+	tok := s.token()
+	bare := fmt.Sprintf("pkcs11:token=%s?module-path=%s", tok.Label, tok.Module)
+	for _, typ := range []string{"p256", "p384", "rsa2048", "ed25519"} {
+		out := s.must("key", "generate", "--uri", bare, "--pin-file", tok.PINFile, "--label", "key-"+typ, "--type", typ)
+		if !regexp.MustCompile(`(?m)^[0-9a-f]{40} .*key-` + typ + ` .* never +yes `).MatchString(out) {
+			t.Errorf("%s: got %s", typ, out)
+		}
+	}
+	if code, out := s.try("key", "generate", "--uri", tok.URI(), "--label", "key-p256"); code != 1 || !strings.Contains(out, "exists") {
+		t.Errorf("same label again: got %d, %s", code, out)
+	}
+	if code, out := s.try("key", "generate", "--uri", tok.URI(), "--label", "x", "--type", "dsa"); code != 1 || !strings.Contains(out, "p256") {
+		t.Errorf("unknown type: got %d, %s", code, out)
+	}
+	if code, out := s.try("key", "list", "--uri", tok.URI(), "--pin-file", tok.PINFile); code != 2 {
+		t.Errorf("two PINs: got %d, %s", code, out)
+	}
+
+	csr := s.must("key", "csr", "--uri", tok.URI(), "--key", "key-p256", "--dns", "www.example.com")
+	block, _ := pem.Decode([]byte(csr))
+	if block == nil {
+		t.Fatalf("no PEM: %s", csr)
+	}
+	req, err := x509.ParseCertificateRequest(block.Bytes)
+	if err != nil || req.CheckSignature() != nil || len(req.DNSNames) != 1 {
+		t.Fatalf("got request %+v, %v", req, err)
+	}
+	cert := s.write("cert.pem", 0o644, certify(t, req))
+	if code, out := s.try("key", "import-cert", "--uri", tok.URI(), "--key", "key-p384", cert); code != 1 || !strings.Contains(out, "does not fit") || !strings.Contains(out, "key csr") {
+		t.Errorf("certificate of another key: got %d, %s", code, out)
+	}
+	if code, out := s.try("key", "csr", "--uri", tok.URI(), "--key", "nobody", "--dns", "x.example"); code != 1 || !strings.Contains(out, "nobody") {
+		t.Errorf("unknown key: got %d, %s", code, out)
+	}
+	s.must("key", "import-cert", "--uri", tok.URI(), "--key", "key-p256", cert)
+
+	cfg := s.write("ks.yaml", 0o600, s.config(fmt.Sprintf("tokens:\n  - uri: %q\nclients:", tok.URI())+strings.Replace(rule("one", "sign"), `["*"]`, "[key-p256, nobody]", 1)))
+	if out := s.must("key", "list", "--config", cfg); !strings.Contains(out, "www.example.com until") {
+		t.Errorf("the certificate is not listed: %s", out)
+	}
+	if code, out := s.try("check", "--online", "--config", cfg); code != 3 || !strings.Contains(out, `clients[0].keys[1]: no token or file has a key "nobody"`) || !strings.Contains(out, "key-p384") {
+		t.Errorf("online check: got %d, %s", code, out)
+	}
+}
+
+func certify(t *testing.T, req *x509.CertificateRequest) string {
+	t.Helper()
+	ca, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tmpl := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "test"}, NotAfter: time.Now().Add(time.Hour), DNSNames: req.DNSNames}
+	der, err := x509.CreateCertificate(rand.Reader, tmpl, &x509.Certificate{Subject: pkix.Name{CommonName: "ca"}}, req.PublicKey, ca)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}))
+}
+
+// TestServerRenewsItself starts with a certificate that is about to run out.
+func TestServerRenewsItself(t *testing.T) {
+	s := newSite(t)
+	s.must("ca", "issue", "hsm", "--ca-dir", s.path("ca"), "--out", s.path("tls"), "--replace", "--lifetime", "4s")
+	p := s.start(s.write("ks.yaml", 0o600, s.config("clients:"+rule("one", "sign"))))
+	p.wait("certificate renewed")
+	if err := connect(t, p, s.tls("one")); err != nil {
+		t.Error(err)
+	}
+	cert, err := readCertificate(s.path("tls/cert.pem"))
+	if err != nil || time.Until(cert.NotAfter) < 24*time.Hour {
+		t.Errorf("got %v, %v", cert, err)
+	}
+	p.stop()
+}
+
+// TestExamples holds the example configurations to what the program takes, in a site made as they describe it.
+func TestExamples(t *testing.T) {
+	s := newSite(t)
+	files, err := filepath.Glob("../../examples/keyserver/*.yaml")
+	if err != nil || len(files) < 2 {
+		t.Fatalf("got %v, %v; want the examples", files, err)
+	}
+	s.write("seal.keys", 0o600, strings.Repeat("5a", 32)+"\n")
+	tok := s.token("www:p256", "legacy:rsa2048")
+	pin, err := os.ReadFile(tok.PINFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.write("pin", 0o600, string(pin))
+	for _, path := range files {
+		text, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		local := strings.NewReplacer(
+			"/etc/keyhaven/filekey.pem", s.path("filekey.pem"), "/etc/keyhaven", s.dir,
+			"/usr/lib/softhsm/libsofthsm2.so", tok.Module, "token=site-hsm", "token="+tok.Label,
+		).Replace(string(text))
+		cfg := s.write(filepath.Base(path), 0o600, local)
+		if code, out := s.try("check", "--online", "--config", cfg); code != 0 {
+			t.Errorf("%s: got %d, %s", path, code, out)
+		}
+	}
+}
