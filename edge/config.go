@@ -6,6 +6,7 @@ import (
 	"net"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/keyhaven/keyhaven/edge/zone"
@@ -151,7 +152,7 @@ func (l *Listen) validate(errorf func(key, format string, args ...any)) {
 		key := fmt.Sprintf("listen.redirect[%d]", i)
 		if err := checkAddr(a, false); err != nil {
 			errorf(key, "%v", err)
-		} else if slices.Contains(l.TLS, a) {
+		} else if slices.Contains(l.TLS, a) && !strings.HasSuffix(a, ":0") {
 			errorf(key, "%s is a TLS listener already; plain HTTP needs a port of its own, such as \":80\"", a)
 		}
 	}
