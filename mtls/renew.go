@@ -10,6 +10,7 @@ import (
 const (
 	minRenewRetry = time.Second
 	maxRenewRetry = 10 * time.Minute
+	maxRenewSleep = 10 * time.Minute
 )
 
 // KeepRenewed renews the certificate when two thirds of its lifetime are over, somewhat earlier by chance so that many
@@ -17,32 +18,53 @@ const (
 // twentieth of the lifetime. A certificate that Reload brings in is minded from then on. It blocks until ctx ends and
 // returns the cause.
 func (s *Source) KeepRenewed(ctx context.Context, issue func(ctx context.Context, csrDER []byte) ([][]byte, error)) error {
+	own := s.current.Load()
+	due := renewAt(own.cert.Leaf)
 	for failures := 0; ; {
-		now := s.current.Load()
-		wait := time.Until(renewAt(now.cert.Leaf))
-		if failures > 0 {
-			wait = renewPause(now.cert.Leaf, failures)
+		replaced, err := waitUntil(ctx, due, own.replaced)
+		if err != nil {
+			return err
 		}
-		timer := time.NewTimer(wait)
-		select {
-		case <-ctx.Done():
-			timer.Stop()
-			return context.Cause(ctx)
-		case <-now.replaced:
-			timer.Stop()
-			failures = 0
+		if replaced {
+			own, failures = s.current.Load(), 0
+			due = renewAt(own.cert.Leaf)
 			continue
-		case <-timer.C:
 		}
 		if err := s.Renew(ctx, issue); err != nil {
 			if ctx.Err() != nil {
 				return context.Cause(ctx)
 			}
 			failures++
-			s.log.Warn("certificate renewal failed", "err", err, "not_after", now.cert.Leaf.NotAfter, "failures", failures)
+			s.log.Warn("certificate renewal failed", "err", err, "not_after", own.cert.Leaf.NotAfter, "failures", failures)
+			due = time.Now().Add(renewPause(own.cert.Leaf, failures))
 			continue
 		}
-		failures = 0
+		own, failures = s.current.Load(), 0
+		due = renewAt(own.cert.Leaf)
+		if soonest := time.Now().Add(minRenewRetry); due.Before(soonest) {
+			due = soonest // the authority gives less and less, as at the end of its root
+		}
+	}
+}
+
+// waitUntil waits for a time of day, or until replaced is closed, or ctx ends. It looks at the clock now and then, because
+// a timer stands still while the machine sleeps.
+func waitUntil(ctx context.Context, due time.Time, replaced <-chan struct{}) (bool, error) {
+	for {
+		wait := min(time.Until(due), maxRenewSleep)
+		if wait <= 0 {
+			return false, nil
+		}
+		timer := time.NewTimer(wait)
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			return false, context.Cause(ctx)
+		case <-replaced:
+			timer.Stop()
+			return true, nil
+		case <-timer.C:
+		}
 	}
 }
 

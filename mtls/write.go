@@ -100,9 +100,8 @@ func writeSteps(c SourceConfig, keyPEM, certPEM, rootsPEM []byte) []func() error
 // settle completes an interrupted writing that had replaced the certificate, and clears one that had not.
 func settle(c SourceConfig) error {
 	_, where, err := loadOnce(c)
-	if err != nil {
-		// No usable identity is there, so nothing in use can be lost.
-		where = settled{}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil // what is there cannot be used; it is about to be replaced
 	}
 	if where.rootsStaged {
 		if err := moveFile(c.RootsFile+stagedSuffix, c.RootsFile); err != nil {
