@@ -47,7 +47,7 @@ func (f *tokenFlags) with(cmd *cobra.Command, work func(ctx context.Context, t *
 	if err != nil {
 		return err
 	}
-	c, err := f.tokenConfig()
+	c, err := f.tokenConfig(cmd.Context())
 	if err != nil {
 		return err
 	}
@@ -60,7 +60,7 @@ func (f *tokenFlags) with(cmd *cobra.Command, work func(ctx context.Context, t *
 	return work(cmd.Context(), t)
 }
 
-func (f *tokenFlags) tokenConfig() (pkcs11.Config, error) {
+func (f *tokenFlags) tokenConfig(ctx context.Context) (pkcs11.Config, error) {
 	switch {
 	case (f.uri == "") == (f.config == ""):
 		return pkcs11.Config{}, cli.UsageError("name the token with one of --uri and --config")
@@ -84,7 +84,7 @@ func (f *tokenFlags) tokenConfig() (pkcs11.Config, error) {
 	case f.pinFile != "":
 		c.PIN = func() (pkcs11.PIN, error) { return pkcs11.ReadPINFile(f.pinFile) }
 	case uri.PINSource == "":
-		c.PIN = promptPIN
+		c.PIN = func() (pkcs11.PIN, error) { return promptPIN(ctx) }
 	}
 	return c, nil
 }
