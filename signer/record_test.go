@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/hex"
 	"encoding/json"
+	"io"
 	"log/slog"
 	"net/netip"
 	"strings"
@@ -91,5 +92,16 @@ func TestMetrics(t *testing.T) {
 		if got[name] != n {
 			t.Errorf("%s: got %v, want %v", name, got[name], n)
 		}
+	}
+}
+
+func BenchmarkRecord(b *testing.B) {
+	keys := testRegistry(b, false)
+	r := Recorders{LogRecorder(slog.New(slog.NewTextHandler(io.Discard, nil))), NewMetrics(prometheus.NewRegistry(), keys)}
+	rec := Record{Peer: edgeOne, Op: "tls-sign", Scheme: "ecdsa_secp256r1_sha256", SKI: skiOf(b, "p256"), Label: "p256", Home: "memory",
+		SNI: "www.example.com", ClientIP: netip.MustParseAddr("192.0.2.1"), Result: ResultOK, Duration: 1}
+	b.ReportAllocs()
+	for b.Loop() {
+		r.Record(rec)
 	}
 }

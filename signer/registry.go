@@ -19,6 +19,9 @@ type Home struct {
 	Decrypt bool
 }
 
+// maxHomes bounds the homes of one key; see Entry.next.
+const maxHomes = 64
+
 // An Entry is one private key, in one or several homes. It is immutable.
 type Entry struct {
 	SKI    keyless.SKI
@@ -48,42 +51,67 @@ func (e *Entry) Supports(alg Algorithm) bool {
 }
 
 // Sign has the first home sign that is healthy and supports the algorithm. A home that turns out to be unavailable is passed
-// over for the next one; any other error is final. Errors are those of [Key.Sign].
+// over for the next one, and each is asked once; any other error is final. Errors are those of [Key.Sign].
 func (e *Entry) Sign(ctx context.Context, alg Algorithm, input []byte) ([]byte, error) {
 	err := error(ErrUnsupported)
-	for pass := range 2 { // first the healthy homes, then the others
-		for _, h := range e.Homes {
-			if healthy(h.Key) != (pass == 0) || !h.Key.Supports(alg) {
-				continue
-			}
-			var sig []byte
-			sig, err = h.Key.Sign(ctx, alg, input)
-			if err == nil || !errors.Is(err, ErrUnavailable) || ctx.Err() != nil {
-				return sig, err
-			}
+	var asked uint64
+	for range e.Homes {
+		i := e.next(asked, func(h *Home) bool { return h.Key.Supports(alg) })
+		if i < 0 {
+			break
+		}
+		asked |= 1 << i
+		var sig []byte
+		sig, err = e.Homes[i].Key.Sign(ctx, alg, input)
+		if err == nil || !errors.Is(err, ErrUnavailable) || ctx.Err() != nil {
+			return sig, err
 		}
 	}
 	return nil, err
 }
 
-// DecryptRaw has the first home decrypt that is healthy and allowed to. Errors are those of [Decrypter]; ErrUnsupported if no home
-// is allowed to decrypt or able to.
+// DecryptRaw has the first home decrypt that is healthy and allowed to, in the manner of Sign. ErrUnsupported if no home is allowed to
+// decrypt or able to.
 func (e *Entry) DecryptRaw(ctx context.Context, ciphertext []byte) ([]byte, error) {
 	err := error(ErrUnsupported)
-	for pass := range 2 {
-		for _, h := range e.Homes {
-			d, ok := h.Key.(Decrypter)
-			if !ok || !h.Decrypt || healthy(h.Key) != (pass == 0) {
-				continue
-			}
-			var block []byte
-			block, err = d.DecryptRaw(ctx, ciphertext)
-			if err == nil || !errors.Is(err, ErrUnavailable) || ctx.Err() != nil {
-				return block, err
-			}
+	var asked uint64
+	for range e.Homes {
+		i := e.next(asked, (*Home).decrypts)
+		if i < 0 {
+			break
+		}
+		asked |= 1 << i
+		var block []byte
+		block, err = e.Homes[i].Key.(Decrypter).DecryptRaw(ctx, ciphertext)
+		if err == nil || !errors.Is(err, ErrUnavailable) || ctx.Err() != nil {
+			return block, err
 		}
 	}
 	return nil, err
+}
+
+func (h *Home) decrypts() bool {
+	_, ok := h.Key.(Decrypter)
+	return ok && h.Decrypt
+}
+
+// next returns the first healthy home that is able and was not asked yet, or else the first that is not healthy, or -1. Whether a home is healthy may
+// change while the others are asked.
+func (e *Entry) next(asked uint64, able func(*Home) bool) int {
+	ill := -1
+	for i := range e.Homes {
+		h := &e.Homes[i]
+		if asked&(1<<i) != 0 || !able(h) {
+			continue
+		}
+		if healthy(h.Key) {
+			return i
+		}
+		if ill < 0 {
+			ill = i
+		}
+	}
+	return ill
 }
 
 // MayDecrypt reports whether a home of the key is allowed to decrypt.
@@ -152,6 +180,9 @@ func (s *snapshot) add(h Home) error {
 	if eq, ok := e.public.(interface{ Equal(crypto.PublicKey) bool }); !ok || !eq.Equal(pub) {
 		return fmt.Errorf("signer: key %q of %s has the SKI %s of a different key in %s: remove one of them",
 			info.Label, info.Home, ski, e.Homes[0].Key.Info().Home)
+	}
+	if len(e.Homes) == maxHomes {
+		return fmt.Errorf("signer: key %q of %s: the key has %d homes already", info.Label, info.Home, maxHomes)
 	}
 	e.Homes = append(e.Homes, h)
 	if info.Label != "" && !slices.Contains(e.Labels, info.Label) {

@@ -102,6 +102,29 @@ func TestSeveralHomes(t *testing.T) {
 
 var errAny = errors.New("any error")
 
+// TestAilingHomeIsAskedOnce has a home turn ill by failing, as tokens do.
+func TestAilingHomeIsAskedOnce(t *testing.T) {
+	one := &turningKey{faultyKey{Key: memoryKey(t, "p256"), home: "one", healthy: true, err: ErrUnavailable}}
+	two := &turningKey{faultyKey{Key: memoryKey(t, "p256"), home: "two", healthy: true, err: ErrUnavailable}}
+	r := NewRegistry()
+	if err := r.Replace([]Home{{Key: one}, {Key: two}}); err != nil {
+		t.Fatal(err)
+	}
+	_, err := r.Entries()[0].Sign(t.Context(), Algorithm{ECDSA, crypto.SHA256}, make([]byte, 32))
+	if !errors.Is(err, ErrUnavailable) || one.calls != 1 || two.calls != 1 {
+		t.Errorf("got %d and %d calls and %v, want one each", one.calls, two.calls, err)
+	}
+}
+
+// turningKey is not healthy any more once it has failed.
+type turningKey struct{ faultyKey }
+
+func (k *turningKey) Sign(ctx context.Context, alg Algorithm, input []byte) ([]byte, error) {
+	sig, err := k.faultyKey.Sign(ctx, alg, input)
+	k.healthy = err == nil
+	return sig, err
+}
+
 func TestDecryptOnlyWhereAllowed(t *testing.T) {
 	one, two := &faultyKey{Key: memoryKey(t, "rsa"), healthy: true}, &faultyKey{Key: memoryKey(t, "rsa"), healthy: true}
 	r := NewRegistry()

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"os"
 	"sync/atomic"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -135,6 +136,7 @@ func (s *server) ready(ctx context.Context) error {
 
 // run serves until ctx ends and what is in flight then is done.
 func (s *server) run(ctx context.Context) (err error) {
+	hangups := cli.Hangups(ctx) // from the start, as an unexpected SIGHUP ends a process
 	if err := s.keys.start(ctx, s.current.Load().plan); err != nil {
 		return errors.Join(err, s.keys.close())
 	}
@@ -162,7 +164,7 @@ func (s *server) run(ctx context.Context) (err error) {
 	g.Go(func() error { return s.ops.Run(side) })
 	g.Go(func() error { return s.keys.run(main) })
 	g.Go(func() error { return s.keepRenewed(main) })
-	g.Go(func() error { return s.reloads(main) })
+	g.Go(func() error { return s.reloads(main, hangups) })
 	err = g.Wait()
 	s.logger.Info("stopped")
 	return err
@@ -193,8 +195,7 @@ func (s *server) keepRenewed(ctx context.Context) error {
 	return nil
 }
 
-func (s *server) reloads(ctx context.Context) error {
-	hangups := cli.Hangups(ctx)
+func (s *server) reloads(ctx context.Context, hangups <-chan os.Signal) error {
 	for {
 		select {
 		case <-ctx.Done():
