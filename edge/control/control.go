@@ -16,7 +16,6 @@ import (
 
 	"github.com/keyhaven/keyhaven/mtls"
 	"github.com/keyhaven/keyhaven/state"
-	"github.com/keyhaven/keyhaven/vnet"
 )
 
 // Config is what a [Control] works with.
@@ -134,7 +133,7 @@ func (c *Control) found(ctx context.Context) error {
 	if !errors.Is(err, state.ErrNotFound) {
 		return fmt.Errorf("control: read the state: %w", err)
 	}
-	v := VNet{ID: vnet.ID(newID("vn")), Name: defaultName, Created: c.now()}
+	v := VNet{ID: defaultName, Name: defaultName, Created: c.now()}
 	_, err = c.cfg.Store.Txn(ctx, []state.Cond{{Key: keyGeneration}}, []state.Op{
 		put(prefixVNet+string(v.ID), v),
 		state.Put(keyDefaultVNet, []byte(v.ID)),

@@ -9,7 +9,7 @@ import (
 // A VNet is a virtual network: an address space of its own, in which a prefix or host name leads to one tunnel.
 // Exactly one network is the default.
 type VNet struct {
-	ID      vnet.ID   `json:"id"` // random, never reused
+	ID      vnet.ID   `json:"id"` // random, or "default" for the first one; never reused
 	Name    string    `json:"name"`
 	Comment string    `json:"comment,omitempty"`
 	Created time.Time `json:"created"`

@@ -18,8 +18,17 @@ func TestFirstStart(t *testing.T) {
 	if len(list) != 1 || list[0].Name != "default" || !list[0].Default {
 		t.Fatalf("networks at first start: %+v, want one, named default, the default", list)
 	}
-	if !strings.HasPrefix(string(list[0].ID), "vn_") {
-		t.Errorf("id %q, want a random one", list[0].ID)
+	if list[0].ID != "default" {
+		t.Errorf("id %q, want the one that connectors know", list[0].ID)
+	}
+	// The id is not used again, not even for a network of the same name.
+	_, err := c.AddVNet(t.Context(), "red", "", true)
+	must(t, err)
+	must(t, c.DeleteVNet(t.Context(), "default", false))
+	v, err := c.AddVNet(t.Context(), "default", "", false)
+	must(t, err)
+	if !strings.HasPrefix(string(v.ID), "vn_") {
+		t.Errorf("a later network has the id %q, want a random one", v.ID)
 	}
 }
 

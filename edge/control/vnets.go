@@ -18,7 +18,8 @@ const (
 	maxTokens     = 1 << 14
 )
 
-// defaultName is what the network is called that exists from the first start.
+// defaultName is the name, and the id, of the network that exists from the first start. The id is the one that is not
+// random, so that a connector's allow-list can name that network wherever it dials.
 const defaultName = "default"
 
 // AddVNet creates a virtual network and, if isDefault, makes it the default one.
