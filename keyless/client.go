@@ -77,6 +77,7 @@ type Client struct {
 	ctx     context.Context // ends with Close
 	cancel  context.CancelFunc
 	links   sync.WaitGroup
+	timers  sync.Pool // stopped *time.Timers
 
 	mu      sync.Mutex // guards the rest
 	live    []*link    // links with a usable connection
@@ -166,11 +167,15 @@ func (c *Client) Do(ctx context.Context, op *Operation) ([]byte, error) {
 
 func (c *Client) do(ctx context.Context, op *Operation, timeout time.Duration) ([]byte, error) {
 	start := time.Now()
-	timer := timers.Get().(*time.Timer)
-	timer.Reset(timeout)
+	timer, ok := c.timers.Get().(*time.Timer)
+	if ok {
+		timer.Reset(timeout) // since Go 1.23 this leaves no old tick in the channel
+	} else {
+		timer = time.NewTimer(timeout)
+	}
 	defer func() {
 		timer.Stop()
-		timers.Put(timer)
+		c.timers.Put(timer)
 	}()
 	res := ClientResult{Opcode: op.Opcode, Func: funcLabel(op)}
 	payload, err := c.attempts(ctx, timer.C, op, &res)
@@ -180,13 +185,6 @@ func (c *Client) do(ctx context.Context, op *Operation, timeout time.Duration) (
 	}
 	return payload, err
 }
-
-// timers holds stopped timers. Since Go 1.23 the channel of one that was stopped or reset is empty.
-var timers = sync.Pool{New: func() any {
-	t := time.NewTimer(time.Hour)
-	t.Stop()
-	return t
-}}
 
 // attempts tries op on one connection after the other.
 func (c *Client) attempts(ctx context.Context, timeout <-chan time.Time, op *Operation, res *ClientResult) ([]byte, error) {
@@ -274,12 +272,16 @@ func (c *Client) pick(avoid *remote) (*link, *session, <-chan struct{}, error) {
 		return nil, nil, c.changed, nil
 	}
 	var best *link
-	bestRank, bestLoad := 0, 0
+	bestRank, bestLoad, full := 0, 0, false
 	c.turn++
 	for i := range c.live {
 		l := c.live[(c.turn+i)%len(c.live)]
+		if l.session.dead.Load() {
+			continue // its goroutine is about to take it out and to connect again
+		}
 		load := int(l.session.inFlight.Load())
 		if load >= c.cfg.MaxInFlight {
+			full = true
 			continue
 		}
 		rank := l.rank(avoid)
@@ -287,8 +289,11 @@ func (c *Client) pick(avoid *remote) (*link, *session, <-chan struct{}, error) {
 			best, bestRank, bestLoad = l, rank, load
 		}
 	}
-	if best == nil {
+	switch {
+	case best == nil && full:
 		return nil, nil, nil, ErrOverloaded
+	case best == nil:
+		return nil, nil, c.changed, nil
 	}
 	best.session.inFlight.Add(1)
 	return best, best.session, nil, nil

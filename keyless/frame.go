@@ -119,13 +119,14 @@ func (f *frameReader) stop() {
 
 // Bounds of a batchWriter.
 const (
-	// maxPending is how many bytes may wait for the writer, about 250 packets.
-	maxPending = 256 << 10
+	// serverPending is how many bytes of replies may wait for the writer, about 250 packets. A client's bound follows from
+	// its MaxInFlight.
+	serverPending = 256 << 10
 	// keepBuffer is the largest buffer that is kept for the next batch.
 	keepBuffer = 512 << 10
 )
 
-// errFull says that maxPending bytes wait already.
+// errFull says that as many bytes wait as may.
 var errFull = errors.New("keyless: write queue is full")
 
 // A batchWriter sends packets of many goroutines with few writes: whatever was added while one write ran leaves with
@@ -133,6 +134,7 @@ var errFull = errors.New("keyless: write queue is full")
 type batchWriter struct {
 	conn    net.Conn
 	timeout time.Duration // for one batch
+	limit   int           // bytes that may wait
 	wake    chan struct{} // capacity 1
 
 	mu     sync.Mutex // guards the rest
@@ -145,18 +147,18 @@ type batchWriter struct {
 	err    error  // run has failed or was killed
 }
 
-func newBatchWriter(conn net.Conn, timeout time.Duration) *batchWriter {
-	w := &batchWriter{conn: conn, timeout: timeout, wake: make(chan struct{}, 1)}
+func newBatchWriter(conn net.Conn, timeout time.Duration, limit int) *batchWriter {
+	w := &batchWriter{conn: conn, timeout: timeout, limit: limit, wake: make(chan struct{}, 1)}
 	w.space.L = &w.mu
 	return w
 }
 
-// add queues one packet and returns its number, counted from 1. When maxPending bytes wait, it waits too if wait is
+// add queues one packet and returns its number, counted from 1. When limit bytes wait, it waits too if wait is
 // set, and fails with errFull if not.
 func (w *batchWriter) add(p *Packet, wait bool) (uint64, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	for len(w.buf) >= maxPending && w.err == nil {
+	for len(w.buf) >= w.limit && w.err == nil {
 		if !wait {
 			return 0, errFull
 		}

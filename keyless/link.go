@@ -137,7 +137,7 @@ func (l *link) connect() (*session, error) {
 		raw.Close()
 		return nil, fmt.Errorf("keyless: TLS handshake with %s: %w", l.remote.addr, err)
 	}
-	s := newSession(conn, raw)
+	s := newSession(conn, raw, cfg.MaxInFlight)
 	if err := s.ping(ctx); err != nil {
 		s.end(err)
 		return nil, fmt.Errorf("keyless: first ping of %s: %w", l.remote.addr, err)

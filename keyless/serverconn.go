@@ -5,7 +5,6 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/netip"
 	"os"
@@ -82,7 +81,7 @@ func (l *serverLoop) serve(ctx context.Context, raw net.Conn) {
 	c := &serverConn{
 		serverLoop: l, peer: peer, raw: raw, tls: conn,
 		reader: newFrameReader(conn),
-		writer: newBatchWriter(conn, l.write),
+		writer: newBatchWriter(conn, l.write, serverPending),
 		work:   make(chan *request),
 		done:   make(chan struct{}),
 	}
@@ -167,14 +166,14 @@ func (c *serverConn) kill() {
 	c.raw.Close()
 }
 
-// readLoop reads requests. It returns nil when the connection may end in peace: the peer sent its end, was idle for too
-// long, or ctx is over.
+// readLoop reads requests. It returns nil when the connection may end in peace: the peer was idle for too long, or ctx is
+// over. A peer that ended its stream waits for no reply, and what it asked for is given up.
 func (c *serverConn) readLoop(ctx context.Context) error {
 	for {
 		h, body, err := c.reader.next()
 		switch {
 		case err == nil:
-		case errors.Is(err, io.EOF), errors.Is(err, errStopped):
+		case errors.Is(err, errStopped):
 			return nil
 		case errors.Is(err, os.ErrDeadlineExceeded):
 			if c.busy.Load() > 0 {

@@ -32,6 +32,8 @@ type session struct {
 	prod     chan struct{} // capacity 1; asks watch for a ping now
 	broken   chan struct{} // closed when reading or writing failed
 	helpers  sync.WaitGroup
+	pool     sync.Pool   // of *call
+	dead     atomic.Bool // err is set
 
 	mu     sync.Mutex // guards the rest
 	calls  map[uint32]*call
@@ -48,17 +50,18 @@ type call struct {
 	done    chan struct{} // capacity 1
 }
 
-var calls = sync.Pool{New: func() any { return &call{done: make(chan struct{}, 1)} }}
-
-func newSession(conn, raw net.Conn) *session {
+// newSession starts the goroutines of a connection that may have maxInFlight requests in flight. That many packets of the
+// usual size, twice over, may wait to be written.
+func newSession(conn, raw net.Conn, maxInFlight int) *session {
 	s := &session{
 		conn: conn, raw: raw,
 		reader: newFrameReader(conn),
-		writer: newBatchWriter(conn, clientWriteTimeout),
+		writer: newBatchWriter(conn, clientWriteTimeout, 2*padTo*(maxInFlight+1)),
 		prod:   make(chan struct{}, 1),
 		broken: make(chan struct{}),
 		calls:  map[uint32]*call{},
 	}
+	s.pool.New = func() any { return &call{done: make(chan struct{}, 1)} }
 	s.helpers.Go(func() { s.fail(s.read()) })
 	s.helpers.Go(func() {
 		if err := s.writer.run(); err != nil {
@@ -85,6 +88,7 @@ func (s *session) fail(cause error) {
 		cause = net.ErrClosed
 	}
 	s.err = cause
+	s.dead.Store(true)
 	orphans := s.calls
 	s.calls = nil
 	s.mu.Unlock()
@@ -119,7 +123,7 @@ func (s *session) roundTrip(ctx context.Context, timeout <-chan time.Time, op *O
 	}
 	if err != nil {
 		if s.forget(id) {
-			calls.Put(c)
+			s.pool.Put(c)
 			if s.received.Load() == before && errors.Is(err, context.DeadlineExceeded) {
 				s.doubt()
 			}
@@ -129,18 +133,18 @@ func (s *session) roundTrip(ctx context.Context, timeout <-chan time.Time, op *O
 	}
 	payload, err := c.payload, c.err
 	c.payload, c.err = nil, nil
-	calls.Put(c)
+	s.pool.Put(c)
 	return payload, err
 }
 
 // send registers op and queues its packet.
 func (s *session) send(op *Operation) (uint32, *call, error) {
-	c := calls.Get().(*call)
+	c := s.pool.Get().(*call)
 	c.opcode = op.Opcode
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.err != nil {
-		calls.Put(c)
+		s.pool.Put(c)
 		return 0, nil, fmt.Errorf("%w: %w", errNotSent, s.err)
 	}
 	id := s.nextID
@@ -151,7 +155,7 @@ func (s *session) send(op *Operation) (uint32, *call, error) {
 	p := Packet{Major: major, Minor: minor, ID: id, Operation: *op}
 	seq, err := s.writer.add(&p, false)
 	if err != nil {
-		calls.Put(c)
+		s.pool.Put(c)
 		switch {
 		case errors.Is(err, errFull):
 			return 0, nil, ErrOverloaded

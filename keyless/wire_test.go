@@ -70,10 +70,10 @@ func (g *gate) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
-// What is added while a write runs leaves with the next one; beyond maxPending add refuses or waits.
+// What is added while a write runs leaves with the next one; beyond its limit add refuses or waits.
 func TestBatchWriter(t *testing.T) {
 	g := &gate{open: make(chan struct{})}
-	w := newBatchWriter(g, time.Second)
+	w := newBatchWriter(g, time.Second, serverPending)
 	done := make(chan error, 1)
 	go func() { done <- w.run() }()
 
@@ -89,7 +89,7 @@ func TestBatchWriter(t *testing.T) {
 			break
 		}
 	}
-	if want := uint64(1 + maxPending/padTo); n != want {
+	if want := uint64(1 + serverPending/padTo); n != want {
 		t.Errorf("%d packets fit, want %d", n, want)
 	}
 	if w.wasHanded(n) {
