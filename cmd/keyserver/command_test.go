@@ -72,6 +72,7 @@ func TestCheckNamesTheFault(t *testing.T) {
 		{"token named twice over", token("uri: pkcs11:token=a;serial=b?pin-source=/p&module-path=" + module), []string{":17: tokens[0].uri:", "exactly one"}},
 		{"token without module", token("uri: pkcs11:token=a?pin-source=/p"), []string{"tokens[0].module:", "module-path"}},
 		{"module not there", token("uri: pkcs11:token=a?pin-source=/p&module-path=/no/such.so"), []string{":17: tokens[0].uri:", "/no/such.so", "install"}},
+		{"decryption with every key", token("uri: pkcs11:token=a?pin-source=/p&module-path=" + module + "\n    decrypt: ['*']"), []string{":18: tokens[0].decrypt[0]:", "SKI"}},
 		{"no URI at all", token("uri: http://x"), []string{":17: tokens[0].uri:", "pkcs11"}},
 		{"several faults", swap("ops: 127.0.0.1:0", "ops: x\nsurprise: 1"), []string{":3: surprise"}},
 		{"several faults of meaning", strings.Replace(swap("ops: 127.0.0.1:0", "ops: x"), "listen: 127.0.0.1:0", "listen: y", 1), []string{":1: listen", ":2: ops"}},

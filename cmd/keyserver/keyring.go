@@ -32,6 +32,43 @@ type slot struct {
 	token *pkcs11.Token
 	keys  []signer.Home
 	err   error // why token is nil
+	probe *probe
+}
+
+// A probe asks a token whether it answers, once at a time, because a call into a module cannot be cancelled.
+type probe struct {
+	mu      sync.Mutex    // guards both below
+	running chan struct{} // closed at the end of the call in progress; nil if there is none
+	err     error         // of the last call
+}
+
+// ask returns the answer of a call that is in progress, or of a new one.
+func (p *probe) ask(ctx context.Context, call func(context.Context) error) error {
+	p.mu.Lock()
+	if p.running == nil {
+		done := make(chan struct{})
+		p.running = done
+		go func() {
+			// Close of the token waits for the call, and so for this goroutine.
+			limited, cancel := context.WithTimeout(context.WithoutCancel(ctx), openTimeout)
+			defer cancel()
+			err := call(limited)
+			p.mu.Lock()
+			p.err, p.running = err, nil
+			p.mu.Unlock()
+			close(done)
+		}()
+	}
+	running := p.running
+	p.mu.Unlock()
+	select {
+	case <-running:
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		return p.err
+	case <-ctx.Done():
+		return fmt.Errorf("does not answer: %w", ctx.Err())
+	}
 }
 
 // A keyring holds the tokens and file keys of the present configuration and keeps the registry in step.
@@ -57,7 +94,7 @@ func newKeyring(logger *slog.Logger) *keyring {
 
 // openSlot opens a token and finds its keys. The slot is usable as a place for later attempts whatever the error.
 func openSlot(ctx context.Context, conf TokenConfig, open pkcs11.Config) *slot {
-	s := &slot{conf: conf, open: open, name: open.URI.String()}
+	s := &slot{conf: conf, open: open, name: open.URI.String(), probe: new(probe)}
 	ctx, cancel := context.WithTimeout(ctx, openTimeout)
 	defer cancel()
 	token, err := pkcs11.Open(ctx, open)
@@ -89,7 +126,7 @@ func homesOf(ctx context.Context, token *pkcs11.Token, conf TokenConfig) ([]sign
 func namesKey(names []string, info signer.KeyInfo) bool {
 	return slices.ContainsFunc(names, func(name string) bool {
 		ski, err := keyless.ParseSKI(name)
-		return err == nil && ski == info.SKI || name == info.Label
+		return err == nil && ski == info.SKI || name != "" && name == info.Label
 	})
 }
 
@@ -272,7 +309,7 @@ func (r *keyring) nextSlot(ctx context.Context, conf TokenConfig, open pkcs11.Co
 			keys[i].Decrypt = namesKey(conf.Decrypt, keys[i].Key.Info())
 		}
 	}
-	return &slot{conf: conf, open: open, name: old.name, token: old.token, keys: keys}, false, nil
+	return &slot{conf: conf, open: open, name: old.name, token: old.token, keys: keys, probe: old.probe}, false, nil
 }
 
 // sameToken reports whether a token opened for one configuration serves the other.
@@ -305,7 +342,7 @@ func (r *keyring) check(ctx context.Context) error {
 	for _, s := range r.present() {
 		err := s.err
 		if s.token != nil {
-			err = s.token.Check(ctx)
+			err = s.probe.ask(ctx, s.token.Check)
 		}
 		if err != nil {
 			errs = append(errs, fmt.Errorf("token %s: %w", s.name, err))

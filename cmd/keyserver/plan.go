@@ -106,6 +106,11 @@ func (p *plan) addToken(i int, logger *slog.Logger) (errs conf.Errors) {
 	if p.tokenTwice(i) {
 		errs = append(errs, p.file.Errorf(key("uri"), "is given twice; remove one"))
 	}
+	for j, name := range c.Decrypt {
+		if name == "" || name == "*" {
+			errs = append(errs, p.file.Errorf(fmt.Sprintf("tokens[%d].decrypt[%d]", i, j), "%q names no key; write the SKI or label of each key that may decrypt", name))
+		}
+	}
 	tc := tokenConfig(uri, c.Module, p.cfg.Modules)
 	tc.Sessions, tc.AllowExtractable, tc.Logger = c.Sessions, c.AllowExtractable, logger
 	if n := len(slices.DeleteFunc([]string{uri.Token, uri.Serial, uri.SlotID}, func(v string) bool { return v == "" })); n != 1 {

@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"sync/atomic"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/errgroup"
@@ -138,9 +139,9 @@ func (s *server) ready(ctx context.Context) error {
 func (s *server) run(ctx context.Context) (err error) {
 	hangups := cli.Hangups(ctx) // from the start, as an unexpected SIGHUP ends a process
 	if err := s.keys.start(ctx, s.current.Load().plan); err != nil {
-		return errors.Join(err, s.keys.close())
+		return errors.Join(err, s.closeKeys())
 	}
-	defer func() { err = errors.Join(err, s.keys.close()) }()
+	defer func() { err = errors.Join(err, s.closeKeys()) }()
 	s.warnAboutPolicy()
 	ln, err := (&net.ListenConfig{}).Listen(ctx, "tcp", s.current.Load().cfg.Listen)
 	if err != nil {
@@ -168,6 +169,21 @@ func (s *server) run(ctx context.Context) (err error) {
 	err = g.Wait()
 	s.logger.Info("stopped")
 	return err
+}
+
+// closeTimeout bounds the wait for modules at the end.
+const closeTimeout = 10 * time.Second
+
+// closeKeys closes the tokens. A module that hangs must not keep the process from ending, which ends the module too.
+func (s *server) closeKeys() error {
+	closed := make(chan error, 1)
+	go func() { closed <- s.keys.close() }()
+	select {
+	case err := <-closed:
+		return err
+	case <-time.After(closeTimeout):
+		return fmt.Errorf("a token did not close within %v: its module hangs", closeTimeout)
+	}
 }
 
 // keepRenewed renews the server's own certificate where the authority is at hand.
