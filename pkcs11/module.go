@@ -24,6 +24,9 @@ type module struct {
 	foreign    bool          // somebody else in this process initialised the module: never finalise it. Guarded by calls
 	generation atomic.Uint64 // rises with every C_Initialize, under calls; handles of an older generation mean nothing
 
+	sessionsMu sync.Mutex // guards sessions, and is held while one is opened or closed. It is taken after calls
+	sessions   map[ck.SessionHandle]*session
+
 	tokens int // open tokens. Guarded by modules.mu
 }
 
@@ -46,7 +49,7 @@ func openModule(path string) (*module, error) {
 		if ctx == nil {
 			return nil, fmt.Errorf("pkcs11: load module %s: no function list", path)
 		}
-		m = &module{path: path, fns: fns, ctx: ctx}
+		m = &module{path: path, fns: fns, ctx: ctx, sessions: map[ck.SessionHandle]*session{}}
 		modules.loaded[path] = m
 	}
 	if m.tokens == 0 {
@@ -64,6 +67,9 @@ func openModule(path string) (*module, error) {
 // initialiseLocked runs C_Initialize.
 func (m *module) initialiseLocked() error {
 	m.generation.Add(1)
+	m.sessionsMu.Lock()
+	clear(m.sessions)
+	m.sessionsMu.Unlock()
 	err := m.ctx.Initialize()
 	m.foreign = errors.Is(err, ck.Error(ck.CKR_CRYPTOKI_ALREADY_INITIALIZED))
 	if err != nil && !m.foreign {

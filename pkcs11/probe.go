@@ -115,13 +115,7 @@ func (t *Token) inconclusive(s *session, err error) error {
 	if faultOf(err) != faultOther || !errors.As(err, &rv) {
 		return err
 	}
-	old := *s
-	fresh, err := t.pool.exchange(&old)
-	if err != nil {
-		return err
-	}
-	*s = *fresh
-	return nil
+	return t.pool.exchange(s)
 }
 
 // verify checks a signature with Go's own cryptography.

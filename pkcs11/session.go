@@ -14,8 +14,9 @@ import (
 // session is a session of the token, owned by one operation at a time.
 type session struct {
 	handle     ck.SessionHandle
-	generation uint64 // of the module
-	epoch      uint64 // of the pool: an older one means that the session has to be looked at before use
+	generation uint64      // of the module
+	epoch      uint64      // of the pool: an older one means that the session has to be looked at before use
+	dead       atomic.Bool // the module has given the handle to a newer session
 }
 
 // errStale is what a session of an earlier module generation is worth.
@@ -53,7 +54,7 @@ func (p *pool) take(ctx context.Context, fresh bool) (*session, error) {
 	for {
 		s, err := p.get()
 		if err == nil && fresh {
-			s, err = p.exchange(s)
+			err = p.exchange(s)
 		}
 		if err == nil {
 			return s, nil
@@ -123,19 +124,37 @@ func (p *pool) get() (*session, error) {
 
 // open opens a session that is not yet in the pool.
 func (p *pool) open(writable bool) (*session, error) {
+	s := &session{}
+	if err := p.openInto(s, writable); err != nil {
+		return nil, err
+	}
+	return s, nil
+}
+
+// openInto makes s a new session. A device that was restarted counts its handles from the start again: if it gives out one that an older
+// session bears, that one is dead, and must neither be used nor closed.
+func (p *pool) openInto(s *session, writable bool) error {
 	flags := uint(ck.CKF_SERIAL_SESSION)
 	if writable {
 		flags |= ck.CKF_RW_SESSION
 	}
-	s := &session{epoch: p.epoch.Load()}
-	p.m.calls.RLock()
-	defer p.m.calls.RUnlock()
-	h, err := p.m.ctx.OpenSession(uint(p.slot.Load()), flags)
+	epoch := p.epoch.Load()
+	m := p.m
+	m.calls.RLock()
+	defer m.calls.RUnlock()
+	m.sessionsMu.Lock()
+	defer m.sessionsMu.Unlock()
+	h, err := m.ctx.OpenSession(uint(p.slot.Load()), flags)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	s.handle, s.generation = h, p.m.generation.Load()
-	return s, nil
+	if old := m.sessions[h]; old != nil {
+		old.dead.Store(true)
+	}
+	m.sessions[h] = s
+	s.handle, s.generation, s.epoch = h, m.generation.Load(), epoch
+	s.dead.Store(false)
+	return nil
 }
 
 // give returns a session after an operation that ended with err. A session whose state is in doubt is closed, but
@@ -160,14 +179,25 @@ func (p *pool) give(s *session, err error) {
 	p.mu.Unlock()
 }
 
-// exchange closes s for a new session, which is opened first so that the login survives, unless the token has no room for both.
-func (p *pool) exchange(s *session) (*session, error) {
+// exchange makes s a new session in place of the old, which is closed after that so that the login survives, unless the
+// token has no room for both.
+func (p *pool) exchange(s *session) error {
 	fresh, err := p.open(false)
 	p.m.closeSession(s)
 	if errors.Is(err, ck.Error(ck.CKR_SESSION_COUNT)) {
-		fresh, err = p.open(false)
+		return p.openInto(s, false)
 	}
-	return fresh, err
+	if err != nil {
+		return err
+	}
+	p.m.sessionsMu.Lock()
+	defer p.m.sessionsMu.Unlock()
+	s.handle, s.generation, s.epoch = fresh.handle, fresh.generation, fresh.epoch
+	s.dead.Store(fresh.dead.Load())
+	if p.m.sessions[s.handle] == fresh {
+		p.m.sessions[s.handle] = s
+	}
+	return nil
 }
 
 // replace closes s and returns a session in its place, or nil if none is needed or to be had.
@@ -175,9 +205,8 @@ func (p *pool) replace(s *session) *session {
 	p.mu.Lock()
 	last := len(p.idle) == 0
 	p.mu.Unlock()
-	if last {
-		fresh, _ := p.exchange(s)
-		return fresh
+	if last && p.exchange(s) == nil {
+		return s
 	}
 	p.m.closeSession(s)
 	return nil
@@ -204,7 +233,7 @@ func (p *pool) close() {
 func (m *module) with(s *session, f func(*ck.Ctx, ck.SessionHandle) error) error {
 	m.calls.RLock()
 	defer m.calls.RUnlock()
-	if s.generation != m.generation.Load() {
+	if !m.alive(s) {
 		return errStale
 	}
 	return f(m.ctx, s.handle)
@@ -214,7 +243,7 @@ func (m *module) with(s *session, f func(*ck.Ctx, ck.SessionHandle) error) error
 func (m *module) operate(s *session, key ck.ObjectHandle, op *operation) error {
 	m.calls.RLock()
 	defer m.calls.RUnlock()
-	if s.generation != m.generation.Load() {
+	if !m.alive(s) {
 		return errStale
 	}
 	return m.fns.operate(s.handle, key, op)
@@ -229,7 +258,21 @@ func (m *module) sessionInfo(s *session) (ck.SessionInfo, error) {
 	return info, err
 }
 
-// closeSession closes a session. A failure is of no interest: the session is given up.
+// alive reports whether the session's handle can still be its own. The caller holds calls.
+func (m *module) alive(s *session) bool {
+	return s.generation == m.generation.Load() && !s.dead.Load()
+}
+
+// closeSession closes a session, if it is not closed yet. A failure is of no interest: the session is given up.
 func (m *module) closeSession(s *session) {
-	_ = m.with(s, func(c *ck.Ctx, h ck.SessionHandle) error { return c.CloseSession(h) })
+	m.calls.RLock()
+	defer m.calls.RUnlock()
+	m.sessionsMu.Lock()
+	defer m.sessionsMu.Unlock()
+	if !m.alive(s) {
+		return
+	}
+	delete(m.sessions, s.handle)
+	s.dead.Store(true)
+	_ = m.ctx.CloseSession(s.handle)
 }
