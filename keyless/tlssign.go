@@ -6,6 +6,7 @@ import (
 	"crypto/sha512"
 	"crypto/tls"
 	"encoding/binary"
+	"errors"
 	"fmt"
 )
 
@@ -119,30 +120,33 @@ func checkServerKeyExchange(msg []byte) error {
 			return fmt.Errorf("point is not on group %d", id)
 		}
 	}
-	if isDERSequence(msg) {
-		return fmt.Errorf("message is a complete DER SEQUENCE")
+	if isDER(msg) {
+		return errors.New("message is a complete DER structure")
 	}
 	return nil
 }
 
-// isDERSequence reports whether b is one SEQUENCE that fills b and whose elements fill it in turn, as every signed
-// ASN.1 structure (TBSCertificate, CertificationRequestInfo, TBSCertList) is.
-func isDERSequence(b []byte) bool {
-	inner, rest, ok := derElement(b, 0x30)
+// isDER reports whether b is one SEQUENCE or SET that fills b and whose elements fill it in turn, as every signed ASN.1
+// structure is (TBSCertificate, CertificationRequestInfo, TBSCertList, OCSP ResponseData, CMS SignedAttributes).
+func isDER(b []byte) bool {
+	if len(b) == 0 || b[0] != 0x30 && b[0] != 0x31 {
+		return false
+	}
+	inner, rest, ok := derElement(b)
 	if !ok || len(rest) != 0 {
 		return false
 	}
 	for len(inner) > 0 {
-		if _, inner, ok = derElement(inner, -1); !ok {
+		if _, inner, ok = derElement(inner); !ok {
 			return false
 		}
 	}
 	return true
 }
 
-// derElement splits the first element off b. A tag of -1 matches any.
-func derElement(b []byte, tag int) (value, rest []byte, ok bool) {
-	if len(b) < 2 || (tag >= 0 && int(b[0]) != tag) {
+// derElement splits the first element off b, whatever its tag.
+func derElement(b []byte) (value, rest []byte, ok bool) {
+	if len(b) < 2 {
 		return nil, nil, false
 	}
 	n, head := int(b[1]), 2

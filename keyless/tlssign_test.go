@@ -124,6 +124,7 @@ func TestParseTLSSignRefuses(t *testing.T) {
 		"TLS 1.2, text for a point":     tls12With(3, 23, 65, append([]byte{4}, bytes.Repeat([]byte("x"), 64)...)),
 		"TLS 1.2, finite-field DH":      append(bytes.Repeat([]byte{0xC3}, 64), bytes.Repeat([]byte{0, 2, 7, 7}, 17)...),
 		"TLS 1.2, DER around P-256":     derAround(tls12With(3, 23, 65, p256), []byte{0x30, 0x81, 0x82, 0x04, 0x81, 0x7f}),
+		"TLS 1.2, CMS attributes":       derAround(tls12Message(29), []byte{0x31, 0x62, 0x04, 0x60}),
 		"TLS 1.2, DER around X25519":    derAround(tls12Message(29), []byte{0x30, 0x62, 0x02, 0x01, 0x00, 0x04, 0x5d}),
 	} {
 		t.Run(name, func(t *testing.T) {
