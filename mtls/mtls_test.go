@@ -7,6 +7,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"io"
 	"net"
 	"net/url"
 	"os/exec"
@@ -135,7 +136,7 @@ func handshake(t testing.TB, server, client *tls.Config) result {
 	conn := tls.Client(c, client)
 	c.SetDeadline(time.Now().Add(20 * time.Second))
 	if r.clientErr = conn.HandshakeContext(ctx); r.clientErr == nil {
-		_, r.clientErr = conn.Read(make([]byte, 1))
+		_, r.clientErr = io.ReadFull(conn, make([]byte, 1))
 		r.client = conn.ConnectionState()
 	}
 	conn.Close()

@@ -164,9 +164,9 @@ func (s *Source) checkRenewed(old *snapshot, key crypto.Signer, chain [][]byte) 
 		return loaded{}, err
 	}
 	certPEM := encodeCerts(chain)
-	l, err := assemble(certPEM, keyPEM, old.rootsPEM)
+	l, err := assemble(SourceConfig{CertFile: "the answer", KeyFile: "the new key", RootsFile: "the roots"}, certPEM, keyPEM, old.rootsPEM)
 	if err != nil {
-		return loaded{}, fmt.Errorf("the answer does not do: %w", err)
+		return loaded{}, err
 	}
 	if l.identity != old.identity {
 		return loaded{}, fmt.Errorf("the answer names %s", l.identity)
@@ -187,7 +187,7 @@ func WriteIdentity(dir string, key crypto.Signer, chain [][]byte, roots []byte) 
 		return err
 	}
 	certPEM := encodeCerts(chain)
-	if _, err := assemble(certPEM, keyPEM, roots); err != nil {
+	if _, err := assemble(SourceConfig{CertFile: "the chain", KeyFile: "the key", RootsFile: "the roots"}, certPEM, keyPEM, roots); err != nil {
 		return fmt.Errorf("mtls: write identity: %w", err)
 	}
 	if err := makeDir(dir); err != nil {
@@ -209,23 +209,23 @@ type loaded struct {
 	keyPEM, certPEM []byte // only between making and writing a renewed identity
 }
 
-// assemble checks that the parts of an identity fit each other.
-func assemble(certPEM, keyPEM, rootsPEM []byte) (loaded, error) {
+// assemble checks that the parts of an identity fit each other. The names in c are for its errors.
+func assemble(c SourceConfig, certPEM, keyPEM, rootsPEM []byte) (loaded, error) {
 	certs, err := parseCerts(certPEM)
 	if err != nil {
-		return loaded{}, fmt.Errorf("certificate: %w", err)
+		return loaded{}, fmt.Errorf("%s: %w", c.CertFile, err)
 	}
 	roots, err := parseCerts(rootsPEM)
 	if err != nil {
-		return loaded{}, fmt.Errorf("roots: %w", err)
+		return loaded{}, fmt.Errorf("%s: %w", c.RootsFile, err)
 	}
 	cert, err := tls.X509KeyPair(certPEM, keyPEM)
 	if err != nil {
-		return loaded{}, fmt.Errorf("certificate and key: %w", err)
+		return loaded{}, fmt.Errorf("%s with %s: %w", c.CertFile, c.KeyFile, err)
 	}
 	id, err := IdentityOf(certs[0])
 	if err != nil {
-		return loaded{}, err
+		return loaded{}, fmt.Errorf("%s: %w", c.CertFile, err)
 	}
 	pool := x509.NewCertPool()
 	for _, r := range roots {
@@ -233,16 +233,19 @@ func assemble(certPEM, keyPEM, rootsPEM []byte) (loaded, error) {
 	}
 	cert.Leaf = certs[0]
 	if err := verifyChain(certs, pool, timeWithin(certs[0]), x509.ExtKeyUsageAny); err != nil {
-		return loaded{}, fmt.Errorf("certificate does not verify under the roots: %w", err)
+		return loaded{}, fmt.Errorf("%s does not verify under %s: %w", c.CertFile, c.RootsFile, err)
 	}
 	return loaded{identity: id, cert: &cert, roots: pool, rootsPEM: rootsPEM}, nil
 }
 
-// timeWithin returns now if the certificate is valid now, and else a time at which it was or will be.
+// timeWithin returns now if the certificate is valid now, and else the end of its validity that is nearer.
 func timeWithin(cert *x509.Certificate) time.Time {
 	now := time.Now()
-	if now.Before(cert.NotBefore) || now.After(cert.NotAfter) {
-		return cert.NotBefore.Add(cert.NotAfter.Sub(cert.NotBefore) / 2)
+	switch {
+	case now.Before(cert.NotBefore):
+		return cert.NotBefore
+	case now.After(cert.NotAfter):
+		return cert.NotAfter
 	}
 	return now
 }

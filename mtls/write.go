@@ -2,7 +2,6 @@ package mtls
 
 import (
 	"errors"
-	"fmt"
 	"io/fs"
 	"os"
 )
@@ -50,21 +49,20 @@ func loadOnce(c SourceConfig) (loaded, settled, error) {
 	}
 	if err = errors.Join(err, rootsErr); err == nil {
 		var l loaded
-		if l, err = assemble(certPEM, keyPEM, rootsPEM); err == nil {
+		if l, err = assemble(c, certPEM, keyPEM, rootsPEM); err == nil {
 			return l, settled{}, nil
 		}
-		err = fmt.Errorf("%s, %s, %s: %w", c.CertFile, c.KeyFile, c.RootsFile, err)
 	}
 	// The roots are moved into place before the key, so staged roots count only together with a staged key.
 	stagedKey, stagedErr := readSecretFile(c.KeyFile + stagedSuffix)
 	if stagedErr != nil {
 		return loaded{}, settled{}, err
 	}
-	if l, stagedErr := assemble(certPEM, stagedKey, rootsPEM); stagedErr == nil {
+	if l, stagedErr := assemble(c, certPEM, stagedKey, rootsPEM); stagedErr == nil {
 		return l, settled{keyStaged: true}, nil
 	}
 	if stagedRoots, stagedErr := readFile(c.RootsFile + stagedSuffix); stagedErr == nil {
-		if l, stagedErr := assemble(certPEM, stagedKey, stagedRoots); stagedErr == nil {
+		if l, stagedErr := assemble(c, certPEM, stagedKey, stagedRoots); stagedErr == nil {
 			return l, settled{keyStaged: true, rootsStaged: true}, nil
 		}
 	}
