@@ -8,9 +8,13 @@
 //
 // # What a refused client learns
 //
-// A client learns of a key only if a rule of the policy names that key and the operation for that client. In every other case the answer
-// is [keyless.CodeKeyNotFound], the same for a key that does not exist, a key of someone else, an operation or
-// a scheme that is not allowed, and a server name outside the rule; the policy comes first, so neither the payload nor the
-// key's type can change that answer. Only a client that passed the policy sees [keyless.CodeFormat],
-// [keyless.CodeCrypto] or [keyless.CodeBadOpcode] about its request. The local record holds the true reason.
+// A client learns of a key only if a rule of the policy names that key and the operation for that client. In every other
+// case the answer is [keyless.CodeKeyNotFound], the same for a key that does not exist, a key of someone else, an operation
+// or a scheme that is not allowed, and a server name outside the rule. Client, key, operation and server name are judged
+// before the key's type is looked at, so that a refused client learns nothing of it either. Faults that show without a key, such as
+// a digest of the wrong length, are the same for every key. Only a client that passed the policy gets a
+// [keyless.CodeCrypto] about an opcode that does not fit the key. The local record holds the true reason.
+//
+// Sealing, renewal and unknown functions need no key; where they are off, or not allowed, the answer is
+// [keyless.CodeBadOpcode], as for a server that does not know them.
 package signer

@@ -184,7 +184,7 @@ func (s *Service) tlsSign(ctx context.Context, req *keyless.Request, rec *Record
 	}
 	alg, ok := AlgorithmOf(m.Scheme)
 	if !ok {
-		return nil, refusal{keyless.ErrCrypto, ResultRefused, "unknown signature scheme"}
+		return nil, refusal{keyless.ErrFormat, ResultRefused, "unknown signature scheme"}
 	}
 	rec.Scheme = alg.String()
 	switch {
@@ -192,11 +192,11 @@ func (s *Service) tlsSign(ctx context.Context, req *keyless.Request, rec *Record
 		return nil, refusal{keyless.ErrKeyNotFound, ResultRefused, string(RefusedScheme)}
 	}
 	if err := keyless.CheckScheme(e.public, m.Version, m.Scheme); err != nil {
-		return nil, refusal{keyless.ErrCrypto, ResultRefused, err.Error()}
+		return nil, refusal{keyless.ErrFormat, ResultRefused, err.Error()}
 	}
 	input := hashed(alg.Hash, m.Message)
 	if input == nil {
-		return nil, refusal{keyless.ErrCrypto, ResultRefused, "no such hash in TLS"}
+		return nil, refusal{keyless.ErrFormat, ResultRefused, "no such hash in TLS"}
 	}
 	return s.signed(ctx, e, alg, input)
 }

@@ -12,6 +12,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"math/big"
 	"net/netip"
 	"strings"
 	"testing"
@@ -139,7 +140,7 @@ func TestTLSSign(t *testing.T) {
 		{"p256", tls.ECDSAWithP256AndSHA256, tls12Message(t), 0},
 		{"p384", tls.ECDSAWithP384AndSHA384, tls13Message(48), 0},
 		{"p384", tls.ECDSAWithP256AndSHA256, tls12Message(t), 0},
-		{"p384", tls.ECDSAWithP256AndSHA256, tls13Message(32), keyless.CodeCrypto},
+		{"p384", tls.ECDSAWithP256AndSHA256, tls13Message(32), keyless.CodeFormat},
 		{"p521", tls.ECDSAWithP521AndSHA512, tls13Message(32), 0},
 		{"rsa", tls.PSSWithSHA256, tls13Message(32), 0},
 		{"rsa", tls.PSSWithSHA384, tls13Message(48), 0},
@@ -149,11 +150,11 @@ func TestTLSSign(t *testing.T) {
 		{"rsa", tls.PKCS1WithSHA512, tls12Message(t), 0},
 		{"rsa", tls.PKCS1WithSHA256, tls13Message(32), keyless.CodeFormat},
 		{"rsa", tls.PKCS1WithSHA1, tls12Message(t), keyless.CodeFormat},
-		{"rsa", tls.ECDSAWithP256AndSHA256, tls13Message(32), keyless.CodeCrypto},
-		{"p256", tls.PSSWithSHA256, tls13Message(32), keyless.CodeCrypto},
+		{"rsa", tls.ECDSAWithP256AndSHA256, tls13Message(32), keyless.CodeFormat},
+		{"p256", tls.PSSWithSHA256, tls13Message(32), keyless.CodeFormat},
 		{"ed", tls.Ed25519, tls13Message(32), 0},
 		{"ed", tls.Ed25519, tls12Message(t), 0},
-		{"p256", tls.Ed25519, tls13Message(32), keyless.CodeCrypto},
+		{"p256", tls.Ed25519, tls13Message(32), keyless.CodeFormat},
 		{"p256", tls.ECDSAWithP256AndSHA256, tls13Message(31), keyless.CodeFormat},
 		{"p256", tls.ECDSAWithP256AndSHA256, tls13Message(32)[1:], keyless.CodeFormat},
 		{"p256", tls.ECDSAWithP256AndSHA256, bytes.Replace(tls13Message(32), []byte("server"), []byte("client"), 1), keyless.CodeFormat},
@@ -235,11 +236,12 @@ func TestSchemeOutsideRule(t *testing.T) {
 
 func TestDecrypt(t *testing.T) {
 	key := testKeys()["rsa"].(*rsa.PrivateKey)
-	secret := []byte("premaster secret of 48 bytes is not needed here..")
-	ct, err := rsa.EncryptPKCS1v15(rand.Reader, &key.PublicKey, secret)
-	if err != nil {
-		t.Fatal(err)
-	}
+	// RFC 8017 section 7.2.1, as a TLS 1.2 client without ECDHE does it.
+	secret := []byte("a premaster secret of 48 bytes as TLS 1.2 has it")
+	block := bytes.Repeat([]byte{0xa5}, key.Size())
+	block[0], block[1] = 0, 2
+	copy(block[key.Size()-len(secret)-1:], append([]byte{0}, secret...))
+	ct := new(big.Int).Exp(new(big.Int).SetBytes(block), big.NewInt(int64(key.E)), key.N).FillBytes(make([]byte, key.Size()))
 	tooLarge := key.N.Bytes()
 	allowed, denied := mustPolicy(t, everything(edgeOne)), mustPolicy(t, ClientRule{
 		ID: edgeOne, Keys: []string{"*"}, Operations: []string{"sign", "tls-sign"}, Schemes: []string{"*"}, SNIs: []string{"*"}})
@@ -266,13 +268,10 @@ func TestDecrypt(t *testing.T) {
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			s := NewService(ServiceConfig{Registry: testRegistry(t, tt.keyOK), Policy: tt.policy})
-			block, err := ask(t, s, keyless.Operation{Opcode: tt.op, SKI: skiOf(t, tt.label), Payload: tt.ct})
+			got, err := ask(t, s, keyless.Operation{Opcode: tt.op, SKI: skiOf(t, tt.label), Payload: tt.ct})
 			wantCode(t, err, tt.code)
-			if tt.code != 0 {
-				return
-			}
-			if len(block) != key.Size() || block[0] != 0 || block[1] != 2 || !bytes.HasSuffix(block, append([]byte{0}, secret...)) {
-				t.Errorf("got a block of %d bytes that is not the padded secret", len(block))
+			if tt.code == 0 && !bytes.Equal(got, block) {
+				t.Errorf("got a block of %d bytes that is not the padded secret", len(got))
 			}
 		})
 	}
