@@ -38,8 +38,8 @@ type Listen struct {
 
 // Limits bounds what one visitor can hold. Every field but OriginResponseTimeout must be positive.
 type Limits struct {
-	Connections           int           `mapstructure:"connections"`             // TCP connections in all; further ones wait in the kernel's queue
-	Handshakes            int           `mapstructure:"handshakes"`              // TCP handshakes at a time; further ones wait
+	Connections           int           `mapstructure:"connections"`             // per listener: of TCP, further ones wait in the kernel's queue; of QUIC, further ones are refused
+	ConnectionsPerAddress int           `mapstructure:"connections_per_address"` // per listener and IPv4 address or IPv6 /64; further ones are closed
 	HandshakeTimeout      time.Duration `mapstructure:"handshake_timeout"`       // from accept to the end of the TLS handshake
 	HeaderTimeout         time.Duration `mapstructure:"header_timeout"`          // for the whole header of a request
 	HeaderBytes           int           `mapstructure:"header_bytes"`            // of a request's header
@@ -91,7 +91,7 @@ func Defaults() Config {
 		Listen: Listen{HTTP3: true},
 		Limits: Limits{
 			Connections:           20_000,
-			Handshakes:            1_000,
+			ConnectionsPerAddress: 1_000,
 			HandshakeTimeout:      10 * time.Second,
 			HeaderTimeout:         10 * time.Second,
 			HeaderBytes:           64 << 10,
@@ -166,7 +166,7 @@ func (l *Limits) validate(errorf func(key, format string, args ...any)) {
 		key   string
 		value int
 	}{
-		{"connections", l.Connections}, {"handshakes", l.Handshakes}, {"header_bytes", l.HeaderBytes},
+		{"connections", l.Connections}, {"connections_per_address", l.ConnectionsPerAddress}, {"header_bytes", l.HeaderBytes},
 		{"streams", l.Streams}, {"origin_connections", l.OriginConnections},
 	} {
 		if n.value <= 0 {

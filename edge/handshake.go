@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"sync/atomic"
 	"time"
 
 	"github.com/keyhaven/keyhaven/edge/ticket"
@@ -14,12 +15,22 @@ import (
 	"github.com/keyhaven/keyhaven/keyless"
 )
 
-// A handshake is what becomes known of one handshake while it runs. It travels in the handshake's context and is used by
-// one goroutine.
+// A handshake is what becomes known of one handshake while it runs. It travels in the handshake's context.
 type handshake struct {
-	zone    string
-	counted bool // a failure was counted where it happened
+	zone    atomic.Pointer[zone.Zone] // nil until one is selected
+	counted atomic.Bool
 }
+
+// zoneName returns the name of the zone, "" if none was selected.
+func (h *handshake) zoneName() string {
+	if z := h.zone.Load(); z != nil {
+		return z.Name
+	}
+	return ""
+}
+
+// count reports true once: to the one that has the result to count.
+func (h *handshake) count() bool { return !h.counted.Swap(true) }
 
 type handshakeKey struct{}
 
@@ -50,12 +61,12 @@ func (s *Server) configFor(hello *tls.ClientHelloInfo, of func(*snapshot) *visit
 	v := of(now)
 	if name, err := zone.Canonical(hello.ServerName); err == nil {
 		if z, ok := now.table.Lookup(name); ok && v.zones[z] != nil {
-			handshakeOf(hello.Context()).zone = z.Name
+			handshakeOf(hello.Context()).zone.Store(z)
 			return v.zones[z], nil
 		}
 	}
+	handshakeOf(hello.Context()).count()
 	s.metrics.handshake("", v.transport, resultNoZone, false)
-	handshakeOf(hello.Context()).counted = true
 	return v.refusal, nil
 }
 
@@ -108,7 +119,7 @@ func (m measured) done(began time.Time, err error) {
 	if err == nil {
 		return
 	}
-	m.handshake.counted = true
+	m.handshake.count()
 	m.s.metrics.handshake(m.zone, m.transport, resultSigner, false)
 	if m.s.signerFaults.allow(time.Now()) {
 		m.s.log.Warn("no signature for a visitor", "zone", m.zone, "dur", time.Since(began), "err", err)

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/netip"
 	"sync"
 	"time"
 )
@@ -117,14 +118,14 @@ func (l *listeners) altSvc(cfg Listen) string {
 	return fmt.Sprintf(`h3=":%d"; ma=86400`, l.publicPort(cfg))
 }
 
-// A tlsListener accepts connections and hands them out with their handshake done. Connections beyond the limits wait:
-// first in the kernel's queue, then for a handshake.
+// A tlsListener accepts connections and hands them out with their handshake done. Connections beyond the limit wait in
+// the kernel's queue; those of an address that has too many are closed.
 type tlsListener struct {
 	net.Listener
 	config  *tls.Config
 	timeout time.Duration
 	conns   chan struct{} // one entry per open connection
-	shaking chan struct{} // one entry per handshake
+	census  *census
 	log     *slog.Logger
 	opened  func(delta int)
 	result  func(h *handshake, cs tls.ConnectionState, err error)
@@ -170,14 +171,18 @@ func (l *tlsListener) run(ctx context.Context) error {
 			sleep(ctx, acceptPause)
 			continue
 		}
-		l.opened(1)
-		conn := &countedConn{Conn: raw, closed: sync.OnceFunc(func() { l.opened(-1); <-l.conns })}
-		select {
-		case l.shaking <- struct{}{}:
-		case <-ctx.Done():
-			_ = conn.Close()
-			return nil
+		from := addrOf(raw.RemoteAddr())
+		if !l.census.enter(from) {
+			<-l.conns
+			_ = raw.Close()
+			continue
 		}
+		l.opened(1)
+		conn := &countedConn{Conn: raw, closed: sync.OnceFunc(func() {
+			l.census.leave(from)
+			l.opened(-1)
+			<-l.conns
+		})}
 		wg.Go(func() { l.handshake(ctx, conn) })
 	}
 }
@@ -188,7 +193,6 @@ func (l *tlsListener) handshake(ctx context.Context, raw net.Conn) {
 	hctx, h := withHandshake(hctx)
 	err := conn.HandshakeContext(hctx)
 	cancel()
-	<-l.shaking
 	l.result(h, conn.ConnectionState(), err)
 	if err != nil {
 		_ = raw.Close()
@@ -211,4 +215,58 @@ func (c *countedConn) Close() error {
 	err := c.Conn.Close()
 	c.closed()
 	return err
+}
+
+// A census counts connections by address and in all.
+type census struct {
+	limit, perAddress int
+
+	mu    sync.Mutex
+	total int
+	by    map[netip.Prefix]int
+}
+
+func newCensus(limit, perAddress int) *census {
+	return &census{limit: limit, perAddress: perAddress, by: make(map[netip.Prefix]int)}
+}
+
+// household is what counts as one address: an IPv4 address, or the /64 that an IPv6 visitor has to itself.
+func household(a netip.Addr) netip.Prefix {
+	bits := a.BitLen()
+	if a.Is6() {
+		bits = 64
+	}
+	p, _ := a.Prefix(bits)
+	return p
+}
+
+// enter counts a connection and reports true, unless a limit is reached.
+func (c *census) enter(a netip.Addr) bool {
+	p := household(a)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.total >= c.limit || c.by[p] >= c.perAddress {
+		return false
+	}
+	c.total++
+	c.by[p]++
+	return true
+}
+
+// leave ends what enter counted.
+func (c *census) leave(a netip.Addr) {
+	p := household(a)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.total--
+	if c.by[p]--; c.by[p] == 0 {
+		delete(c.by, p)
+	}
+}
+
+// nearlyFull reports whether the address has half of the connections that it may have.
+func (c *census) nearlyFull(a netip.Addr) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.by[household(a)] >= c.perAddress/2
 }

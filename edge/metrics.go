@@ -13,7 +13,7 @@ const (
 	resultOK     = "ok"
 	resultNoZone = "no_zone" // no zone for the name, or not over this protocol
 	resultSigner = "signer"  // the key server failed or could not be reached
-	resultFailed = "failed"  // anything else: the visitor left, or the two agree on nothing. Counted for TCP only
+	resultFailed = "failed"  // anything else: the visitor left, or the two agree on nothing
 )
 
 type metrics struct {

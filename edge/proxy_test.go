@@ -126,6 +126,7 @@ func TestTargetIsForwardedByteForByte(t *testing.T) {
 		"/", "/?", "/a/b?c=d", "/%41%2f%2F", "/a/../b", "/a/%2e%2E/b", "/a//b", "/./", "/a;b=c", "/?a=1;b=%zz&c", "/a|b{c}^d", "/a?b?c=/../",
 		"/caf%C3%A9", "/+%20", "/'()*!$&,;=:@", "/a\\b", "//x/y", "/%00", "/?%",
 	}
+	clients := map[string]*http.Client{"2": w.client("2"), "3": w.client("3")}
 	for _, host := range []string{"a.test", "b.test"} {
 		for _, target := range targets {
 			_, got := roundTrip(t, w.raw(host), "GET "+target+" HTTP/1.1\r\nHost: "+host+"\r\nConnection: close\r\n\r\n")
@@ -138,7 +139,7 @@ func TestTargetIsForwardedByteForByte(t *testing.T) {
 			for _, v := range []string{"2", "3"} {
 				path, query, has := strings.Cut(target, "?")
 				req := &http.Request{Method: "GET", Header: http.Header{}, Host: host, URL: &url.URL{Scheme: "https", Host: host, Opaque: path, RawQuery: query, ForceQuery: has}}
-				res, err := w.client(v).Do(req)
+				res, err := clients[v].Do(req)
 				must(t, err)
 				body, err := io.ReadAll(res.Body)
 				must(t, err)
@@ -194,6 +195,10 @@ func TestHostMustFitTheName(t *testing.T) {
 	w.addZone("a", "p256", o, "a.test", "*.w.test")
 	w.addZone("b", "p256", o, "b.test", "special.w.test")
 	w.start()
+	clients := map[string]*http.Client{}
+	for _, v := range versions {
+		clients[v] = w.client(v)
+	}
 	for _, tt := range []struct {
 		sni, host string
 		status    int
@@ -208,7 +213,7 @@ func TestHostMustFitTheName(t *testing.T) {
 		{"a.test", "127.0.0.1", 400},
 	} {
 		for _, v := range versions {
-			c := w.client(v)
+			c := clients[v]
 			req, err := http.NewRequest("GET", "https://"+tt.sni+"/", nil)
 			must(t, err)
 			req.Host = tt.host
@@ -463,7 +468,7 @@ func (p *pattern) Read(b []byte) (int, error) {
 
 // bulkBytes is moved in each direction; KEYHAVEN_BULK_MB raises it.
 func bulkBytes(t *testing.T) int64 {
-	mb := 32
+	mb := 24
 	if s := os.Getenv("KEYHAVEN_BULK_MB"); s != "" {
 		var err error
 		mb, err = strconv.Atoi(s)
@@ -517,7 +522,7 @@ func TestBulkUsesFlatMemory(t *testing.T) {
 	close(stop)
 	<-watched
 	// The windows of HTTP/2 and QUIC, of visitor, edge and origin together, all live in this process.
-	if grown := int64(peak.Load()) - int64(base); grown > 64<<20 {
+	if grown := int64(peak.Load()) - int64(base); grown > 20<<20 {
 		t.Errorf("the heap grew by %d MiB for bodies of %d MiB", grown>>20, size>>20)
 	} else {
 		t.Logf("heap: %d MiB more at most", grown>>20)

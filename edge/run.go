@@ -5,10 +5,11 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
-	"io"
 	"log"
+	"log/slog"
 	"net"
 	"net/http"
+	"strings"
 	"time"
 
 	"github.com/quic-go/quic-go"
@@ -23,6 +24,8 @@ const (
 	redirectHeader    = 8 << 10
 	lingerHTTP3       = 500 * time.Millisecond // for the last bytes to idle QUIC connections at the end
 )
+
+var errTooMany = errors.New("too many connections")
 
 // Run serves until ctx ends, then stops accepting, lets requests in flight finish within the drain timeout, and returns
 // with nothing left running. It returns an error if a listener fails. It may be called once.
@@ -110,7 +113,7 @@ func (s *Server) serveTLS(ctx context.Context, g *errgroup.Group, base context.C
 		},
 		timeout: lim.HandshakeTimeout,
 		conns:   make(chan struct{}, lim.Connections),
-		shaking: make(chan struct{}, lim.Handshakes),
+		census:  newCensus(lim.Connections, lim.ConnectionsPerAddress),
 		log:     s.log,
 		opened:  func(delta int) { s.metrics.connections.Add(float64(delta)) },
 		result:  s.shaken,
@@ -123,7 +126,7 @@ func (s *Server) serveTLS(ctx context.Context, g *errgroup.Group, base context.C
 		IdleTimeout:       lim.IdleTimeout,
 		MaxHeaderBytes:    lim.HeaderBytes,
 		HTTP2:             &http.HTTP2Config{MaxConcurrentStreams: lim.Streams},
-		ErrorLog:          log.New(io.Discard, "", 0),
+		ErrorLog:          s.serverLog(),
 		BaseContext:       func(net.Listener) context.Context { return base },
 	}
 	actx, stop := context.WithCancel(ctx)
@@ -142,10 +145,10 @@ func (s *Server) serveTLS(ctx context.Context, g *errgroup.Group, base context.C
 func (s *Server) shaken(h *handshake, cs tls.ConnectionState, err error) {
 	switch {
 	case err == nil:
-		s.metrics.handshake(h.zone, "tcp", resultOK, cs.DidResume)
-	case !h.counted:
-		s.metrics.handshake(h.zone, "tcp", resultFailed, false)
-		s.log.Debug("handshake failed", "zone", h.zone, "err", err)
+		s.metrics.handshake(h.zoneName(), "tcp", resultOK, cs.DidResume)
+	case h.count():
+		s.metrics.handshake(h.zoneName(), "tcp", resultFailed, false)
+		s.log.Debug("handshake failed", "zone", h.zoneName(), "err", err)
 	}
 }
 
@@ -153,14 +156,26 @@ func (s *Server) shaken(h *handshake, cs tls.ConnectionState, err error) {
 func (s *Server) serveQUIC(g *errgroup.Group, conn net.PacketConn) (func(context.Context), error) {
 	lim := s.cfg.Limits
 	unverified := rate{limit: quicUnverified}
+	census := newCensus(lim.Connections, lim.ConnectionsPerAddress)
 	tr := &quic.Transport{
 		Conn: conn,
-		ConnContext: func(ctx context.Context, _ *quic.ClientInfo) (context.Context, error) {
-			ctx, _ = withHandshake(ctx)
+		ConnContext: func(ctx context.Context, info *quic.ClientInfo) (context.Context, error) {
+			from := addrOf(info.RemoteAddr)
+			if !census.enter(from) {
+				return nil, errTooMany
+			}
+			ctx, h := withHandshake(ctx)
+			context.AfterFunc(ctx, func() {
+				census.leave(from)
+				if h.count() {
+					s.metrics.handshake(h.zoneName(), "quic", resultFailed, false)
+				}
+			})
 			return ctx, nil
 		},
-		// A forged source address must not cost the key server signatures without bound.
-		VerifySourceAddress: func(net.Addr) bool { return !unverified.allow(time.Now()) },
+		// A forged source address must neither cost the key server signatures without bound, nor use up the connections of
+		// the visitor whose address it is.
+		VerifySourceAddress: func(a net.Addr) bool { return census.nearlyFull(addrOf(a)) || !unverified.allow(time.Now()) },
 	}
 	// Not ListenEarly: a connection is served when its handshake is complete, never before the visitor has proved to be
 	// the one who began it.
@@ -189,7 +204,9 @@ func (s *Server) serveQUIC(g *errgroup.Group, conn net.PacketConn) (func(context
 		IdleTimeout:    lim.IdleTimeout,
 		Logger:         s.log,
 		ConnContext: func(ctx context.Context, c *quic.Conn) context.Context {
-			s.metrics.handshake(handshakeOf(ctx).zone, "quic", resultOK, c.ConnectionState().TLS.DidResume)
+			h := handshakeOf(ctx)
+			h.count()
+			s.metrics.handshake(h.zoneName(), "quic", resultOK, c.ConnectionState().TLS.DidResume)
 			// httputil cuts a broken response only under a server that it knows.
 			return context.WithValue(ctx, http.ServerContextKey, &http.Server{})
 		},
@@ -219,7 +236,7 @@ func (s *Server) serveRedirect(g *errgroup.Group, ln net.Listener) func(context.
 		ReadTimeout:    redirectTimeout,
 		WriteTimeout:   redirectTimeout,
 		MaxHeaderBytes: redirectHeader,
-		ErrorLog:       log.New(io.Discard, "", 0),
+		ErrorLog:       s.serverLog(),
 	}
 	g.Go(func() error { return ignoreServerClosed(srv.Serve(ln)) })
 	return func(ctx context.Context) {
@@ -242,6 +259,22 @@ func (s *Server) renewShared(ctx context.Context, csrDER []byte) ([][]byte, erro
 		}
 	}
 	return nil, err
+}
+
+// serverLog takes the lines of net/http. A panic is ours to mend; all others are of visitors' making.
+func (s *Server) serverLog() *log.Logger { return log.New(lineLog{s.log}, "", 0) }
+
+type lineLog struct{ log *slog.Logger }
+
+// Write implements [io.Writer] for one line.
+func (l lineLog) Write(line []byte) (int, error) {
+	text := strings.TrimSpace(string(line))
+	if strings.Contains(text, "panic serving") {
+		l.log.Error("panic while serving a visitor", "err", text)
+	} else {
+		l.log.Debug("http server", "err", text)
+	}
+	return len(line), nil
 }
 
 func ignoreServerClosed(err error) error {

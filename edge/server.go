@@ -226,14 +226,16 @@ func (s *Server) Reload(cfg Config) error {
 	return nil
 }
 
-// Ready returns nil if visitors can be served, and else which key server groups cannot be reached. Visitors with a ticket
-// are served all the same.
+// Ready returns an error if no key server group can be reached, so that no new visitor can be served; those with a ticket
+// are served all the same. One group of several that is away is for the metrics to show: it must not take the zones of
+// others out of service.
 func (s *Server) Ready(context.Context) error {
 	var down []error
-	for name, g := range s.now.Load().groups {
-		if !g.client.Healthy() {
-			down = append(down, fmt.Errorf("key server group %s cannot be reached", name))
+	for name, up := range s.keyServersUp() {
+		if up {
+			return nil
 		}
+		down = append(down, fmt.Errorf("key server group %s cannot be reached", name))
 	}
 	return errors.Join(down...)
 }

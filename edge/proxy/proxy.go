@@ -102,9 +102,6 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		}()
 	}
 	if f, ok := h.admit(v, r); !ok {
-		if f.status == http.StatusMethodNotAllowed || r.ProtoMajor == 1 {
-			w.Header().Set("Connection", "close") // what follows may not be what it seems
-		}
 		h.refuse(sw, r, f)
 		return
 	}

@@ -10,7 +10,6 @@ import (
 var (
 	errTarget     = errors.New("request target is not a path")
 	errTargetByte = errors.New("request target holds a byte that may not stand in one")
-	errDots       = errors.New("path is ambiguous: dot segments, encoded slashes or backslashes")
 )
 
 // A target is a request's path and query as they came, byte for byte.

@@ -1,0 +1,91 @@
+package edge
+
+import (
+	"io"
+	"net"
+	"net/netip"
+	"testing"
+	"time"
+
+	"github.com/quic-go/quic-go"
+)
+
+func TestConnectionsPerAddress(t *testing.T) {
+	w := newWorld(t)
+	w.addZone("a", "p256", echoOrigin(t), "a.test")
+	w.cfg.Limits.ConnectionsPerAddress = 3
+	w.start()
+	var conns []net.Conn
+	for range 3 {
+		c, err := w.dialTLS(w.tlsConfig("a.test"))
+		must(t, err)
+		conns = append(conns, c)
+	}
+	c, err := net.Dial("tcp", w.addr())
+	must(t, err)
+	must(t, c.SetDeadline(time.Now().Add(20*time.Second)))
+	if n, err := c.Read(make([]byte, 1)); n != 0 || (err != io.EOF && !isReset(err)) {
+		t.Errorf("the fourth connection: %d, %v", n, err)
+	}
+	_ = c.Close()
+	_ = conns[0].Close()
+	eventually(t, "the place is free again", func() bool {
+		c, err := w.dialTLS(w.tlsConfig("a.test"))
+		if err != nil {
+			return false
+		}
+		conns[0] = c
+		return true
+	})
+	for _, c := range conns {
+		_ = c.Close()
+	}
+	var quics []*quic.Conn
+	for range 3 { // the second and third after proof of address
+		q, err := w.dialQUIC(w.tlsConfig("a.test"))
+		must(t, err)
+		quics = append(quics, q)
+	}
+	if _, err := w.dialQUIC(w.tlsConfig("a.test")); err == nil {
+		t.Error("a fourth QUIC connection is served")
+	}
+	_ = quics[0].CloseWithError(0, "")
+	eventually(t, "the place is free again", func() bool {
+		q, err := w.dialQUIC(w.tlsConfig("a.test"))
+		if err == nil {
+			quics[0] = q
+		}
+		return err == nil
+	})
+	for _, q := range quics {
+		_ = q.CloseWithError(0, "")
+	}
+}
+
+func isReset(err error) bool {
+	_, ok := err.(*net.OpError)
+	return ok
+}
+
+// Connections that say nothing must not keep others from their handshake.
+func TestSilentConnectionsStopNobody(t *testing.T) {
+	w := newWorld(t)
+	w.addZone("a", "p256", echoOrigin(t), "a.test")
+	w.start()
+	for range 200 {
+		c, err := net.Dial("tcp", w.addr())
+		must(t, err)
+		defer c.Close()
+	}
+	c, err := w.dialTLS(w.tlsConfig("a.test"))
+	must(t, err)
+	_ = c.Close()
+}
+
+func TestHousehold(t *testing.T) {
+	for a, want := range map[string]string{"192.0.2.7": "192.0.2.7/32", "2001:db8:1:2:3:4:5:6": "2001:db8:1:2::/64"} {
+		if got := household(netip.MustParseAddr(a)).String(); got != want {
+			t.Errorf("%s: %s, want %s", a, got, want)
+		}
+	}
+}
