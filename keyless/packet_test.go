@@ -228,7 +228,6 @@ func TestDigestOf(t *testing.T) {
 	}
 	for _, curve := range []elliptic.Curve{elliptic.P256(), elliptic.P384(), elliptic.P521()} {
 		k := must(ecdsa.GenerateKey(curve, rand.Reader))
-		//nolint:staticcheck // the reference is the deprecated encoder
 		point := elliptic.MarshalCompressed(curve, k.X, k.Y)
 		want := sha256.Sum256([]byte(strings.ToUpper(hex.EncodeToString(point))))
 		if got := must(DigestOf(k.Public())); got != want {
@@ -295,7 +294,8 @@ func FuzzParseHeader(f *testing.F) {
 // encoder, and the encoder's form must be its own fixed point.
 func FuzzParseBody(f *testing.F) {
 	for _, v := range vectors(f) {
-		f.Add(v.packet[HeaderSize:])
+		op := must(ParseBody(v.packet[HeaderSize:]))
+		f.Add(append(op.appendItems(nil), tagPadding, 0, 2, 0, 0)) // little padding: the fuzzer works better on short inputs
 	}
 	f.Fuzz(func(t *testing.T, body []byte) {
 		op, err := ParseBody(body)
@@ -337,12 +337,12 @@ func sameOperation(a, b Operation) bool {
 // Attacker: a peer who chooses the stream and how it is cut into pieces. The reader must find the same packets however
 // they arrive.
 func FuzzStream(f *testing.F) {
-	var all []byte
 	for _, v := range vectors(f) {
-		all = append(all, v.packet...)
+		op := must(ParseBody(v.packet[HeaderSize:]))
+		items := op.appendItems(nil)
+		packet := append([]byte{1, 0, byte(len(items) >> 8), byte(len(items)), 0, 0, 0, 9}, items...)
+		f.Add(append(packet, packet...), byte(len(packet)/2))
 	}
-	f.Add(all, byte(1))
-	f.Add(all[:5000], byte(200))
 	f.Add([]byte{1, 0, 0, 0, 0, 0, 0, 1, 1, 0, 0xff, 0xff, 0, 0, 0, 2}, byte(3))
 	f.Fuzz(func(t *testing.T, stream []byte, step byte) {
 		r := newFrameReader(&pieces{rest: stream, step: int(step) + 1})

@@ -9,9 +9,11 @@ import (
 	"errors"
 	"io"
 	"net"
+	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -492,4 +494,32 @@ func TestOnlyURI(t *testing.T) {
 	if id, err := onlyURI(leaf(clientCert())); err != nil || id != "spiffe://test/edge/one" {
 		t.Errorf("got %q, %v", id, err)
 	}
+}
+
+// failing is a listener that fails as often as told before it works.
+type failing struct {
+	net.Listener
+	errs []error
+}
+
+func (f *failing) Accept() (net.Conn, error) {
+	if len(f.errs) > 0 {
+		err := f.errs[0]
+		f.errs = f.errs[1:]
+		return nil, &net.OpError{Op: "accept", Err: os.NewSyscallError("accept4", err)}
+	}
+	return f.Listener.Accept()
+}
+
+// Too many open files passes; an error that does not ends Serve, and ends what it has accepted.
+func TestServerAcceptErrors(t *testing.T) {
+	ln := must(net.Listen("tcp", "127.0.0.1:0"))
+	serveOn(t, &Server{Handler: echo}, &failing{ln, []error{syscall.EMFILE, syscall.ECONNABORTED, syscall.ENFILE}})
+	conn := dialRaw(t, ln.Addr().String())
+	send(t, conn, 1, Operation{Opcode: OpPing})
+	receive(t, newFrameReader(conn))
+
+	broken := &failing{must(net.Listen("tcp", "127.0.0.1:0")), []error{syscall.EBADF}}
+	err := (&Server{Handler: echo, TLS: serverTLS()}).Serve(t.Context(), broken)
+	wantErr(t, err, syscall.EBADF)
 }
