@@ -69,6 +69,8 @@ func TestCheckNamesTheFault(t *testing.T) {
 		{"token without URI", token("sessions: 1"), []string{":17: tokens[0].uri: is missing"}},
 		{"token with PIN", token("uri: pkcs11:token=a?pin-value=canary-wrong"), []string{":17: tokens[0].uri:", "pin-source"}},
 		{"token without PIN", token("uri: pkcs11:token=a?module-path=" + module), []string{":17: tokens[0].uri: names no PIN", "pin-source"}},
+		{"PIN file not there", token("uri: pkcs11:token=a?pin-source=/no/such&module-path=" + module), []string{":17: tokens[0].uri:", "/no/such", "correct the path"}},
+		{"PIN file open to others", token("uri: pkcs11:token=a?pin-source=file://" + open + "&module-path=" + module), []string{":17: tokens[0].uri:", "0644", "chmod 600"}},
 		{"token named twice over", token("uri: pkcs11:token=a;serial=b?pin-source=/p&module-path=" + module), []string{":17: tokens[0].uri:", "exactly one"}},
 		{"token without module", token("uri: pkcs11:token=a?pin-source=/p"), []string{"tokens[0].module:", "module-path"}},
 		{"module not there", token("uri: pkcs11:token=a?pin-source=/p&module-path=/no/such.so"), []string{":17: tokens[0].uri:", "/no/such.so", "install"}},

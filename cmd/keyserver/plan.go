@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"net/url"
 	"os"
 	"slices"
 	"strings"
@@ -102,6 +103,8 @@ func (p *plan) addToken(i int, logger *slog.Logger) (errs conf.Errors) {
 	}
 	if uri.PINSource == "" {
 		errs = append(errs, p.file.Errorf(key("uri"), "names no PIN; add ?pin-source=/path/of/a/file/of/mode/600"))
+	} else if err := checkPINFile(uri.PINSource); err != nil {
+		errs = append(errs, p.file.Errorf(key("uri"), "pin-source: %v", remedy(err)))
 	}
 	if p.tokenTwice(i) {
 		errs = append(errs, p.file.Errorf(key("uri"), "is given twice; remove one"))
@@ -125,6 +128,19 @@ func (p *plan) addToken(i int, logger *slog.Logger) (errs conf.Errors) {
 	}
 	p.tokens = append(p.tokens, tc)
 	return errs
+}
+
+// checkPINFile looks at a PIN file without reading it, as reading a descriptor empties it.
+func checkPINFile(source string) error {
+	path := source
+	if u, err := url.Parse(source); err == nil && u.Scheme == "file" {
+		path = u.Path
+	}
+	st, err := os.Stat(path)
+	if err == nil && st.Mode().IsRegular() && st.Mode().Perm()&0o077 != 0 {
+		err = fmt.Errorf("%s has mode %04o, so that others may read the PIN; chmod 600 it", path, st.Mode().Perm())
+	}
+	return err
 }
 
 // tokenConfig names token and module. Whoever writes a module's path into the configuration, or on the command line, allows that
