@@ -44,8 +44,14 @@ var (
 
 // Secret holds secret bytes that no formatting, logging or encoding shows; only Reveal does. The zero value is empty.
 type Secret struct {
-	// A pointer, so that even reflection over an unexported field prints an address and not the bytes.
-	b *[secretLen]byte
+	// Package fmt cannot call methods on unexported fields and reflects over them instead; it follows one pointer at most,
+	// so behind two it finds an address.
+	b **[secretLen]byte
+}
+
+func newSecret(b [secretLen]byte) Secret {
+	p := &b
+	return Secret{&p}
 }
 
 // Reveal returns a copy of the bytes, nil for the zero value.
@@ -53,12 +59,12 @@ func (s Secret) Reveal() []byte {
 	if s.b == nil {
 		return nil
 	}
-	return bytes.Clone(s.b[:])
+	return bytes.Clone((*s.b)[:])
 }
 
 // Equal compares in constant time.
 func (s Secret) Equal(o Secret) bool {
-	return s.b != nil && o.b != nil && subtle.ConstantTimeCompare(s.b[:], o.b[:]) == 1
+	return s.b != nil && o.b != nil && subtle.ConstantTimeCompare((*s.b)[:], (*o.b)[:]) == 1
 }
 
 // Format implements fmt.Formatter for every verb.
@@ -116,7 +122,7 @@ func NewJoinToken(pin [32]byte, edges []string) (JoinToken, error) {
 	if _, err := rand.Read(secret[:]); err != nil {
 		return JoinToken{}, fmt.Errorf("mtls: make join token: %w", err)
 	}
-	return JoinToken{ID: hex.EncodeToString(id[:]), Secret: Secret{&secret}, Pin: pin, Edges: slices.Clone(edges)}, nil
+	return JoinToken{ID: hex.EncodeToString(id[:]), Secret: newSecret(secret), Pin: pin, Edges: slices.Clone(edges)}, nil
 }
 
 // Reveal returns the token's text: "khj1_" and, in unpadded base64url, id (8 bytes), secret (32), pin (32), number of
@@ -128,7 +134,7 @@ func (t JoinToken) Reveal() string {
 		return ""
 	}
 	b := append([]byte{}, id...)
-	b = append(b, t.Secret.b[:]...)
+	b = append(b, t.Secret.Reveal()...)
 	b = append(b, t.Pin[:]...)
 	b = append(b, byte(len(t.Edges)))
 	for _, e := range t.Edges {
@@ -165,8 +171,10 @@ func ParseJoinToken(s string) (JoinToken, error) {
 	if want := sha256.Sum256(body); subtle.ConstantTimeCompare(sum, want[:tokenSumLen]) != 1 {
 		return bad("it is damaged; copy it again")
 	}
-	t := JoinToken{ID: hex.EncodeToString(body[:tokenIDLen]), Secret: Secret{new([secretLen]byte)}}
-	copy(t.Secret.b[:], body[tokenIDLen:])
+	t := JoinToken{
+		ID:     hex.EncodeToString(body[:tokenIDLen]),
+		Secret: newSecret([secretLen]byte(body[tokenIDLen : tokenIDLen+secretLen])),
+	}
 	copy(t.Pin[:], body[tokenIDLen+secretLen:])
 	count, rest := int(body[fixed-1]), body[fixed:]
 	for range count {
@@ -190,7 +198,7 @@ func (t JoinToken) Hash() TokenHash {
 	if t.Secret.b == nil {
 		return TokenHash{}
 	}
-	return sha256.Sum256(t.Secret.b[:])
+	return sha256.Sum256(t.Secret.Reveal())
 }
 
 // String returns the token's id and no more.

@@ -68,6 +68,16 @@ func forge(t testing.TB, a *Authority, id Identity, edit func(*x509.Certificate)
 	if err != nil {
 		t.Fatal(err)
 	}
+	chain := forgeFor(t, a, id, key.Public(), edit)
+	leaf, err := x509.ParseCertificate(chain[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	return tls.Certificate{Certificate: chain, PrivateKey: key, Leaf: leaf}
+}
+
+func forgeFor(t testing.TB, a *Authority, id Identity, pub crypto.PublicKey, edit func(*x509.Certificate)) [][]byte {
+	t.Helper()
 	serial, err := newSerial()
 	if err != nil {
 		t.Fatal(err)
@@ -82,15 +92,20 @@ func forge(t testing.TB, a *Authority, id Identity, edit func(*x509.Certificate)
 		URIs:         []*url.URL{id.url()},
 	}
 	edit(template)
-	der, err := x509.CreateCertificate(rand.Reader, template, a.root, key.Public(), a.key)
+	der, err := x509.CreateCertificate(rand.Reader, template, a.root, pub, a.key)
 	if err != nil {
 		t.Fatal(err)
 	}
-	leaf, err := x509.ParseCertificate(der)
+	return [][]byte{der, a.root.Raw}
+}
+
+func mustKey(t testing.TB, key crypto.Signer) []byte {
+	t.Helper()
+	text, err := encodeKey(key)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return tls.Certificate{Certificate: [][]byte{der, a.root.Raw}, PrivateKey: key, Leaf: leaf}
+	return text
 }
 
 func pkixExtension(san []byte) pkix.Extension {

@@ -14,9 +14,9 @@ const (
 )
 
 // KeepRenewed renews the certificate when two thirds of its lifetime are over, somewhat earlier by chance so that many
-// programs do not ask at once. After a failure it tries again with a growing pause, of at most ten minutes or a
-// twentieth of the lifetime. A certificate that Reload brings in is minded from then on. It blocks until ctx ends and
-// returns the cause.
+// programs do not ask at once. After a failure it tries again, with a pause that grows from one second to ten minutes, or
+// to a twentieth of the lifetime where that is less and the certificate still valid. A certificate that Reload brings in
+// is minded from then on. It blocks until ctx ends and returns the cause.
 func (s *Source) KeepRenewed(ctx context.Context, issue func(ctx context.Context, csrDER []byte) ([][]byte, error)) error {
 	own := s.current.Load()
 	due := renewAt(own.cert.Leaf)
@@ -86,7 +86,10 @@ func renewAt(leaf *x509.Certificate) time.Time {
 
 // renewPause returns the pause after a number of failures: doubling from one second, half of it by chance.
 func renewPause(leaf *x509.Certificate, failures int) time.Duration {
-	limit := min(max(lifetimeOf(leaf)/20, minRenewRetry), maxRenewRetry)
+	limit := maxRenewRetry
+	if time.Now().Before(leaf.NotAfter) {
+		limit = min(max(lifetimeOf(leaf)/20, minRenewRetry), maxRenewRetry)
+	}
 	pause := limit
 	if shift := failures - 1; shift < 20 {
 		pause = min(minRenewRetry<<shift, limit)
