@@ -82,9 +82,5 @@ func run(ctx context.Context, o loadOptions, logger *slog.Logger) error {
 	if err != nil {
 		return cli.ConfigError(err)
 	}
-	s, err := newServer(p, o, logger)
-	if err != nil {
-		return err
-	}
-	return s.run(ctx)
+	return newServer(p, o, logger).run(ctx)
 }

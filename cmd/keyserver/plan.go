@@ -52,6 +52,7 @@ func load(o loadOptions, logger *slog.Logger) (*plan, error) {
 	errs = append(errs, p.checkClients()...)
 	errs = append(errs, p.loadAuthority()...)
 	errs = append(errs, p.loadSealer()...)
+	errs = append(errs, p.leaveOutRevoked()...)
 	if err := errs.Err(); err != nil {
 		slices.SortStableFunc(errs, byLine)
 		return nil, errs
@@ -234,6 +235,21 @@ func (p *plan) loadAuthority() conf.Errors {
 		return conf.Errors{p.file.Errorf("ca_dir", "is the authority of %s, and tls.cert is of %s; name the authority that issued the certificate", a.TrustDomain(), p.source.Identity().TrustDomain)}
 	}
 	p.authority, p.revoked = a, r
+	return nil
+}
+
+// leaveOutRevoked takes the rules of revoked clients out of the policy, so that a connection that was being made while its client was revoked gets nothing
+// either.
+func (p *plan) leaveOutRevoked() conf.Errors {
+	if p.policy == nil || p.revoked == nil {
+		return nil
+	}
+	rules := slices.DeleteFunc(slices.Clone(p.cfg.Clients), func(r signer.ClientRule) bool { return p.revoked.revokedID(r.ID) })
+	policy, err := signer.NewPolicy(rules)
+	if err != nil {
+		return conf.Errors{p.file.Errorf("clients", "%v", err)}
+	}
+	p.policy = policy
 	return nil
 }
 

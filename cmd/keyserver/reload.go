@@ -33,7 +33,7 @@ func (s *server) reload(ctx context.Context) error {
 	default:
 	}
 	s.keyless.CloseIf(func(p keyless.Peer) bool {
-		gone := !s.service.Admits(p.ID) || next.revoked.revokedID(p.ID)
+		gone := !s.service.Admits(p.ID) // which leaves revoked clients out
 		if gone {
 			s.logger.Warn("closing a connection of a client that may not connect any more", "peer", p.ID, "addr", p.Addr.String())
 		}

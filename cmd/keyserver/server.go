@@ -45,7 +45,7 @@ type live struct {
 	tls *tls.Config
 }
 
-func newServer(p *plan, o loadOptions, logger *slog.Logger) (*server, error) {
+func newServer(p *plan, o loadOptions, logger *slog.Logger) *server {
 	s := &server{options: o, logger: logger, keys: newKeyring(logger), renewals: make(chan struct{}, 1)}
 	metrics := ops.NewRegistry()
 	metrics.MustRegister(s.keys, s.certificateExpiry())
@@ -65,7 +65,7 @@ func newServer(p *plan, o loadOptions, logger *slog.Logger) (*server, error) {
 		MaxInFlight: l.InFlight, MaxConns: l.Connections, MaxConnsPerPeer: l.ConnectionsPerClient,
 		Logger: logger, Metrics: connectionMetrics(metrics),
 	}
-	return s, nil
+	return s
 }
 
 // use makes a plan the present one for handshakes that begin from now on.
