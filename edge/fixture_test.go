@@ -1,6 +1,7 @@
 package edge
 
 import (
+	"bytes"
 	"context"
 	"crypto"
 	"crypto/ecdsa"
@@ -119,6 +120,7 @@ func newKey(t testing.TB, kind string) crypto.Signer {
 
 // A vault is a key server's memory: it signs what context-bound signing permits, and plain digests.
 type vault struct {
+	renew func(csrDER []byte) ([][]byte, error) // nil refuses
 	keys  map[keyless.SKI]crypto.Signer
 	ops   atomic.Int64
 	delay atomic.Int64 // nanoseconds before each answer
@@ -134,6 +136,10 @@ func (v *vault) Handle(ctx context.Context, req *keyless.Request) ([]byte, error
 	v.mu.Unlock()
 	if d := time.Duration(v.delay.Load()); d > 0 {
 		sleep(ctx, d)
+	}
+	if req.CustomFunc == keyless.FuncRenew && v.renew != nil {
+		chain, err := v.renew(req.Payload)
+		return bytes.Join(chain, nil), err
 	}
 	key, ok := v.keys[req.SKI]
 	if !ok {
@@ -238,6 +244,7 @@ type world struct {
 	t        testing.TB
 	dir      string
 	ca       *authority
+	owner    *mtls.Authority // the key owner's
 	vault    *vault
 	loop     *loopback
 	identity *mtls.Source
@@ -255,6 +262,7 @@ func newWorld(t testing.TB) *world {
 	w.vault = &vault{keys: map[keyless.SKI]crypto.Signer{}}
 	owner, err := mtls.InitAuthority(filepath.Join(w.dir, "owner"), "owner.test")
 	must(t, err)
+	w.owner = owner
 	w.identity = enrol(t, owner, filepath.Join(w.dir, "id-edge"), mtls.KindEdge, "edge1")
 	hsm := enrol(t, owner, filepath.Join(w.dir, "id-hsm"), mtls.KindKeyServer, "hsm1")
 	w.keyAddr = serveKeys(t, hsm, w.vault)
