@@ -96,7 +96,8 @@ func (t *Token) Generate(ctx context.Context, o GenerateOptions) (signer.Key, er
 	}
 	k, err := t.Key(ctx, Selector{SKI: made.ski, Label: o.Label})
 	if err != nil {
-		err = errors.Join(err, t.write(ctx, func(s *session) error { return t.destroy(s, made.pub, made.priv) }))
+		remove := func(s *session) error { return t.destroy(s, made.pub, made.priv) }
+		err = errors.Join(err, t.write(context.WithoutCancel(ctx), remove))
 		return nil, fmt.Errorf("pkcs11: generate: key %q was made but cannot be used, and is removed: %w", o.Label, err)
 	}
 	return k, nil

@@ -167,7 +167,7 @@ func (t *Token) admit(ctx context.Context, s *session, p *private, publics []pub
 			continue
 		}
 		if p.extractable {
-			t.log.Warn("private key can leave the token", "label", p.label, "key_ski", ski)
+			t.log.Warn("private key can leave the token", "label", p.label, "key_ski", ski.String())
 		}
 		return t.settle(s, k, p), nil
 	}

@@ -21,8 +21,10 @@ import (
 
 func TestMain(m *testing.M) {
 	goleak.VerifyTestMain(m, goleak.Cleanup(func(code int) {
-		if spyLog != "" {
-			os.Remove(spyLog)
+		for _, path := range []string{spyLog, shimDir} {
+			if path != "" {
+				os.RemoveAll(path)
+			}
 		}
 		os.Exit(code)
 	}))

@@ -93,8 +93,10 @@ func (t *Token) key(ctx context.Context, sel Selector) (*key, error) {
 	default:
 		return nil, fmt.Errorf("%w: %q fits %s; name one by its SKI", ErrAmbiguous, sel, strings.Join(names, ", "))
 	}
+	// The SKI of a key that is not used is not known: the other names decide.
+	rest := Selector{ID: sel.ID, Label: sel.Label}
 	for _, p := range inv.refused {
-		if sel.SKI.IsZero() && sel.fits(keyless.SKI{}, p.id, p.label) {
+		if !rest.isZero() && rest.fits(keyless.SKI{}, p.id, p.label) {
 			return nil, fmt.Errorf("pkcs11: key %q: %w", p.label, p.why)
 		}
 	}

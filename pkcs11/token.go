@@ -97,6 +97,14 @@ func open(ctx context.Context, cfg Config, m *module, pin PIN) (*Token, error) {
 	if err != nil {
 		return nil, err
 	}
+	switch flags := f.info.Flags; {
+	case flags&ck.CKF_USER_PIN_LOCKED != 0:
+		return nil, fmt.Errorf("%w: %v: have the security officer reset it", ErrPINLocked, f)
+	case flags&ck.CKF_USER_PIN_INITIALIZED == 0:
+		return nil, fmt.Errorf("pkcs11: %v has no user PIN yet: initialise it", f)
+	case flags&ck.CKF_USER_PIN_FINAL_TRY != 0:
+		cfg.Logger.Warn("token has one PIN try left", "token", f.info.Label)
+	}
 	size := cfg.Sessions
 	// 0 means no limit, all bits set means unknown. PKCS #11 v2.40 section 3.2, CK_TOKEN_INFO.
 	if limit := f.info.MaxSessionCount; limit != 0 && limit != ^uint(0) && int(limit) < size {

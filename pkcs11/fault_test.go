@@ -1,0 +1,213 @@
+package pkcs11
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"sync"
+	"testing"
+	"time"
+
+	ck "github.com/miekg/pkcs11"
+
+	"github.com/keyhaven/keyhaven/internal/softhsm"
+	"github.com/keyhaven/keyhaven/signer"
+)
+
+// shimDir holds the compiled shim until the tests end: a loaded module must stay where it is.
+var shimDir string
+
+// shim is the module between us and SoftHSM2 that misbehaves on request, see testdata/shim.c.
+type shim struct {
+	t   *testing.T
+	log string
+}
+
+// ask asks for a fault, until the end of the test.
+func (s *shim) ask(name, value string) { s.t.Setenv("KH_SHIM_"+name, value) }
+
+// fired reports whether a fault has happened.
+func (s *shim) fired() bool {
+	_, err := os.Stat(s.log)
+	return err == nil
+}
+
+// faults opens a token through the shim, after asking for some faults. By the end of the test at least one must have happened.
+func faults(t *testing.T, change func(*Config), before map[string]string) (*Token, *shim) {
+	t.Helper()
+	st := softhsm.New(t)
+	if shimDir == "" {
+		dir, err := os.MkdirTemp("", "keyhaven-pkcs11-shim-")
+		if err != nil {
+			t.Fatal(err)
+		}
+		shimDir = dir
+		cc := exec.Command("cc", "-shared", "-fPIC", "-O1", "-o", filepath.Join(dir, "libshim.so"), "testdata/shim.c", "-ldl", "-lpthread")
+		if out, err := cc.CombinedOutput(); err != nil {
+			t.Fatalf("compile the shim: %v: %s", err, out)
+		}
+	}
+	os.Setenv("KH_SHIM_MODULE", st.Module)
+	sh := &shim{t: t, log: filepath.Join(t.TempDir(), "faults")}
+	sh.ask("LOG", sh.log)
+	for name, value := range before {
+		sh.ask(name, value)
+	}
+	t.Cleanup(func() {
+		if !sh.fired() {
+			t.Error("no fault happened: the test shows nothing")
+		}
+	})
+	tok := openToken(t, st, func(c *Config) {
+		c.URI.ModulePath, c.Module = "", filepath.Join(shimDir, "libshim.so")
+		if change != nil {
+			change(c)
+		}
+	})
+	return tok, sh
+}
+
+func TestTokenWithoutPSS(t *testing.T) {
+	tok, sh := faults(t, nil, map[string]string{"REFUSE": "0xd,"})
+	k := generate(t, tok, "rsa2048")
+	for _, h := range pssHashes {
+		alg := signer.Algorithm{Kind: signer.PSS, Hash: h}
+		if m := inner(k).methods[alg]; !m.software || !k.Supports(alg) {
+			t.Errorf("PSS with %v: %+v, want it done in software", h, m)
+		}
+		sig, err := k.Sign(t.Context(), alg, input(alg))
+		if err != nil || !verify(k.Public(), alg, input(alg), sig) {
+			t.Errorf("PSS with %v: %v, or it does not verify", h, err)
+		}
+	}
+	sh.ask("REFUSE", "0xd,0x3,")
+	k, err := tok.Generate(t.Context(), GenerateOptions{Label: "neither", Type: "rsa2048", Decrypt: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if k.Supports(signer.Algorithm{Kind: signer.PSS, Hash: 5}) {
+		t.Error("PSS is said to work on a token that has neither PSS nor raw RSA")
+	}
+	if _, ok := k.(signer.Decrypter); ok {
+		t.Error("raw decryption is said to work on a token without raw RSA")
+	}
+	mustSign(t, k)
+}
+
+func TestTokenWithoutECDSA(t *testing.T) {
+	tok, _ := faults(t, nil, map[string]string{"REFUSE": "0x1041,"})
+	if _, err := tok.Generate(t.Context(), GenerateOptions{Label: "useless", Type: "p256"}); !errors.Is(err, ErrUnsupported) {
+		t.Errorf("generate a key that cannot sign: %v, want ErrUnsupported", err)
+	}
+	if n := countObjects(t, tok, ck.CKO_PRIVATE_KEY); n != 0 {
+		t.Errorf("%d private keys are left behind", n)
+	}
+}
+
+func TestDeviceErrorHeals(t *testing.T) {
+	for _, code := range []string{"0x30", "0x32", "0xe0", "0x190"} {
+		t.Run(code, func(t *testing.T) {
+			tok, sh := faults(t, nil, nil)
+			k := generate(t, tok, "p256")
+			before := tok.m.generation.Load()
+			sh.ask("SIGN", code+":1")
+			mustSign(t, k)
+			if got := tok.m.generation.Load(); got != before+1 {
+				t.Errorf("the module was initialised %d times, want once", got-before)
+			}
+		})
+	}
+}
+
+func TestDeviceErrorStays(t *testing.T) {
+	tok, sh := faults(t, nil, nil)
+	k := generate(t, tok, "p256")
+	sh.ask("SIGN", "0x30:1000000")
+	before := tok.m.generation.Load()
+	for range 20 {
+		if err := signOnce(t.Context(), k); !errors.Is(err, ErrDevice) || !errors.Is(err, signer.ErrUnavailable) || !errors.Is(err, ck.Error(ck.CKR_DEVICE_ERROR)) {
+			t.Errorf("sign with a broken device: %v, want ErrDevice", err)
+		}
+	}
+	if got := tok.m.generation.Load() - before; got < 1 || got > 3 {
+		t.Errorf("20 failures initialised the module %d times, want it held back", got)
+	}
+	if inner(k).Healthy() {
+		t.Error("the key is said to be healthy")
+	}
+}
+
+// TestGeneralErrorIsNoDeviceError: a client can provoke general errors with some modules, and must not restart them by it.
+func TestGeneralErrorIsNoDeviceError(t *testing.T) {
+	tok, sh := faults(t, nil, nil)
+	k := generate(t, tok, "p256")
+	before := tok.m.generation.Load()
+	for _, code := range []string{"0x5", "0x6", "0x7"} {
+		sh.ask("SIGN", code+":1")
+		if err := signOnce(t.Context(), k); err == nil || errors.Is(err, ErrDevice) {
+			t.Errorf("code %s: %v, want an error that is not ErrDevice", code, err)
+		}
+		mustSign(t, k)
+	}
+	if got := tok.m.generation.Load(); got != before {
+		t.Error("the module was initialised anew")
+	}
+}
+
+// TestSessionFaultIsRetriedOnce: an operation that never gets a good session ends.
+func TestSessionFaultIsRetriedOnce(t *testing.T) {
+	tok, sh := faults(t, nil, nil)
+	k := generate(t, tok, "p256")
+	for code, want := range map[string]uint{"0xb3": ck.CKR_SESSION_HANDLE_INVALID, "0x90": ck.CKR_OPERATION_ACTIVE, "0x101": ck.CKR_USER_NOT_LOGGED_IN, "0x60": ck.CKR_KEY_HANDLE_INVALID} {
+		sh.ask("SIGN", code+":1")
+		mustSign(t, k)
+		sh.ask("SIGN", code+":1000000")
+		if err := signOnce(t.Context(), k); !errors.Is(err, ck.Error(want)) {
+			t.Errorf("code %s for ever: %v, want it returned", code, err)
+		}
+		sh.ask("SIGN", "")
+		mustSign(t, k)
+	}
+}
+
+// TestFewSessions: the token has one or two sessions, whatever the configuration says, and nothing leaks.
+func TestFewSessions(t *testing.T) {
+	for _, limit := range []int{1, 2} {
+		t.Run(fmt.Sprint(limit), func(t *testing.T) {
+			tok, sh := faults(t, func(c *Config) { c.Sessions = 8 }, map[string]string{"SESSIONS": fmt.Sprint(limit)})
+			k := generate(t, tok, "p256")
+			var held []*session
+			for range limit {
+				s, err := tok.pool.take(t.Context(), false)
+				if err != nil {
+					t.Fatal(err)
+				}
+				held = append(held, s)
+			}
+			var wg sync.WaitGroup
+			for range 16 {
+				wg.Go(func() {
+					for range 3 {
+						if err := signOnce(t.Context(), k); err != nil {
+							t.Error(err)
+						}
+					}
+				})
+			}
+			for deadline := time.Now().Add(10 * time.Second); !sh.fired() && time.Now().Before(deadline); {
+				time.Sleep(time.Millisecond)
+			}
+			for _, s := range held {
+				tok.pool.give(s, nil)
+			}
+			wg.Wait()
+			logout(t, tok)
+			mustSign(t, k)
+			if n := len(tok.pool.permits); n != 8 {
+				t.Errorf("%d permits came back, want 8", n)
+			}
+		})
+	}
+}
