@@ -124,12 +124,12 @@ func NewClient(cfg ClientConfig) (*Client, error) {
 	c := &Client{cfg: cfg, log: cfg.Logger, changed: make(chan struct{})}
 	c.ctx, c.cancel = context.WithCancel(context.Background())
 	for _, addr := range cfg.Servers {
-		r := &remote{addr: addr}
-		c.servers = append(c.servers, r)
+		c.servers = append(c.servers, &remote{addr: addr})
+	}
+	c.trying = len(c.servers) * cfg.ConnsPerServer
+	for _, r := range c.servers {
 		for range cfg.ConnsPerServer {
-			l := &link{client: c, remote: r}
-			c.trying++
-			c.links.Go(l.run)
+			c.links.Go((&link{client: c, remote: r}).run)
 		}
 	}
 	return c, nil

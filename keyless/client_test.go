@@ -190,7 +190,7 @@ func TestClientRepeatsOnlyWhatIsSafe(t *testing.T) {
 				return []byte("second"), nil
 			})}
 			addr, _ := startServer(t, server)
-			c := startClient(t, ClientConfig{Servers: []string{addr}})
+			c := startClient(t, ClientConfig{Servers: []string{addr}, ConnsPerServer: 1})
 			got, err := c.Do(t.Context(), &tt.op)
 			if tt.repeat && (err != nil || string(got) != "second") {
 				t.Errorf("got %q, %v, want the second attempt's reply", got, err)

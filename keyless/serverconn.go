@@ -162,8 +162,8 @@ func (c *serverConn) run(ctx context.Context) {
 
 // kill ends the connection at once. It is safe for concurrent use.
 func (c *serverConn) kill() {
+	c.raw.Close() // first, so that not even an error reply leaves
 	c.cancel(errKilled)
-	c.raw.Close()
 }
 
 // readLoop reads requests. It returns nil when the connection may end in peace: the peer was idle for too long, or ctx is
