@@ -13,6 +13,7 @@ type relay struct {
 	front  *net.UDPConn
 	back   *net.UDPConn
 	client atomic.Pointer[net.UDPAddr]
+	retry  atomic.Bool // the server sent a Retry packet, see RFC 9000, section 17.2.5
 }
 
 // relayQueue is how many packets wait for their time in each direction; more are lost.
@@ -69,6 +70,9 @@ func newRelay(tb testing.TB, server string, delay time.Duration) *relay {
 		return n, err
 	}, func(b []byte) { r.back.Write(b) })
 	pass(r.back.Read, func(b []byte) {
+		if b[0]&0xf0 == 0xf0 {
+			r.retry.Store(true)
+		}
 		if to := r.client.Load(); to != nil {
 			r.front.WriteToUDP(b, to)
 		}

@@ -186,14 +186,23 @@ func TestPendingBound(t *testing.T) {
 	c.Close(CloseShutdown)
 }
 
-// TestAddressValidation makes every client prove its address first, as it must while many are pending.
+// TestAddressValidation: clients must prove their address first while many are pending, and only then.
 func TestAddressValidation(t *testing.T) {
 	p := newPKI(t)
 	e := startEdge(t, ListenConfig{Identity: p.source(mtls.KindEdge, "e1", 0), Admit: admitAll, MaxPending: 4})
-	e.ln.pending.Add(2)
-	startConnector(t, dialConfig(e, p.source(mtls.KindConnector, "c1", 0), accept(echo)))
-	e.session()
-	e.ln.pending.Add(-2)
+	src := p.source(mtls.KindConnector, "c1", 0)
+	for _, pending := range []int64{0, 2} {
+		relay := newRelay(t, e.ln.Addr().String(), 0)
+		dc := dialConfig(e, src, accept(echo))
+		dc.Addr = relay.addr()
+		e.ln.pending.Add(pending)
+		startConnector(t, dc)
+		e.session()
+		e.ln.pending.Add(-pending)
+		if got, want := relay.retry.Load(), pending > 1; got != want {
+			t.Errorf("%d others pending: Retry sent %v, want %v", pending, got, want)
+		}
+	}
 }
 
 func TestRenewal(t *testing.T) {
