@@ -6,6 +6,7 @@ import (
 	"crypto/rand"
 	"crypto/x509"
 	"encoding/pem"
+	"errors"
 	"log/slog"
 	"math/big"
 	"os"
@@ -42,29 +43,26 @@ func TestDeps(t *testing.T) {
 }
 
 // plant makes what an example's paths name, below dir.
-func plant(t *testing.T, dir string) {
-	t.Helper()
-	must := func(err error) {
-		t.Helper()
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
-	issue := func(ca, out, domain string) {
+func plant(dir string) error {
+	issue := func(ca, out, domain string) error {
 		a, err := mtls.InitAuthority(filepath.Join(dir, ca), domain)
-		must(err)
-		must(issueIdentity(a, mtls.Identity{TrustDomain: domain, Kind: mtls.KindEdge, Name: "edge1"}, 0, filepath.Join(dir, out), false))
+		if err != nil {
+			return err
+		}
+		return issueIdentity(a, mtls.Identity{TrustDomain: domain, Kind: mtls.KindEdge, Name: "edge1"}, 0, filepath.Join(dir, out), false)
 	}
-	issue("edge-ca", "edge-identity", "edge.example.com")
-	issue("key-ca", "key-identity", "keys.example.com")
-	must(os.MkdirAll(filepath.Join(dir, "zones"), 0o700))
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	must(err)
+	if err != nil {
+		return err
+	}
 	cert := &x509.Certificate{SerialNumber: big.NewInt(1), NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(90 * 24 * time.Hour),
 		DNSNames: []string{"www.example.com", "*.apps.example.com"}, KeyUsage: x509.KeyUsageDigitalSignature}
 	der, err := x509.CreateCertificate(rand.Reader, cert, cert, key.Public(), key)
-	must(err)
-	must(os.WriteFile(filepath.Join(dir, "zones", "www.pem"), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o600))
+	return errors.Join(err,
+		issue("edge-ca", "edge-identity", "edge.example.com"),
+		issue("key-ca", "key-identity", "keys.example.com"),
+		os.MkdirAll(filepath.Join(dir, "zones"), 0o700),
+		os.WriteFile(filepath.Join(dir, "zones", "www.pem"), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o600))
 }
 
 // planted returns the example's text and the path of a copy whose paths lie below a directory that has what they name.
@@ -75,7 +73,9 @@ func planted(t *testing.T, example string, edits ...string) string {
 		t.Fatal(err)
 	}
 	dir := t.TempDir()
-	plant(t, dir)
+	if err := plant(dir); err != nil {
+		t.Fatal(err)
+	}
 	s := string(text)
 	if example == "minimal.yaml" { // its paths are defaults
 		s += "identity: {ca_dir: /etc/keyhaven/edge-ca, dir: /etc/keyhaven/edge-identity}\n"

@@ -85,36 +85,42 @@ type process struct {
 }
 
 // start opens the state and binds every listener, so that what is wrong shows before anything is served.
-func start(ctx context.Context, cfg *config, log *slog.Logger) (p *process, err error) {
-	p = &process{cfg: cfg, log: log, registry: ops.NewRegistry()}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, p.close())
-		}
-	}()
+func start(ctx context.Context, cfg *config, log *slog.Logger) (*process, error) {
+	p := &process{cfg: cfg, log: log, registry: ops.NewRegistry()}
+	if err := p.open(ctx); err != nil {
+		return nil, errors.Join(err, p.close())
+	}
+	return p, nil
+}
+
+// open is start without the cleaning up after a failure.
+func (p *process) open(ctx context.Context) (err error) {
+	cfg, log := p.cfg, p.log
 	if p.ids, err = openIdentities(cfg, log); err != nil {
-		return nil, cli.ConfigError(err)
+		return cli.ConfigError(err)
 	}
-	if p.store, err = state.OpenBolt(cfg.State.File); err != nil {
-		return nil, fmt.Errorf("open the state: %w", err)
+	store, err := state.OpenBolt(cfg.State.File)
+	if err != nil {
+		return fmt.Errorf("open the state: %w", err)
 	}
+	p.store = store // not before: without a store the interface is to be nil
 	p.control, err = control.Open(ctx, control.Config{Store: p.store, Authority: p.ids.authority, Edges: cfg.Tunnel.Advertise,
 		ConnectorLifetime: cfg.Tunnel.ConnectorLifetime, Registry: p.registry, Logger: log})
 	if err != nil {
-		return nil, err
+		return err
 	}
 	p.use(cfg)
 	p.tunnels, err = tunnel.Listen(tunnel.ListenConfig{Addr: cfg.Tunnel.Listen, Identity: p.ids.own, Admit: p.control.Admit,
 		Handle: p.control.Handle, Join: p.control.Join, Renew: p.control.Renew, Logger: log, DrainTimeout: cfg.Tunnel.DrainTimeout})
 	if err != nil {
-		return nil, fmt.Errorf("listen for tunnels: %w", err)
+		return fmt.Errorf("listen for tunnels: %w", err)
 	}
 	p.visitors, err = edge.New(cfg.Visitors, edge.Deps{Dialer: p.control, Store: p.store, KeyIdentity: p.ids.key, Logger: log, Registry: p.registry})
 	if err != nil {
-		return nil, err
+		return err
 	}
 	p.admin, err = admin.Listen(cfg.Admin.Socket, p.control, log)
-	return p, err
+	return err
 }
 
 // use tells the control which networks the configuration uses, and the operator which of them do not exist.

@@ -96,6 +96,9 @@ func replyError(status int, b []byte) error {
 }
 
 func (c *Client) unreachable(err error) error {
+	if u, ok := errors.AsType[*url.Error](err); ok {
+		err = u.Err // the URL is none of the caller's
+	}
 	switch {
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
 		return fmt.Errorf("no edge answers on %s; start it with 'keyhaven-edge run', or name its socket with --socket: %w", c.path, err)

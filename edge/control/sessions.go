@@ -151,12 +151,9 @@ func (c *Control) Handle(_ context.Context, s *tunnel.Session) {
 		l.end(endRevoked)
 	}
 	c.sighted(l)
-	c.log.Info("session up", "peer", s.Peer().String(), "conn", s.Registration().Index, "remote", s.RemoteAddr().String(),
-		"version", s.Registration().Version)
 	<-s.Done()
 	c.reg.remove(l)
 	c.sighted(l)
-	c.log.Info("session down", "peer", s.Peer().String(), "conn", s.Registration().Index, "err", s.Err())
 }
 
 // stillGood reports whether the connector of l is enrolled as it was when l was admitted.

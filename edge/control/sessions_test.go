@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -97,29 +98,26 @@ func TestRetry(t *testing.T) {
 	e := newBed(t).edge()
 	e.site("plant", "")
 	src := e.enrol("plant", "p1")
-	counted := func(r tunnel.Result, n *int, mu *sync.Mutex) func(context.Context, *tunnel.Incoming) {
+	counted := func(r tunnel.Result, n *atomic.Int32) func(context.Context, *tunnel.Incoming) {
 		return func(ctx context.Context, in *tunnel.Incoming) {
-			mu.Lock()
-			*n++
-			mu.Unlock()
+			n.Add(1)
 			rejecting(r)(ctx, in)
 		}
 	}
 	for _, tt := range []struct {
 		r    tunnel.Result
-		want int
+		want int32
 	}{{tunnel.ResultRefused, 1}, {tunnel.ResultDenied, 1}, {tunnel.ResultTimedOut, 1}, {tunnel.ResultLimit, 4}, {tunnel.ResultInternal, 4}, {tunnel.ResultDraining, 4}} {
-		var mu sync.Mutex
-		n := 0
+		var n atomic.Int32
 		var ls []*link
 		for i := range 4 {
-			ls = append(ls, e.link(src, "i1", i, counted(tt.r, &n, &mu)))
+			ls = append(ls, e.link(src, "i1", i, counted(tt.r, &n)))
 		}
 		if _, err := e.open("", "10.1.2.3"); err == nil {
 			t.Errorf("%v: the flow was opened", tt.r)
 		}
-		if n != tt.want {
-			t.Errorf("%v: tried on %d sessions, want %d", tt.r, n, tt.want)
+		if got := n.Load(); got != tt.want {
+			t.Errorf("%v: tried on %d sessions, want %d", tt.r, got, tt.want)
 		}
 		for _, l := range ls {
 			l.cut()
@@ -530,13 +528,5 @@ func TestDialContextEnds(t *testing.T) {
 		}
 	case <-time.After(patience):
 		t.Fatal("DialContext does not return")
-	}
-}
-
-func BenchmarkPick(b *testing.B) {
-	r := newRegistry()
-	b.ReportAllocs()
-	for b.Loop() {
-		r.pick("tn_x", nil)
 	}
 }

@@ -71,8 +71,7 @@ func (m *model) forgetTokensLocked(now time.Time) (ops []state.Op) {
 func (c *Control) Join(ctx context.Context, r tunnel.JoinRequest) (tunnel.JoinReply, error) {
 	reply, err := c.join(ctx, r)
 	if err != nil {
-		c.log.Warn("join refused", "token", clip(r.TokenID), "peer", clip(r.Name), "remote", r.Remote.String(), "err", err)
-		return tunnel.JoinReply{}, fmt.Errorf("control: join: %w (%w)", joinRefusal(err), err)
+		return tunnel.JoinReply{}, fmt.Errorf("control: join as %q with token %q: %w (%w)", clip(r.Name), clip(r.TokenID), joinRefusal(err), err)
 	}
 	c.log.Info("connector enrolled", "peer", reply.Identity.String(), "tunnel", reply.Tunnel, "token", r.TokenID, "remote", r.Remote.String())
 	return reply, nil
