@@ -48,6 +48,7 @@ type Plan struct {
 type EdgePlan struct {
 	NS       *testnet.Namespace // nil: the lab's own
 	Tunnel   string             // host:port for connectors to dial
+	Listen   string             // host:port for the tunnel; "" is the same as Tunnel
 	Visitors string             // host:port for visitors
 	Ops      string             // loopback host:port
 }
@@ -209,6 +210,11 @@ func (l *Lab) WriteYAML(name string, v any) error {
 		return err
 	}
 	return os.WriteFile(l.Path(name), b, 0o600)
+}
+
+// Process adds one more of the programs to the lab, not yet started.
+func (l *Lab) Process(name string, ns *testnet.Namespace, prog string, args ...string) *Process {
+	return l.process(name, ns, filepath.Join(l.Plan.Bin, prog), args...)
 }
 
 // process adds a program to the lab, not yet started.

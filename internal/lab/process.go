@@ -171,6 +171,19 @@ func (p *Process) Running() bool {
 	return p.running()
 }
 
+// Name is what the lab calls the process.
+func (p *Process) Name() string { return p.name }
+
+// PID is the process id of the newest run, 0 before the first.
+func (p *Process) PID() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.cmd == nil {
+		return 0
+	}
+	return p.cmd.Process.Pid
+}
+
 // Log returns what the process has printed so far, over all its runs.
 func (p *Process) Log() string {
 	if p.sink == nil {

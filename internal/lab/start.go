@@ -1,6 +1,7 @@
 package lab
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"io"
@@ -68,7 +69,7 @@ func (l *Lab) EdgeConfig() obj {
 		"admin":        obj{"socket": l.Path("edge.sock")},
 		"identity":     obj{"ca_dir": l.Path("edge-ca"), "dir": l.Path("edge-identity")},
 		"key_identity": obj{"dir": l.Path("edge-client")},
-		"tunnel":       obj{"listen": l.Plan.Edge.Tunnel, "advertise": []string{l.Plan.Edge.Tunnel}},
+		"tunnel":       obj{"listen": cmp.Or(l.Plan.Edge.Listen, l.Plan.Edge.Tunnel), "advertise": []string{l.Plan.Edge.Tunnel}},
 		"ops":          obj{"listen": l.Plan.Edge.Ops},
 		"visitors": obj{
 			"listen": obj{"tls": []string{l.Plan.Edge.Visitors}},
@@ -107,7 +108,7 @@ func (l *Lab) makeProcesses(context.Context) error {
 	return nil
 }
 
-// Start starts everything in an order in which it comes up at once, and returns when the edge has every tunnel.
+// Start starts everything in an order in which it comes up at once, and returns when all of it is ready.
 func (l *Lab) Start(ctx context.Context) error {
 	if err := l.KeyServer.Start(); err != nil {
 		return err
@@ -131,7 +132,10 @@ func (l *Lab) Start(ctx context.Context) error {
 			return err
 		}
 	}
-	return l.AwaitTunnels(ctx)
+	if err := l.AwaitTunnels(ctx); err != nil {
+		return err
+	}
+	return l.AwaitReady(ctx)
 }
 
 // AwaitEdge waits until the edge answers its administration socket.
@@ -145,19 +149,26 @@ func (l *Lab) AwaitEdge(ctx context.Context) error {
 // AwaitTunnels waits until every connector says that it is ready.
 func (l *Lab) AwaitTunnels(ctx context.Context) error {
 	for _, s := range l.Sites {
-		err := l.eventually(ctx, s.Connector, func(ctx context.Context) error {
-			cmd := s.NS.Command(ctx, "curl", "-sSf", "-m", "2", "http://"+s.Ops+"/readyz")
-			out, err := cmd.CombinedOutput()
-			if err != nil {
-				return fmt.Errorf("connector %s is not ready: %w: %s", s.Name, err, out)
-			}
-			return nil
-		})
-		if err != nil {
+		if err := l.awaitReady(ctx, s.Connector, s.Ops); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// AwaitReady waits until the edge says that it is ready, which takes a key server.
+func (l *Lab) AwaitReady(ctx context.Context) error {
+	return l.awaitReady(ctx, l.EdgeProc, l.Plan.Edge.Ops)
+}
+
+func (l *Lab) awaitReady(ctx context.Context, p *Process, ops string) error {
+	return l.eventually(ctx, p, func(ctx context.Context) error {
+		out, err := p.ns.Command(ctx, "curl", "-sS", "--fail-with-body", "-m", "2", "http://"+ops+"/readyz").CombinedOutput()
+		if err != nil {
+			return fmt.Errorf("%s is not ready: %w: %s", p.name, err, out)
+		}
+		return nil
+	})
 }
 
 func (l *Lab) eventually(ctx context.Context, p *Process, f func(context.Context) error) error {

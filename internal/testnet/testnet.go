@@ -6,14 +6,18 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync"
 	"syscall"
+
+	"golang.org/x/sys/unix"
 )
 
 // ErrNotRoot says that namespaces cannot be made because the process is not root.
@@ -191,4 +195,46 @@ func Sweep(prefix string) {
 			ip("netns", "del", filepath.Base(path))
 		}
 	}
+}
+
+// Do runs f in the namespace. Sockets that f opens stay there after it returns. It holds for what f does itself, not
+// for goroutines that it starts.
+func (ns *Namespace) Do(f func() error) error {
+	runtime.LockOSThread()
+	own, err := os.Open("/proc/thread-self/ns/net")
+	if err != nil {
+		runtime.UnlockOSThread()
+		return err
+	}
+	defer own.Close()
+	other, err := os.Open("/run/netns/" + ns.name)
+	if err != nil {
+		runtime.UnlockOSThread()
+		return fmt.Errorf("testnet: %w", err)
+	}
+	defer other.Close()
+	if err := unix.Setns(int(other.Fd()), unix.CLONE_NEWNET); err != nil {
+		runtime.UnlockOSThread()
+		return fmt.Errorf("testnet: enter %s: %w", ns.name, err)
+	}
+	err = f()
+	if back := unix.Setns(int(own.Fd()), unix.CLONE_NEWNET); back != nil {
+		// The thread stays locked, so it ends with its goroutine and nobody else runs on it.
+		return errors.Join(err, back)
+	}
+	runtime.UnlockOSThread()
+	return err
+}
+
+// Dial opens a TCP connection from the namespace. addr must have an IP address.
+func (ns *Namespace) Dial(ctx context.Context, addr string) (c net.Conn, err error) {
+	ap, err := netip.ParseAddrPort(addr)
+	if err != nil {
+		return nil, err
+	}
+	err = ns.Do(func() (err error) {
+		c, err = new(net.Dialer).DialContext(ctx, "tcp", ap.String())
+		return err
+	})
+	return c, err
 }
