@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -175,7 +176,8 @@ type follower struct {
 func (f *follower) reset(entries []state.Entry, _ state.Revision) error {
 	f.pending = nil
 	bad := f.c.model.load(entries)
-	f.c.applied(bad)
+	f.c.complain(bad)
+	f.c.sweep()
 	select {
 	case f.ready <- errors.Join(bad...):
 	default:
@@ -192,25 +194,28 @@ func (f *follower) apply(e state.Event) error {
 	}
 	switch {
 	case e.Key == keyGeneration:
-		bad := f.c.model.apply(f.pending, e.Revision)
-		f.pending = nil
-		f.c.applied(bad)
-	case strings.HasPrefix(e.Key, prefixSeen):
-		for _, err := range f.c.model.apply([]delta{d}, 0) {
-			f.c.log.Error("record left out", "err", err)
+		f.c.complain(f.c.model.apply(f.pending, e.Revision))
+		if slices.ContainsFunc(f.pending, permits) {
+			f.c.sweep()
 		}
+		f.pending = nil
+	case strings.HasPrefix(e.Key, prefixSeen):
+		f.c.complain(f.c.model.apply([]delta{d}, 0))
 	case ours(e.Key):
 		f.pending = append(f.pending, d)
 	}
 	return nil
 }
 
-// applied follows up on a new picture.
-func (c *Control) applied(bad []error) {
+// permits reports whether a record decides on who may come in.
+func permits(d delta) bool {
+	return strings.HasPrefix(d.key, prefixConn) || strings.HasPrefix(d.key, prefixTunnel)
+}
+
+func (c *Control) complain(bad []error) {
 	for _, err := range bad {
 		c.log.Error("record left out", "err", err)
 	}
-	c.sweep()
 }
 
 // maxTries bounds how often a change is decided anew because somebody else was faster.

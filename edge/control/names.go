@@ -24,7 +24,7 @@ func newID(kind string) string {
 	return kind + "_" + idEncoding.EncodeToString(b[:])
 }
 
-// checkName accepts the names of networks, tunnels and connectors: what may stand in a DNS label, in lower case.
+// checkName accepts the names of networks and tunnels: what may stand in a DNS label, in lower case.
 func checkName(what, name string) error {
 	ok := name != "" && len(name) <= maxName && name[0] != '-' && name[len(name)-1] != '-'
 	for i := 0; ok && i < len(name); i++ {

@@ -321,6 +321,11 @@ func TestJoin(t *testing.T) {
 	if !strings.HasPrefix(r.Identity.Name, "plant-") {
 		t.Errorf("made-up name %q, want one from the tunnel's", r.Identity.Name)
 	}
+	_, r, err = e.join(e.token("plant", 0), "pi-3.hall_2") // a host's name will do
+	must(t, err)
+	if r.Identity.Name != "pi-3.hall_2" {
+		t.Errorf("name %q", r.Identity.Name)
+	}
 	// The tunnel of a token goes, and the token with it.
 	gone := e.token("plant", 0)
 	must(t, e.DeleteTunnel(t.Context(), "plant", true))

@@ -104,7 +104,7 @@ func (c *Control) join(ctx context.Context, r tunnel.JoinRequest) (tunnel.JoinRe
 	if err := c.settleRevocation(ctx, name); err != nil {
 		return tunnel.JoinReply{}, err
 	}
-	id := mtls.Identity{TrustDomain: c.cfg.Authority.TrustDomain(), Kind: mtls.KindConnector, Name: name}
+	id := c.connector(name)
 	chain, leaf, err := c.issue(r.CSR, id)
 	if err != nil {
 		return tunnel.JoinReply{}, refusal(CodeInvalid, "", "the certificate request is not acceptable: %v", err)
@@ -124,6 +124,11 @@ func (c *Control) join(ctx context.Context, r tunnel.JoinRequest) (tunnel.JoinRe
 		return []state.Op{put(prefixToken+rec.ID, rec), put(prefixConn+name, k)}, nil
 	})
 	return reply, err
+}
+
+// connector returns the identity of the connector name.
+func (c *Control) connector(name string) mtls.Identity {
+	return mtls.Identity{TrustDomain: c.cfg.Authority.TrustDomain(), Kind: mtls.KindConnector, Name: name}
 }
 
 // settleRevocation waits until certificates that are issued from now on begin later than all that an earlier, revoked
@@ -153,8 +158,8 @@ func (c *Control) checkJoin(r tunnel.JoinRequest) (string, error) {
 		suffix := newID("")[1:7]
 		name = t.Name[:min(len(t.Name), maxName-len(suffix)-1)] + "-" + suffix
 	}
-	if err := checkName("connector", name); err != nil {
-		return "", err
+	if err := c.connector(name).Validate(); err != nil {
+		return "", refusal(CodeInvalid, "use up to 64 of a-z, 0-9, '-', '_' and '.', beginning with a letter or digit", "%q is not a name for a connector", clip(name))
 	}
 	return name, c.model.nameFreeLocked(name)
 }
