@@ -280,6 +280,30 @@ func TestClientDoesNotTrustAnyServer(t *testing.T) {
 	}
 }
 
+func TestClientNeedsAuthenticatingTLS(t *testing.T) {
+	addr, _ := startServer(t, &Server{Handler: echo})
+	for name, cfg := range map[string]*tls.Config{"none": nil, "trusts anybody": {InsecureSkipVerify: true, Certificates: clientTLS("").Certificates}} {
+		c := startClient(t, ClientConfig{Servers: []string{addr}, TLS: func(string) *tls.Config { return cfg }})
+		_, err := c.Do(t.Context(), &Operation{Opcode: OpPing})
+		wantErr(t, err, ErrUnavailable)
+		if last := c.Stats().Servers[0].LastErr; last == nil || !strings.Contains(last.Error(), "does not authenticate") {
+			t.Errorf("%s: LastErr = %v", name, last)
+		}
+	}
+}
+
+func TestAddrPort(t *testing.T) {
+	for in, want := range map[net.Addr]string{
+		&net.TCPAddr{IP: net.IPv4(192, 0, 2, 1), Port: 5}:     "192.0.2.1:5",
+		&net.TCPAddr{IP: net.ParseIP("2001:db8::1"), Port: 6}: "[2001:db8::1]:6",
+		&net.UnixAddr{Name: "/run/x", Net: "unix"}:            "invalid AddrPort",
+	} {
+		if got := addrPort(in).String(); got != want {
+			t.Errorf("%v: got %s, want %s", in, got, want)
+		}
+	}
+}
+
 func TestClientOverloaded(t *testing.T) {
 	release := make(chan struct{})
 	addr, _ := startServer(t, &Server{Handler: handlerFunc(func(context.Context, *Request) ([]byte, error) { <-release; return nil, nil })})

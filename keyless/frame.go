@@ -221,14 +221,14 @@ func (w *batchWriter) run() error {
 		runtime.Gosched() // who is about to add a packet comes first, so that it leaves with this batch
 		for {
 			batch, err := w.take()
-			if err != nil || batch == nil {
-				if err == errDrained {
-					return nil
-				}
-				if err != nil {
-					return err
-				}
-				break
+			if err == errDrained {
+				return nil
+			}
+			if err != nil {
+				return err
+			}
+			if batch == nil {
+				break // until the next wake
 			}
 			if err := w.write(batch); err != nil {
 				w.fail(err)

@@ -126,9 +126,9 @@ func (l *link) connect() (*session, error) {
 		return nil, fmt.Errorf("keyless: dial %s: %w", l.remote.addr, err)
 	}
 	tlsConfig := cfg.TLS(l.remote.addr)
-	if tlsConfig == nil {
+	if !authenticates(tlsConfig) {
 		raw.Close()
-		return nil, fmt.Errorf("keyless: no TLS configuration for %s", l.remote.addr)
+		return nil, fmt.Errorf("keyless: the TLS configuration for %s does not authenticate the server", l.remote.addr)
 	}
 	tlsConfig = tlsConfig.Clone()
 	tlsConfig.DynamicRecordSizingDisabled = true
@@ -143,4 +143,9 @@ func (l *link) connect() (*session, error) {
 		return nil, fmt.Errorf("keyless: first ping of %s: %w", l.remote.addr, err)
 	}
 	return s, nil
+}
+
+// authenticates reports whether a handshake with cfg can fail because of who the server is.
+func authenticates(cfg *tls.Config) bool {
+	return cfg != nil && (!cfg.InsecureSkipVerify || cfg.VerifyConnection != nil || cfg.VerifyPeerCertificate != nil)
 }

@@ -114,13 +114,13 @@ func (l *serverLoop) identifyPeer(conn *tls.Conn) (Peer, error) {
 	return Peer{ID: id, Addr: addrPort(conn.RemoteAddr())}, nil
 }
 
-// addrPort is the zero value for addresses that are not IP and port.
+// addrPort is the zero value for addresses that are not IP and port, and has IPv4 addresses as such.
 func addrPort(a net.Addr) netip.AddrPort {
-	if t, ok := a.(*net.TCPAddr); ok {
-		return t.AddrPort()
+	ap, err := netip.ParseAddrPort(a.String())
+	if err != nil {
+		return netip.AddrPort{}
 	}
-	ap, _ := netip.ParseAddrPort(a.String())
-	return ap
+	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
 }
 
 // run serves the connection until it ends, or drains it when ctx ends.
