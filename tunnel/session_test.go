@@ -136,8 +136,7 @@ func TestDialErrors(t *testing.T) {
 			t.Errorf("Dial: %v, want the verification's own error", err)
 		}
 	})
-	t.Run("edge that is none", func(t *testing.T) {
-		// A connector's certificate serves no server, so no listener of ours would start with it; kind is what counts.
+	t.Run("no instance", func(t *testing.T) {
 		if _, err := Dial(context.Background(), DialConfig{Addr: "127.0.0.1:1", Identity: src, Handle: accept(echo)}); !errors.Is(err, errMalformed) {
 			t.Errorf("Dial without an instance: %v, want errMalformed", err)
 		}
