@@ -135,18 +135,18 @@ func countObjects(tb testing.TB, t *Token, class uint) (n int) {
 // TestWrongPublicKeyBesideKey: a public object with the key's ID but of another key must not name it.
 func TestWrongPublicKeyBesideKey(t *testing.T) {
 	tok := openToken(t, softhsm.New(t), nil)
-	real, other := newP256(t), newP256(t)
+	own, other := newP256(t), newP256(t)
 	putKey(t, tok, other, "two", false, true)
 	removeObjects(t, tok, "two", ck.CKO_PRIVATE_KEY)
 	if _, err := tok.Keys(t.Context()); err != nil {
 		t.Errorf("a public key alone: %v, want no keys and no error", err)
 	}
-	putKey(t, tok, real, "two", false, true)
+	putKey(t, tok, own, "two", false, true)
 	k, err := tok.Key(t.Context(), Selector{Label: "two"})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !equal(k.Public(), real.Public()) {
+	if !equal(k.Public(), own.Public()) {
 		t.Error("the key got the public half of another")
 	}
 }

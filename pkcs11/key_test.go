@@ -58,10 +58,6 @@ func TestSignEveryTypeAndAlgorithm(t *testing.T) {
 }
 
 func TestRSA4096(t *testing.T) {
-	if testing.Short() {
-		t.Log("a 4096-bit key takes the token seconds to make; 3072 bits must do")
-		return
-	}
 	tok := openToken(t, softhsm.New(t), nil)
 	mustSign(t, generate(t, tok, "rsa4096"))
 }

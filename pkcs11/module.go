@@ -139,11 +139,11 @@ func (c *Config) resolveModule() (string, error) {
 	if !filepath.IsAbs(path) {
 		return "", fmt.Errorf("pkcs11: module %q: give an absolute path", path)
 	}
-	real, err := filepath.EvalSymlinks(path)
+	resolved, err := filepath.EvalSymlinks(path)
 	if err != nil {
 		return "", fmt.Errorf("pkcs11: module %s: %w", path, err)
 	}
-	return real, nil
+	return resolved, nil
 }
 
 func (c *Config) chooseModule(allowed []string) (string, error) {
@@ -185,13 +185,13 @@ func byName(name string, allowed []string) (string, error) {
 
 // containsModule reports whether path is the same file as one of list.
 func containsModule(list []string, path string) bool {
-	real := realPath(path)
-	return slices.ContainsFunc(list, func(p string) bool { return realPath(p) == real })
+	resolved := realPath(path)
+	return slices.ContainsFunc(list, func(p string) bool { return realPath(p) == resolved })
 }
 
 func realPath(path string) string {
-	if real, err := filepath.EvalSymlinks(path); err == nil {
-		return real
+	if resolved, err := filepath.EvalSymlinks(path); err == nil {
+		return resolved
 	}
 	return filepath.Clean(path)
 }

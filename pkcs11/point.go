@@ -120,9 +120,6 @@ func appendSignature(dst, rs []byte, order int) ([]byte, error) {
 	return appendInteger(appendInteger(dst, r), s), nil
 }
 
-// maxSignature is the size of the longest DER signature: P-521.
-const maxSignature = 3 + 2*(2+67)
-
 // integerSize is the encoded size of a positive number without leading zeros: tag, length, sign byte if needed, digits.
 func integerSize(b []byte) int { return 2 + int(b[0]>>7) + len(b) }
 

@@ -332,7 +332,7 @@ const (
 
 // device is what is known about the health of the hardware. The zero value is healthy.
 type device struct {
-	mu    sync.Mutex // guards next and wait
+	mu    sync.Mutex // guards next and delay
 	ill   atomic.Bool
 	next  time.Time
 	delay time.Duration
