@@ -1,6 +1,7 @@
 package mtls
 
 import (
+	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -284,11 +285,19 @@ func TestPinnedServer(t *testing.T) {
 	same := func(*x509.Certificate) {}
 	cut := func(c tls.Certificate) tls.Certificate { c.Certificate = c.Certificate[:1]; return c }
 	graft := func(c tls.Certificate) tls.Certificate { c.Certificate[1] = a.root.Raw; return c }
+	// A certificate of the pinned key that is no authority's.
+	template := &x509.Certificate{SerialNumber: a.root.SerialNumber, NotBefore: a.root.NotBefore, NotAfter: a.root.NotAfter, BasicConstraintsValid: true}
+	plain, err := x509.CreateCertificate(rand.Reader, template, template, a.key.Public(), a.key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	demote := func(c tls.Certificate) tls.Certificate { c.Certificate[1] = plain; return c }
 	for _, c := range []struct {
 		name, want string
 		cert       tls.Certificate
 	}{
 		{"good", "", forge(t, a, edgeID, same)},
+		{"of a root that is no authority", "pins", demote(forge(t, a, edgeID, func(c *x509.Certificate) { c.Issuer.CommonName = "" }))},
 		{"without its root", "did not send its root", cut(forge(t, a, edgeID, same))},
 		{"of another authority", "pins", forge(t, impostor, edgeID, same)},
 		{"of another authority, with our root added", "verify server", graft(forge(t, impostor, edgeID, same))},

@@ -121,6 +121,21 @@ func TestParseJoinTokenRefuses(t *testing.T) {
 	}
 }
 
+// TestTokenSpareBits sets the bits of the last character that carry nothing.
+func TestTokenSpareBits(t *testing.T) {
+	const digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+	for _, edge := range []string{"e:1", "ee:1", "eee:1"} {
+		text := newToken(t, edge).Reveal()
+		if len(text[len(tokenPrefix):])%4 == 0 {
+			continue // no spare bits
+		}
+		last := strings.IndexByte(digits, text[len(text)-1])
+		if _, err := ParseJoinToken(text[:len(text)-1] + string(digits[last|1])); !errors.Is(err, ErrTokenMalformed) {
+			t.Errorf("edge %s: got %v, want ErrTokenMalformed", edge, err)
+		}
+	}
+}
+
 // FuzzParseJoinToken stands for whoever hands a connector a token.
 func FuzzParseJoinToken(f *testing.F) {
 	f.Add(newToken(f).Reveal())
