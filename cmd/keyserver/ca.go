@@ -5,11 +5,11 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
-	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -168,8 +168,7 @@ func newClientList() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			w := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 0, 2, ' ', 0)
-			fmt.Fprintln(w, "IDENTITY\tSTATE\tCERTIFICATE UNTIL")
+			var clients []listedClient
 			for _, path := range files {
 				leaf, id, err := readClient(path)
 				if err != nil {
@@ -182,14 +181,26 @@ func newClientList() *cobra.Command {
 				if revoked.AcceptCert(id, leaf) != nil {
 					state = "revoked"
 				}
-				fmt.Fprintf(w, "%s\t%s\t%s\n", id, state, leaf.NotAfter.UTC().Format(time.RFC3339))
+				clients = append(clients, listedClient{id.String(), state, leaf.NotAfter.UTC()})
 			}
-			return w.Flush()
+			return cli.Show(cmd, clients, func(w io.Writer) {
+				fmt.Fprintln(w, "IDENTITY\tSTATE\tCERTIFICATE UNTIL")
+				for _, c := range clients {
+					fmt.Fprintf(w, "%s\t%s\t%s\n", c.Identity, c.State, c.Until.Format(time.RFC3339))
+				}
+			})
 		},
 	}
 	cmd.Flags().StringVar(&dir, "ca-dir", "", "directory of the authority")
 	required(cmd, "ca-dir")
-	return cmd
+	return cli.WithOutput(cmd)
+}
+
+// listedClient is a client as "client list" shows it.
+type listedClient struct {
+	Identity string    `json:"identity"`
+	State    string    `json:"state"` // valid, expired or revoked
+	Until    time.Time `json:"until"`
 }
 
 func newClientRevoke() *cobra.Command {

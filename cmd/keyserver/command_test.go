@@ -50,7 +50,7 @@ func TestCheckNamesTheFault(t *testing.T) {
 		{"duration out of range", good + "\ntimeouts:\n  idle: 5h\n", []string{":17: timeouts.idle:", "1h"}},
 		{"limit out of range", good + "\nlimits:\n  in_flight: 0\n", []string{":17: limits.in_flight:"}},
 		{"address", swap("listen: 127.0.0.1:0", "listen: here"), []string{":1: listen:", "host:port"}},
-		{"ops not on loopback", swap("ops: 127.0.0.1:0", "ops: 0.0.0.0:9000"), []string{":2: ops:", "127.0.0.1"}},
+		{"ops not on loopback", swap("ops: {listen: 127.0.0.1:0}", "ops: {listen: 0.0.0.0:9000}"), []string{":2: ops.listen:", "127.0.0.1"}},
 		{"unknown operation", swap("tls-sign]", "tlssign]"), []string{":13: clients[0].operations[1]:", `"tlssign"`, "tls-sign"}},
 		{"empty list", swap(`snis: ["*"]`, "snis: []"), []string{":15: clients[0].snis:", "admits nobody"}},
 		{"no clients", s.config(""), []string{"clients: is empty and admits nobody"}},
@@ -76,8 +76,8 @@ func TestCheckNamesTheFault(t *testing.T) {
 		{"module not there", token("uri: pkcs11:token=a?pin-source=/p&module-path=/no/such.so"), []string{":17: tokens[0].uri:", "/no/such.so", "install"}},
 		{"decryption with every key", token("uri: pkcs11:token=a?pin-source=/p&module-path=" + module + "\n    decrypt: ['*']"), []string{":18: tokens[0].decrypt[0]:", "SKI"}},
 		{"no URI at all", token("uri: http://x"), []string{":17: tokens[0].uri:", "pkcs11"}},
-		{"several faults", swap("ops: 127.0.0.1:0", "ops: x\nsurprise: 1"), []string{":3: surprise"}},
-		{"several faults of meaning", strings.Replace(swap("ops: 127.0.0.1:0", "ops: x"), "listen: 127.0.0.1:0", "listen: y", 1), []string{":1: listen", ":2: ops"}},
+		{"several faults", swap("ops: {listen: 127.0.0.1:0}", "ops: {listen: x}\nsurprise: 1"), []string{":3: surprise"}},
+		{"several faults of meaning", strings.Replace(swap("ops: {listen: 127.0.0.1:0}", "ops: {listen: x}"), "listen: 127.0.0.1:0", "listen: y", 1), []string{":1: listen", ":2: ops.listen"}},
 	}
 	for _, tt := range tests {
 		cfg := s.write("c.yaml", 0o600, tt.text)

@@ -17,7 +17,7 @@ import (
 // Config is the configuration file. Everything but listen, ops, limits and timeouts can change with SIGHUP.
 type Config struct {
 	Listen      string              `mapstructure:"listen"`
-	Ops         string              `mapstructure:"ops"`
+	Ops         ops.Config          `mapstructure:"ops"`
 	TLS         TLSConfig           `mapstructure:"tls"`
 	CADir       string              `mapstructure:"ca_dir"`
 	Modules     []string            `mapstructure:"modules"`
@@ -97,7 +97,7 @@ func read(o loadOptions) (Config, *conf.File, error) {
 	cfg := defaults()
 	c := conf.Options{Path: o.path, EnvPrefix: envPrefix}
 	if o.flags != nil {
-		c.Flags, c.FlagKeys = o.flags, map[string]string{"listen": "listen", "ops": "ops"}
+		c.Flags, c.FlagKeys = o.flags, map[string]string{"listen": "listen", "ops": "ops.listen"}
 	}
 	file, err := conf.Load(&cfg, c)
 	if err != nil {
@@ -113,10 +113,8 @@ func (c *Config) validate(file *conf.File) conf.Errors {
 	if _, _, err := net.SplitHostPort(c.Listen); err != nil {
 		fault("listen", "%q is no address to listen on (%v); write host:port, such as 10.0.0.5:2407", c.Listen, err)
 	}
-	if c.Ops != "" {
-		if err := ops.CheckAddr(c.Ops, false); err != nil {
-			fault("ops", "%v", err)
-		}
+	if err := c.Ops.Check(); err != nil {
+		fault("ops.listen", "%v", err)
 	}
 	for key, path := range map[string]string{"tls.cert": c.TLS.Cert, "tls.key": c.TLS.Key, "tls.ca": c.TLS.CA} {
 		if path == "" {

@@ -110,7 +110,7 @@ func (s *site) writeKey(name string) *ecdsa.PublicKey {
 // config returns a configuration of the site: common parts, then extra text.
 func (s *site) config(extra string) string {
 	return fmt.Sprintf(`listen: 127.0.0.1:0
-ops: 127.0.0.1:0
+ops: {listen: 127.0.0.1:0}
 ca_dir: %[1]s/ca
 tls:
   cert: %[1]s/tls/cert.pem

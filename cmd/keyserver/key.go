@@ -9,10 +9,11 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"strings"
-	"text/tabwriter"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -140,7 +141,7 @@ func newKeyGenerate() *cobra.Command {
 	cmd.Flags().StringVar(&o.Type, "type", "p256", "type of the new key: "+strings.Join(pkcs11.KeyTypes(), ", "))
 	cmd.Flags().BoolVar(&o.Decrypt, "decrypt", false, "the key may also decrypt (RSA, for TLS 1.2 clients without ECDHE)")
 	required(cmd, "label")
-	return cmd
+	return cli.WithOutput(cmd)
 }
 
 func newKeyList() *cobra.Command {
@@ -160,29 +161,52 @@ func newKeyList() *cobra.Command {
 	}
 	f.add(cmd)
 	cmd.Flags().BoolVar(&f.extractable, "allow-extractable", false, "list keys too that the token would give away")
-	return cmd
+	return cli.WithOutput(cmd)
+}
+
+// listedKey is a key as "key list" shows it.
+type listedKey struct {
+	SKI              string    `json:"ski"`
+	Type             string    `json:"type"`
+	Label            string    `json:"label"`
+	ID               string    `json:"id"`
+	Extractable      bool      `json:"extractable"`
+	NeverExtractable bool      `json:"never_extractable"`
+	Local            bool      `json:"local"` // made inside the token
+	Decrypts         bool      `json:"decrypts"`
+	Hosts            []string  `json:"hosts,omitempty"` // of its certificate
+	Until            time.Time `json:"until,omitzero"`  // of its certificate
 }
 
 func printKeys(cmd *cobra.Command, keys []signer.Key) error {
-	w := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "SKI\tTYPE\tLABEL\tID\tEXTRACTABLE\tMADE HERE\tDECRYPTS\tCERTIFICATE")
+	list := make([]listedKey, 0, len(keys))
 	for _, k := range keys {
 		i := k.Info()
-		cert := "-"
+		l := listedKey{SKI: i.SKI.String(), Type: i.Type, Label: i.Label, ID: hex.EncodeToString(i.ID),
+			Extractable: i.Extractable, NeverExtractable: i.NeverExtractable, Local: i.Local}
+		_, l.Decrypts = k.(signer.Decrypter)
 		if i.Certificate != nil {
-			cert = strings.Join(append(i.Certificate.DNSNames, "until "+i.Certificate.NotAfter.UTC().Format("2006-01-02")), " ")
+			l.Hosts, l.Until = i.Certificate.DNSNames, i.Certificate.NotAfter.UTC()
 		}
-		_, decrypts := k.(signer.Decrypter)
-		fmt.Fprintf(w, "%s\t%s\t%s\t%x\t%s\t%s\t%s\t%s\n", i.SKI, i.Type, i.Label, i.ID, extractability(i), yesNo(i.Local), yesNo(decrypts), cert)
+		list = append(list, l)
 	}
-	return w.Flush()
+	return cli.Show(cmd, list, func(w io.Writer) {
+		fmt.Fprintln(w, "SKI\tTYPE\tLABEL\tID\tEXTRACTABLE\tMADE HERE\tDECRYPTS\tCERTIFICATE")
+		for _, l := range list {
+			cert := "-"
+			if !l.Until.IsZero() {
+				cert = strings.Join(append(l.Hosts, "until "+l.Until.Format("2006-01-02")), " ")
+			}
+			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", l.SKI, l.Type, l.Label, l.ID, l.extractable(), yesNo(l.Local), yesNo(l.Decrypts), cert)
+		}
+	})
 }
 
-func extractability(i signer.KeyInfo) string {
+func (l listedKey) extractable() string {
 	switch {
-	case i.Extractable:
+	case l.Extractable:
 		return "yes"
-	case i.NeverExtractable:
+	case l.NeverExtractable:
 		return "never"
 	}
 	return "not now"

@@ -33,7 +33,7 @@ func newRoot() *cobra.Command {
 func configFlags(cmd *cobra.Command) {
 	cmd.Flags().StringP("config", "c", "", "configuration file (YAML)")
 	cmd.Flags().String("listen", "", "address to serve clients on, in place of the configuration's listen")
-	cmd.Flags().String("ops", "", "loopback address for /healthz, /readyz and /metrics, in place of the configuration's ops")
+	cmd.Flags().String("ops", "", "loopback address for /healthz, /readyz and /metrics, in place of the configuration's ops.listen")
 	if err := cmd.MarkFlagRequired("config"); err != nil {
 		panic(err)
 	}

@@ -54,7 +54,7 @@ func newServer(p *plan, o loadOptions, logger *slog.Logger) *server {
 		Recorder: signer.Recorders{signer.LogRecorder(logger), signer.NewMetrics(metrics, s.keys.registry)},
 	})
 	s.use(p)
-	s.ops = &ops.Server{Addr: p.cfg.Ops, Ready: s.ready, Registry: metrics, Logger: logger, Listening: func(a net.Addr) {
+	s.ops = &ops.Server{Addr: p.cfg.Ops.Listen, AllowNonLoopback: p.cfg.Ops.AllowNonLoopback, Ready: s.ready, Registry: metrics, Logger: logger, Listening: func(a net.Addr) {
 		logger.Info("serving health and metrics", "addr", a.String())
 	}}
 	l, t := p.cfg.Limits, p.cfg.Timeouts

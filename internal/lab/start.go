@@ -46,7 +46,7 @@ func (l *Lab) keyServerConfig() obj {
 	}
 	site := l.Plan.Sites[0]
 	return obj{
-		"listen": site.KeyServer, "ops": site.KeyServerOps, "modules": []string{l.Token.Module}, "ca_dir": l.Path("key-ca"),
+		"listen": site.KeyServer, "ops": obj{"listen": site.KeyServerOps}, "modules": []string{l.Token.Module}, "ca_dir": l.Path("key-ca"),
 		"tls":    obj{"cert": l.Path("keyserver", "cert.pem"), "key": l.Path("keyserver", "key.pem"), "ca": l.Path("keyserver", "ca.pem")},
 		"tokens": []obj{token}, "clients": clients,
 	}

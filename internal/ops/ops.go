@@ -33,6 +33,17 @@ type Server struct {
 	Listening func(net.Addr)
 }
 
+// Config is the section of a program's configuration that a [Server] is made from.
+type Config struct {
+	// Listen is host:port; empty serves nothing.
+	Listen string `mapstructure:"listen"`
+	// AllowNonLoopback permits addresses that others reach.
+	AllowNonLoopback bool `mapstructure:"allow_non_loopback"`
+}
+
+// Check reports whether the address may be served on.
+func (c Config) Check() error { return CheckAddr(c.Listen, c.AllowNonLoopback) }
+
 // NewRegistry returns a registry that already holds the metrics of the Go run time and of the process.
 func NewRegistry() *prometheus.Registry {
 	r := prometheus.NewRegistry()
