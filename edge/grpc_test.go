@@ -105,8 +105,10 @@ func grpcCalls(t *testing.T, w *world, host string) {
 	if err := conn.Invoke(ctx, "/test.Echo/Unary", wrapperspb.String("fail"), out); status.Code(err) != codes.FailedPrecondition || status.Convert(err).Message() != "as asked" {
 		t.Errorf("unary that fails: %v", err)
 	}
-	if err := conn.Invoke(ctx, "/test.Echo/Nothing", wrapperspb.String(""), out); status.Code(err) != codes.Unimplemented {
-		t.Errorf("unknown method: %v", err)
+	for range 50 { // the answer is a header alone, which must stay one with the end of its stream
+		if err := conn.Invoke(ctx, "/test.Echo/Nothing", wrapperspb.String(""), out); status.Code(err) != codes.Unimplemented {
+			t.Fatalf("unknown method: %v", err)
+		}
 	}
 	s, err := conn.NewStream(ctx, &echoService.Streams[0], "/test.Echo/Bidi")
 	must(t, err)

@@ -52,7 +52,6 @@ func (h *Handler) newOrigin(up *zone.Upstream) *origin {
 		Rewrite:        rewrite,
 		ModifyResponse: h.cleanResponse,
 		ErrorHandler:   h.roundTripFailed,
-		FlushInterval:  -1, // each write of the origin is passed on at once
 		BufferPool:     &buffers,
 		ErrorLog:       log.New(io.Discard, "", 0), // errors reach the visitor as a cut, and ErrorHandler otherwise
 	}

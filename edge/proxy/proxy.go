@@ -10,6 +10,7 @@ import (
 	"net/http/httputil"
 	"net/netip"
 	"net/url"
+	"strconv"
 	"sync/atomic"
 	"time"
 
@@ -242,10 +243,14 @@ func versionOf(r *http.Request) string {
 	return "1.1"
 }
 
-// A statusWriter remembers the status. net/http reaches what is below it through Unwrap.
+// A statusWriter remembers the status, and passes on each write at once. httputil does so for bodies of unknown length. Here
+// it is done for those of known length, except for the last write, which leaves with the end of the stream. A response
+// without a body must not be flushed: its header would leave ahead of the end of the stream, and for gRPC a status in
+// the header counts only if the two are one. net/http reaches what is below through Unwrap.
 type statusWriter struct {
 	http.ResponseWriter
 	status int
+	left   int64 // bytes of a body of known length that are still to come
 }
 
 func (w *statusWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
@@ -253,8 +258,19 @@ func (w *statusWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 func (w *statusWriter) WriteHeader(status int) {
 	if status >= 200 || status == http.StatusSwitchingProtocols {
 		w.status = status
+		if n, err := strconv.ParseInt(w.Header().Get("Content-Length"), 10, 64); err == nil {
+			w.left = n
+		}
 	}
 	w.ResponseWriter.WriteHeader(status)
+}
+
+func (w *statusWriter) Write(p []byte) (int, error) {
+	n, err := w.ResponseWriter.Write(p)
+	if w.left -= int64(n); w.left > 0 && err == nil {
+		err = http.NewResponseController(w.ResponseWriter).Flush()
+	}
+	return n, err
 }
 
 // Hijack is what a WebSocket takes.
