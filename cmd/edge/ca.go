@@ -34,9 +34,9 @@ func newCAInit() *cobra.Command {
 			return nil
 		},
 	}
-	cmd.Flags().StringVar(&dir, "dir", "", "directory of the authority; the key in it stays on this host")
+	cmd.Flags().StringVar(&dir, "ca-dir", "", "directory of the authority; the key in it stays on this host")
 	cmd.Flags().StringVar(&domain, "trust-domain", "", "domain of all identities, such as edge.example.com")
-	required(cmd, "dir", "trust-domain")
+	required(cmd, "ca-dir", "trust-domain")
 	return cmd
 }
 
@@ -65,11 +65,11 @@ func newCAIssue() *cobra.Command {
 			return nil
 		},
 	}
-	issue.Flags().StringVar(&ca, "ca", "", "directory of the authority")
+	issue.Flags().StringVar(&ca, "ca-dir", "", "directory of the authority")
 	issue.Flags().StringVar(&out, "out", "", "directory that gets key.pem, cert.pem and ca.pem")
 	issue.Flags().DurationVar(&lifetime, "lifetime", 0, "validity of the certificate, which a running edge renews by itself (default 720h)")
 	issue.Flags().BoolVar(&replace, "replace", false, "replace the identity in the directory, if there is one")
-	required(issue, "ca", "out")
+	required(issue, "ca-dir", "out")
 	cmd.AddCommand(issue)
 	return cmd
 }

@@ -8,6 +8,7 @@ import (
 
 	"github.com/keyhaven/keyhaven/edge/admin"
 	"github.com/keyhaven/keyhaven/edge/control"
+	"github.com/keyhaven/keyhaven/internal/cli"
 )
 
 func newConnector() *cobra.Command {
@@ -18,7 +19,7 @@ func newConnector() *cobra.Command {
 
 func connectorList() *cobra.Command {
 	var tunnel string
-	cmd := withOutput(&cobra.Command{
+	cmd := cli.WithOutput(&cobra.Command{
 		Use:   "list",
 		Short: "List the connectors and how they are",
 		Args:  cobra.NoArgs,
@@ -28,7 +29,7 @@ func connectorList() *cobra.Command {
 				if err != nil {
 					return err
 				}
-				return show(cmd, list, func(w io.Writer) { connectorTable(w, list...) })
+				return cli.Show(cmd, list, func(w io.Writer) { connectorTable(w, list...) })
 			})
 		},
 	})

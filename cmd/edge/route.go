@@ -84,7 +84,7 @@ func routeDelete() *cobra.Command {
 
 func routeList() *cobra.Command {
 	var vnet string
-	cmd := withOutput(&cobra.Command{
+	cmd := cli.WithOutput(&cobra.Command{
 		Use:   "list",
 		Short: "List the routes",
 		Args:  cobra.NoArgs,
@@ -94,7 +94,7 @@ func routeList() *cobra.Command {
 				if err != nil {
 					return err
 				}
-				return show(cmd, list, func(w io.Writer) { routeTable(w, list...) })
+				return cli.Show(cmd, list, func(w io.Writer) { routeTable(w, list...) })
 			})
 		},
 	})
@@ -114,7 +114,7 @@ var errNoRoute = errors.New("no route")
 
 func routeGet() *cobra.Command {
 	var vnet string
-	cmd := withOutput(&cobra.Command{
+	cmd := cli.WithOutput(&cobra.Command{
 		Use:   "get HOST",
 		Short: "Show which tunnel has an address, prefix or host name, and what overlaps",
 		Args:  cobra.ExactArgs(1),
@@ -124,7 +124,7 @@ func routeGet() *cobra.Command {
 				if err != nil {
 					return err
 				}
-				if err := show(cmd, a, func(w io.Writer) { routeAnswer(w, a) }); err != nil {
+				if err := cli.Show(cmd, a, func(w io.Writer) { routeAnswer(w, a) }); err != nil {
 					return err
 				}
 				if a.Chosen == nil {

@@ -7,10 +7,11 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/keyhaven/keyhaven/edge/admin"
+	"github.com/keyhaven/keyhaven/internal/cli"
 )
 
 func newStatus() *cobra.Command {
-	return withOutput(&cobra.Command{
+	return cli.WithOutput(&cobra.Command{
 		Use:   "status",
 		Short: "Show how the edge and its tunnels are",
 		Args:  cobra.NoArgs,
@@ -20,7 +21,7 @@ func newStatus() *cobra.Command {
 				if err != nil {
 					return err
 				}
-				return show(cmd, s, func(w io.Writer) {
+				return cli.Show(cmd, s, func(w io.Writer) {
 					fmt.Fprintf(w, "edge of %s, up since %s: %d virtual networks, %d routes, %d connectors, %d sessions, %d flows\n",
 						s.TrustDomain, when(s.Started), s.VNets, s.Routes, s.Connectors, s.Sessions, s.Flows)
 					if len(s.Tunnels) > 0 {

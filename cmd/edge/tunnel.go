@@ -42,7 +42,7 @@ func tunnelAdd() *cobra.Command {
 }
 
 func tunnelList() *cobra.Command {
-	return withOutput(&cobra.Command{
+	return cli.WithOutput(&cobra.Command{
 		Use:   "list",
 		Short: "List the tunnels and how they are",
 		Args:  cobra.NoArgs,
@@ -52,7 +52,7 @@ func tunnelList() *cobra.Command {
 				if err != nil {
 					return err
 				}
-				return show(cmd, list, func(w io.Writer) { tunnelTable(w, list...) })
+				return cli.Show(cmd, list, func(w io.Writer) { tunnelTable(w, list...) })
 			})
 		},
 	})
@@ -66,7 +66,7 @@ func tunnelTable(w io.Writer, list ...control.TunnelView) {
 }
 
 func tunnelGet() *cobra.Command {
-	return withOutput(&cobra.Command{
+	return cli.WithOutput(&cobra.Command{
 		Use:   "get NAME",
 		Short: "Show a tunnel with its connectors, their sessions, and its routes",
 		Args:  cobra.ExactArgs(1),
@@ -76,7 +76,7 @@ func tunnelGet() *cobra.Command {
 				if err != nil {
 					return err
 				}
-				return show(cmd, t, func(w io.Writer) { tunnelPage(w, t) })
+				return cli.Show(cmd, t, func(w io.Writer) { tunnelPage(w, t) })
 			})
 		},
 	})

@@ -8,6 +8,7 @@ import (
 
 	"github.com/keyhaven/keyhaven/edge/admin"
 	"github.com/keyhaven/keyhaven/edge/control"
+	"github.com/keyhaven/keyhaven/internal/cli"
 )
 
 func newVNet() *cobra.Command {
@@ -40,7 +41,7 @@ func vnetAdd() *cobra.Command {
 }
 
 func vnetList() *cobra.Command {
-	return withOutput(&cobra.Command{
+	return cli.WithOutput(&cobra.Command{
 		Use:   "list",
 		Short: "List the virtual networks",
 		Args:  cobra.NoArgs,
@@ -50,7 +51,7 @@ func vnetList() *cobra.Command {
 				if err != nil {
 					return err
 				}
-				return show(cmd, list, func(w io.Writer) { vnetTable(w, list...) })
+				return cli.Show(cmd, list, func(w io.Writer) { vnetTable(w, list...) })
 			})
 		},
 	})
@@ -64,7 +65,7 @@ func vnetTable(w io.Writer, list ...control.VNetView) {
 }
 
 func vnetGet() *cobra.Command {
-	return withOutput(&cobra.Command{
+	return cli.WithOutput(&cobra.Command{
 		Use:   "get NAME",
 		Short: "Show a virtual network and its routes",
 		Args:  cobra.ExactArgs(1),
@@ -74,7 +75,7 @@ func vnetGet() *cobra.Command {
 				if err != nil {
 					return err
 				}
-				return show(cmd, v, func(w io.Writer) {
+				return cli.Show(cmd, v, func(w io.Writer) {
 					vnetTable(w, v.VNetView)
 					if len(v.RouteList) > 0 {
 						row(w, "")

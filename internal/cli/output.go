@@ -64,9 +64,12 @@ func toYAML(v any) ([]byte, error) {
 	return yaml.Marshal(&n)
 }
 
-// blockStyle takes away the braces and quotes that the nodes bring from JSON.
+// blockStyle takes away the braces and quotes that the nodes bring from JSON, but for the quotes that YAML needs.
 func blockStyle(n *yaml.Node) {
-	n.Style &^= yaml.FlowStyle | yaml.DoubleQuotedStyle
+	n.Style = 0
+	if n.Kind == yaml.ScalarNode && n.Tag == "!!str" {
+		n.SetString(n.Value)
+	}
 	for _, c := range n.Content {
 		blockStyle(c)
 	}

@@ -159,10 +159,10 @@ func (l *Lab) makeKeyOwner(ctx context.Context) error {
 }
 
 func (l *Lab) makeEdgeOwner(ctx context.Context) error {
-	if _, err := l.Edge(ctx, "ca", "init", "--dir", l.Path("edge-ca"), "--trust-domain", EdgeDomain); err != nil {
+	if _, err := l.Edge(ctx, "ca", "init", "--ca-dir", l.Path("edge-ca"), "--trust-domain", EdgeDomain); err != nil {
 		return err
 	}
-	_, err := l.Edge(ctx, "ca", "issue", "edge", "edge1", "--ca", l.Path("edge-ca"), "--out", l.Path("edge-identity"))
+	_, err := l.Edge(ctx, "ca", "issue", "edge", "edge1", "--ca-dir", l.Path("edge-ca"), "--out", l.Path("edge-identity"))
 	return err
 }
 
