@@ -97,6 +97,13 @@ type remote struct {
 	lastErr error
 }
 
+// A Drainer is a connection, as [ClientConfig.Dial] returns it, that knows when whatever carries it wants to end. The
+// client then opens another connection, and closes this one when its requests have been answered.
+type Drainer interface {
+	// Draining is closed when the connection should be given up.
+	Draining() <-chan struct{}
+}
+
 // NewClient checks cfg and starts connecting in the background; it does not wait for a connection.
 func NewClient(cfg ClientConfig) (*Client, error) {
 	switch {

@@ -3,6 +3,7 @@ package keyless
 import (
 	"context"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"time"
@@ -39,12 +40,17 @@ func (l *link) run() {
 			l.up(s)
 			err = s.watch(c.ctx, c.cfg.Heartbeat, c.cfg.DialTimeout)
 			l.down()
+			if errors.Is(err, errDraining) {
+				s.quiesce(c.ctx, c.cfg.Timeout)
+			}
 			s.end(err)
 			if c.ctx.Err() != nil {
 				return
 			}
 			c.log.Info("key server connection ended", "peer", l.remote.addr, "err", err)
-			l.remote.failed(err)
+			if !errors.Is(err, errDraining) {
+				l.remote.failed(err)
+			}
 			if time.Since(born) >= provenAfter {
 				backoff = minBackoff
 				continue

@@ -15,7 +15,12 @@ var (
 	errNotSent = errors.New("request was not sent")
 	// errBroken says that the connection broke while a request was in flight.
 	errBroken = errors.New("connection broke")
+	// errDraining says that what carries the connection wants to end.
+	errDraining = errors.New("connection is drained")
 )
+
+// quiescePoll is how often a connection that is given up is looked at for requests in flight.
+const quiescePoll = 5 * time.Millisecond
 
 // clientWriteTimeout bounds one batch of requests.
 const clientWriteTimeout = 5 * time.Second
@@ -26,11 +31,12 @@ type session struct {
 	raw      net.Conn
 	reader   *frameReader
 	writer   *batchWriter
-	inFlight atomic.Int64  // places reserved by pick
-	received atomic.Uint64 // packets read
-	suspect  atomic.Bool   // a request timed out and nothing was read since
-	prod     chan struct{} // capacity 1; asks watch for a ping now
-	broken   chan struct{} // closed when reading or writing failed
+	inFlight atomic.Int64    // places reserved by pick
+	received atomic.Uint64   // packets read
+	suspect  atomic.Bool     // a request timed out and nothing was read since
+	prod     chan struct{}   // capacity 1; asks watch for a ping now
+	draining <-chan struct{} // see Drainer; nil if the connection is none
+	broken   chan struct{}   // closed when reading or writing failed
 	helpers  sync.WaitGroup
 	pool     sync.Pool   // of *call
 	dead     atomic.Bool // err is set
@@ -61,6 +67,9 @@ func newSession(conn, raw net.Conn, maxInFlight int) *session {
 		broken: make(chan struct{}),
 		calls:  map[uint32]*call{},
 	}
+	if d, ok := raw.(Drainer); ok {
+		s.draining = d.Draining()
+	}
 	s.pool.New = func() any { return &call{done: make(chan struct{}, 1)} }
 	s.helpers.Go(func() { s.fail(s.read()) })
 	s.helpers.Go(func() {
@@ -69,6 +78,23 @@ func newSession(conn, raw net.Conn, maxInFlight int) *session {
 		}
 	})
 	return s
+}
+
+// quiesce waits until no request is in flight, for timeout at most or until ctx ends.
+func (s *session) quiesce(ctx context.Context, timeout time.Duration) {
+	ctx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	tick := time.NewTicker(quiescePoll)
+	defer tick.Stop()
+	for s.inFlight.Load() > 0 {
+		select {
+		case <-ctx.Done():
+			return
+		case <-s.broken:
+			return
+		case <-tick.C:
+		}
+	}
 }
 
 // end closes the session and waits for its goroutines. Requests in flight fail with cause.
@@ -236,7 +262,7 @@ func (s *session) ping(ctx context.Context) error {
 }
 
 // watch pings the server each heartbeat, and when a request found it silent. It returns what ended the session: a
-// failure, silence for timeout after a ping, or ctx. A server that is too busy to answer the ping but sends replies is
+// failure, silence for timeout after a ping, errDraining, or ctx. A server that is too busy to answer the ping but sends replies is
 // alive.
 func (s *session) watch(ctx context.Context, heartbeat, timeout time.Duration) error {
 	tick := time.NewTicker(heartbeat)
@@ -249,6 +275,8 @@ func (s *session) watch(ctx context.Context, heartbeat, timeout time.Duration) e
 			s.mu.Lock()
 			defer s.mu.Unlock()
 			return s.err
+		case <-s.draining:
+			return errDraining
 		case <-tick.C:
 		case <-s.prod:
 		}

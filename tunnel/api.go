@@ -47,6 +47,13 @@ type Conn interface {
 // one. The peer's reads and writes fail with a *FlowError; bytes that are on their way may be lost.
 type Resetter interface{ Reset(Result) }
 
+// A Drainer is a flow that knows when its session wants to end. Whoever keeps flows open without need, in a pool or for
+// requests to come, should move to another session then: a drain waits for them. Every [Conn] of [Session.Open] is one.
+type Drainer interface {
+	// Draining is closed when the session takes no new flows.
+	Draining() <-chan struct{}
+}
+
 // A Registration is what a connector tells of itself when it starts a session.
 type Registration struct {
 	// Instance is random and the same for all sessions of one process.

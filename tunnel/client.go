@@ -200,7 +200,7 @@ func answerAndEnd(st stream, r Result) {
 var headerBuffers = sync.Pool{New: func() any { return new([flowHeaderLen + maxFlowItemsLen]byte) }}
 
 func (c *ClientSession) serveFlow(ctx context.Context, st stream) {
-	in := &Incoming{conn: flowConn{stream: st, local: c.LocalAddr(), remote: c.RemoteAddr(), ended: c.endFlow}}
+	in := &Incoming{conn: flowConn{stream: st, local: c.LocalAddr(), remote: c.RemoteAddr(), draining: c.drainCh, ended: c.endFlow}}
 	defer in.cut()
 	buf := headerBuffers.Get().(*[flowHeaderLen + maxFlowItemsLen]byte)
 	st.SetReadDeadline(time.Now().Add(c.limits.SetupTimeout)) //nolint:errcheck // Read would fail too

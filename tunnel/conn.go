@@ -19,7 +19,8 @@ func (a flowAddr) String() string  { return net.JoinHostPort(a.host, strconv.Ito
 type flowConn struct {
 	stream
 	local, remote net.Addr
-	ended         func() // called once, when the flow is closed or reset
+	draining      <-chan struct{} // closed when the session drains
+	ended         func()          // called once, when the flow is closed or reset
 
 	closed  atomic.Bool
 	writing atomic.Int32 // Writes under way
@@ -70,6 +71,9 @@ func (c *flowConn) Reset(r Result) {
 	c.abortRead(r)
 	c.ended()
 }
+
+// Draining implements Drainer.
+func (c *flowConn) Draining() <-chan struct{} { return c.draining }
 
 func (c *flowConn) LocalAddr() net.Addr  { return c.local }
 func (c *flowConn) RemoteAddr() net.Addr { return c.remote }

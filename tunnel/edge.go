@@ -46,6 +46,14 @@ func (s *Session) Draining() bool {
 	}
 }
 
+// Retire lets no new flow begin and does not tell the connector: for a session that most likely is dead already, such as
+// that of a process whose successor has registered. Flows that are open go on. See [Drainer].
+func (s *Session) Retire() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.drainLocked()
+}
+
 // run serves the session until it has ended and everything it started has returned.
 func (s *Session) run(ctx context.Context, handle func(context.Context, *Session)) {
 	ctx, cancel := context.WithCancel(ctx)
@@ -182,7 +190,7 @@ func (s *Session) open(ctx context.Context, f Flow) (Conn, error) {
 	}
 	if err == nil && r == ResultOK {
 		host := canonicalHost(f.Host)
-		return &flowConn{stream: st, local: s.LocalAddr(), remote: flowAddr{host, f.Port}, ended: s.endFlow}, nil
+		return &flowConn{stream: st, local: s.LocalAddr(), remote: flowAddr{host, f.Port}, draining: s.drainCh, ended: s.endFlow}, nil
 	}
 	abort()
 	if err == nil {

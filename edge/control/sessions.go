@@ -38,7 +38,9 @@ func newRegistry() *registry {
 	return &registry{byTunnel: map[string][]*live{}}
 }
 
-// add enters l and returns the session whose place it takes, if any: the same process's with the same index.
+// add enters l. It returns the session whose place it takes, if any: the same process's with the same index. Sessions of
+// the connector's other processes get no new flows from then on: a connector is one process, so they are most likely
+// those of one that was killed, and would otherwise attract flows until they time out.
 func (r *registry) add(l *live) (old *live) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -49,6 +51,9 @@ func (r *registry) add(l *live) (old *live) {
 		if o.connector.ID == l.connector.ID && or.Instance == reg.Instance && or.Index == reg.Index {
 			old = o
 			continue
+		}
+		if o.connector.ID == l.connector.ID && or.Instance != reg.Instance {
+			o.s.Retire()
 		}
 		next = append(next, o)
 	}

@@ -535,3 +535,19 @@ func TestDialContextEnds(t *testing.T) {
 		t.Fatal("DialContext does not return")
 	}
 }
+
+// A connector that was killed and started again gets the flows at once, not when its old sessions have timed out.
+func TestSuccessorTakesOver(t *testing.T) {
+	e := newBed(t).edge()
+	e.site("plant", "")
+	src := e.enrol("plant", "c1")
+	e.link(src, "old", 0, saying("old"))
+	e.link(src, "old", 1, saying("old"))
+	e.link(src, "new", 0, saying("new"))
+	eventually(t, "the successor is up", func() bool { return len(e.reg.all()) == 3 })
+	for range 10 {
+		if got, err := e.ask("", "10.1.2.3"); err != nil || !strings.HasPrefix(got, "new ") {
+			t.Fatalf("got %q, %v; want the successor's answer", got, err)
+		}
+	}
+}

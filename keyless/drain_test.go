@@ -1,0 +1,72 @@
+package keyless
+
+import (
+	"context"
+	"net"
+	"sync"
+	"testing"
+)
+
+// drainable is a connection that can be told to end.
+type drainable struct {
+	net.Conn
+	ch chan struct{}
+}
+
+func (d drainable) Draining() <-chan struct{} { return d.ch }
+
+// A connection that drains is given up for another, and no request notices: neither those in flight nor later ones.
+func TestClientLeavesDrainingConnections(t *testing.T) {
+	entered, release := make(chan struct{}, 1), make(chan struct{})
+	addr, _ := startServer(t, &Server{TLS: serverTLS(), Handler: handlerFunc(func(ctx context.Context, req *Request) ([]byte, error) {
+		if req.CustomFunc == "slow" {
+			entered <- struct{}{}
+			<-release
+		}
+		return []byte("done"), nil
+	})})
+	var mu sync.Mutex
+	var conns []drainable
+	c := startClient(t, ClientConfig{Servers: []string{addr}, TLS: clientTLS, ConnsPerServer: 1, Dial: func(ctx context.Context, addr string) (net.Conn, error) {
+		raw, err := new(net.Dialer).DialContext(ctx, "tcp", addr)
+		if err != nil {
+			return nil, err
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		conns = append(conns, drainable{raw, make(chan struct{})})
+		return conns[len(conns)-1], nil
+	}})
+	ask := func(name string) error {
+		_, err := c.Do(t.Context(), &Operation{Opcode: OpCustom, CustomFunc: name})
+		return err
+	}
+	if err := ask("fast"); err != nil {
+		t.Fatal(err)
+	}
+	slow := make(chan error, 1)
+	go func() { slow <- ask("slow") }()
+	<-entered
+	mu.Lock()
+	close(conns[0].ch)
+	mu.Unlock()
+	eventually(t, "the connection is out of use", func() bool {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		return len(c.live) == 0
+	})
+	later := make(chan error, 1)
+	go func() { later <- ask("fast") }()
+	close(release)
+	if err := <-slow; err != nil {
+		t.Errorf("the request in flight: %v", err)
+	}
+	if err := <-later; err != nil {
+		t.Errorf("a later request: %v", err)
+	}
+	mu.Lock()
+	defer mu.Unlock()
+	if len(conns) != 2 {
+		t.Errorf("%d connections were dialled, want 2", len(conns))
+	}
+}
