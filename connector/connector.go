@@ -64,7 +64,7 @@ type Connector struct {
 	running sync.WaitGroup // sessions
 
 	mu   sync.Mutex           // guards the field below
-	live map[session]struct{} // sessions that take flows
+	live map[session]struct{} // sessions that have not ended, those that drain included
 }
 
 // session is what a Connector needs of a *tunnel.ClientSession.
@@ -235,14 +235,16 @@ func (c *Connector) renew(ctx context.Context, csrDER []byte) ([][]byte, error) 
 	return nil, err
 }
 
-func (c *Connector) track(s session, up bool) {
+func (c *Connector) enter(s session) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if up {
-		c.live[s] = struct{}{}
-	} else {
-		delete(c.live, s)
-	}
+	c.live[s] = struct{}{}
+}
+
+func (c *Connector) leave(s session) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.live, s)
 }
 
 // SetAllow replaces the allow-list. It counts for new flows at once, and open flows that it does not permit are cut.

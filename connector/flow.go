@@ -100,12 +100,13 @@ func (c *Connector) handle(ctx context.Context, in incoming) {
 		c.reject(in, errLimit, start)
 		return
 	}
-	defer c.flows.release()
 	origin, t, err := c.open(ctx, in)
 	if err != nil {
+		c.flows.release() // before the answer, so that the edge, once it has it, finds room for another
 		c.reject(in, err, start)
 		return
 	}
+	defer c.flows.release()
 	ctx, cut := context.WithCancelCause(ctx)
 	defer cut(nil)
 	f := &flow{target: t, to: origin.RemoteAddr().(*net.TCPAddr).AddrPort(), cut: cut}

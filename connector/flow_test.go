@@ -150,6 +150,7 @@ func echoServer(t testing.TB) string {
 	if err != nil {
 		t.Fatal(err)
 	}
+	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		for {
@@ -157,6 +158,7 @@ func echoServer(t testing.TB) string {
 			if err != nil {
 				return
 			}
+			context.AfterFunc(ctx, func() { c.Close() })
 			wg.Go(func() {
 				defer c.Close()
 				if _, err := io.Copy(c, c); err == nil {
@@ -168,6 +170,7 @@ func echoServer(t testing.TB) string {
 	})
 	t.Cleanup(func() {
 		ln.Close()
+		cancel()
 		wg.Wait()
 	})
 	return ln.Addr().String()
@@ -382,7 +385,7 @@ func TestDrain(t *testing.T) {
 	authority, edgeID, connID := identities(t)
 	e := startEdge(t, authority, edgeID, "127.0.0.1:0")
 	origin := echoServer(t)
-	c, stop := startConnector(t, Config{Identity: connID, Edges: []string{e.addr}, Allow: loopbackOnly(t), DrainTimeout: 10 * time.Minute})
+	c, stop := startConnector(t, Config{Identity: connID, Edges: []string{e.addr}, Allow: loopbackOnly(t), DrainTimeout: 2 * patience})
 	eventually(t, "four sessions", func() bool { return e.count() == SessionsPerEdge && allUp(c) })
 	s := e.session(t)
 	conn, err := s.Open(t.Context(), tunnel.Flow{Kind: tunnel.KindTCP, VNet: "default", Host: "127.0.0.1", Port: netip.MustParseAddrPort(origin).Port()})

@@ -107,14 +107,14 @@ func (l *line) keep(ctx, lives context.Context) {
 // serve runs a session and returns when it has ended or takes no more flows, so that another should be dialled.
 func (l *line) serve(ctx, lives context.Context, s session, remote netip.AddrPort) error {
 	c := l.c
-	c.track(s, true)
+	c.enter(s)
 	l.set(StateConnected, remote, nil)
 	gauge := c.metrics.sessions.WithLabelValues(l.edge)
 	gauge.Inc()
 	c.log.Info("session up", "edge", l.edge, "peer", remote, "index", l.reg.Index)
 	c.running.Go(func() {
 		err := s.Run(lives)
-		c.track(s, false)
+		c.leave(s)
 		gauge.Dec()
 		if err != nil {
 			c.log.Info("session ended", "edge", l.edge, "peer", remote, "index", l.reg.Index, "err", err)
@@ -127,10 +127,6 @@ func (l *line) serve(ctx, lives context.Context, s session, remote netip.AddrPor
 		select {
 		case <-s.Done(): // lost; the drain is only part of that
 		default:
-			if ctx.Err() == nil {
-				c.track(s, false) // its flows may go on, but it renews nothing and does not count as ready
-				c.running.Go(func() { c.follow(ctx, lives, s) })
-			}
 			return errEdgeDrains
 		}
 	case <-s.Done():
@@ -139,20 +135,6 @@ func (l *line) serve(ctx, lives context.Context, s session, remote netip.AddrPor
 		return err
 	}
 	return errSessionEnded
-}
-
-// follow sees to it that a session which its edge drains does not outlast our own drain.
-func (c *Connector) follow(ctx, lives context.Context, s session) {
-	select {
-	case <-s.Done():
-	case <-lives.Done():
-	case <-ctx.Done():
-		grace, cancel := context.WithTimeout(lives, c.cfg.DrainTimeout)
-		defer cancel()
-		if err := s.Drain(grace); err != nil {
-			c.log.Debug("drain cut short", "peer", s.RemoteAddr(), "err", err)
-		}
-	}
 }
 
 var (

@@ -489,6 +489,7 @@ func origin(t *testing.T) uint16 {
 	if err != nil {
 		t.Fatal(err)
 	}
+	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		for {
@@ -496,6 +497,7 @@ func origin(t *testing.T) uint16 {
 			if err != nil {
 				return
 			}
+			context.AfterFunc(ctx, func() { c.Close() })
 			wg.Go(func() {
 				defer c.Close()
 				io.Copy(c, c) //nolint:errcheck // the test sees what is missing
@@ -504,6 +506,7 @@ func origin(t *testing.T) uint16 {
 	})
 	t.Cleanup(func() {
 		ln.Close()
+		cancel()
 		wg.Wait()
 	})
 	return ln.Addr().(*net.TCPAddr).AddrPort().Port()
