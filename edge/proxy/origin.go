@@ -64,11 +64,6 @@ func (h *Handler) newTransport(up *zone.Upstream) *http.Transport {
 	protocols.SetHTTP2(up.TLS != nil)
 	protocols.SetUnencryptedHTTP2(up.H2C)
 	t := &http.Transport{
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			ctx, cancel := context.WithTimeout(ctx, h.cfg.ConnectTimeout)
-			defer cancel()
-			return h.cfg.Dialer.DialContext(ctx, up.VNet, up.Host, up.Port, netip.AddrPort{})
-		},
 		TLSHandshakeTimeout:    h.cfg.ConnectTimeout,
 		Protocols:              &protocols,
 		DisableCompression:     true,
@@ -80,6 +75,15 @@ func (h *Handler) newTransport(up *zone.Upstream) *http.Transport {
 		WriteBufferSize:        originBuffer,
 		ReadBufferSize:         originBuffer,
 		HTTP2:                  &http.HTTP2Config{SendPingTimeout: originPing, PingTimeout: originPingTimeout},
+	}
+	t.DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
+		ctx, cancel := context.WithTimeout(ctx, h.cfg.ConnectTimeout)
+		defer cancel()
+		conn, err := h.cfg.Dialer.DialContext(ctx, up.VNet, up.Host, up.Port, netip.AddrPort{})
+		if err != nil {
+			return nil, err
+		}
+		return leavingDrains(conn, t), nil
 	}
 	if up.TLS != nil {
 		t.TLSClientConfig = up.TLS.Clone()
