@@ -51,7 +51,13 @@ type boltStore struct {
 // OpenBolt opens the store in a bbolt file, which is made with mode 0600, its directory with mode 0700, if it is missing.
 // A file that group or others may read is refused. Each transaction is on disk when Txn returns. While one process has the
 // file open, others get ErrInUse.
-func OpenBolt(path string) (Store, error) { return openBolt(path, maxHistoryEvents, maxHistoryBytes) }
+func OpenBolt(path string) (Store, error) {
+	s, err := openBolt(path, maxHistoryEvents, maxHistoryBytes)
+	if err != nil {
+		return nil, err // not a nil *boltStore in an interface
+	}
+	return s, nil
+}
 
 func openBolt(path string, historyEvents, historyBytes int) (*boltStore, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
@@ -60,14 +66,20 @@ func openBolt(path string, historyEvents, historyBytes int) (*boltStore, error) 
 	info, err := os.Stat(path)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
+		err = nil
 	case err != nil:
 		return nil, fmt.Errorf("state: open store: %w", err)
 	case !info.Mode().IsRegular():
 		return nil, fmt.Errorf("state: open %q: not a regular file", path)
 	case info.Mode().Perm()&0o077 != 0:
 		return nil, fmt.Errorf("state: open %q: it has mode %04o and is open to others; run: chmod 600 %s", path, info.Mode().Perm(), path)
+	default:
+		err = checkWhole(path, info.Size())
 	}
-	db, err := bbolt.Open(path, 0o600, &bbolt.Options{Timeout: lockTimeout, FreelistType: bbolt.FreelistMapType})
+	var db *bbolt.DB
+	if err == nil {
+		db, err = openFile(path, &bbolt.Options{Timeout: lockTimeout, FreelistType: bbolt.FreelistMapType})
+	}
 	if errors.Is(err, bolterrors.ErrTimeout) {
 		return nil, fmt.Errorf("%w: %s; stop that process, or change the state through its admin socket", ErrInUse, path)
 	}
@@ -84,6 +96,35 @@ func openBolt(path string, historyEvents, historyBytes int) (*boltStore, error) 
 		closing: make(chan struct{}),
 		done:    make(chan struct{}),
 	}, nil
+}
+
+// checkWhole reports whether a file of this size lacks pages at its end: the library would end the process when it meets
+// one that is missing.
+func checkWhole(path string, size int64) error {
+	if size == 0 { // as good as new
+		return nil
+	}
+	db, err := openFile(path, &bbolt.Options{Timeout: lockTimeout, ReadOnly: true})
+	if err != nil {
+		return err
+	}
+	err = db.View(func(tx *bbolt.Tx) error {
+		if want := tx.Size(); size < want {
+			return fmt.Errorf("it is cut short, at %d bytes of %d", size, want)
+		}
+		return nil
+	})
+	return errors.Join(err, db.Close())
+}
+
+// openFile is bbolt.Open with an error for damage over which the library panics.
+func openFile(path string, o *bbolt.Options) (db *bbolt.DB, err error) {
+	defer func() {
+		if damage := recover(); damage != nil {
+			db, err = nil, fmt.Errorf("it is damaged: %v", damage)
+		}
+	}()
+	return bbolt.Open(path, 0o600, o)
 }
 
 // prepareBolt makes the buckets of a new file, checks those of an old one and returns the revision.

@@ -60,6 +60,9 @@ func TestBoltFiles(t *testing.T) {
 	good := filepath.Join(dir, "good")
 	s := openTest(t, good)
 	put(t, s, "a", []byte("x"))
+	for i := range 40 {
+		put(t, s, fmt.Sprint("filler-", i), make([]byte, 3000))
+	}
 	s.Close()
 	image, err := os.ReadFile(good)
 	if err != nil {
@@ -91,6 +94,9 @@ func TestBoltFiles(t *testing.T) {
 		{write("garbage", []byte(strings.Repeat("not a database ", 4096))), "backup"},
 		{write("short", []byte("x")), "backup"},
 		{write("cut", image[:4096]), "backup"},
+		{write("cut behind the header", image[:8192]), "cut short"},
+		{write("cut in the middle", image[:1<<16]), "cut short"},
+		{write("zeroed", append(image[:8192:8192], make([]byte, len(image)-8192)...)), "backup"},
 		{dir, "not a regular file"},
 		{edit("format", func(tx *bbolt.Tx) error { return tx.Bucket(metaBucket).Put(formatKey, []byte{9}) }), "format"},
 		{edit("revision", func(tx *bbolt.Tx) error { return tx.Bucket(metaBucket).Put(revisionKey, []byte{9}) }), "revision is damaged"},
@@ -102,6 +108,9 @@ func TestBoltFiles(t *testing.T) {
 		}
 		if err == nil || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%s: got %v, want an error with %q", filepath.Base(c.path), err, c.want)
+		}
+		if s != nil {
+			t.Errorf("%s: got a store of type %T beside the error, want nil", filepath.Base(c.path), s)
 		}
 	}
 	record := edit("record", func(tx *bbolt.Tx) error { return tx.Bucket(dataBucket).Put([]byte("a"), []byte("short")) })
@@ -259,5 +268,19 @@ func BenchmarkGet(b *testing.B) {
 		if _, err := s.Get(b.Context(), "key"); err != nil {
 			b.Fatal(err)
 		}
+	}
+}
+
+// TestCloseDuringTxn closes the store while a transaction is committed but not told to watchers yet.
+func TestCloseDuringTxn(t *testing.T) {
+	s := openTest(t, filepath.Join(t.TempDir(), "s"))
+	s.commit.Lock()
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	s.history.add(1, []Event{{Entry: Entry{Key: "a", Revision: 1}}})
+	s.commit.Unlock()
+	if _, err := s.Txn(t.Context(), nil, []Op{Put("a", nil)}); !errors.Is(err, ErrClosed) {
+		t.Errorf("Txn after Close: %v, want ErrClosed", err)
 	}
 }

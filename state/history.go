@@ -40,6 +40,9 @@ func newHistory(latest Revision, maxEvents, maxBytes int) *history {
 func (h *history) add(rev Revision, events []Event) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	if h.closed { // a transaction that was under way when the store was closed; nobody watches any more
+		return
+	}
 	h.latest = rev
 	h.events = append(h.events, events...)
 	for _, ev := range events {
