@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
 )
 
 // DefaultSessions is the number of sessions when Config.Sessions is zero.
@@ -28,12 +29,55 @@ type Config struct {
 	AllowedModules []string
 	// AllowExtractable admits, with a warning, keys that the token would give away.
 	AllowExtractable bool
+	// AllowFinalTry logs in even if the token says that one more wrong PIN would lock it.
+	AllowFinalTry bool
 	// Logger receives what operators need to know. If nil, nothing is logged.
 	Logger *slog.Logger
 }
 
-// validate checks what can be checked before anything is loaded.
+// FieldError is a fault of a Config.
+type FieldError struct {
+	Field string // the field's name: URI, Module, Sessions or PIN
+	Err   error
+}
+
+// Error says what is wrong and what to do.
+func (e *FieldError) Error() string { return e.Err.Error() }
+
+// Unwrap returns Err.
+func (e *FieldError) Unwrap() error { return e.Err }
+
+// Check finds what Open would refuse before it loads the module. It looks at the PIN's file and does not read it, as
+// that may work once only. The errors are *FieldErrors, at most one for each field.
+func (c *Config) Check() []error {
+	var all []error
+	add := func(field string, err error) {
+		if err != nil {
+			all = append(all, &FieldError{field, err})
+		}
+	}
+	add("URI", c.checkURI())
+	add("Sessions", c.checkSessions())
+	if c.URI.PINSource != "" || c.PIN == nil {
+		add("PIN", c.checkPIN())
+	}
+	_, err := c.resolveModule()
+	add("Module", err)
+	return all
+}
+
+// validate checks what needs no file.
 func (c *Config) validate() error {
+	if err := c.checkURI(); err != nil {
+		return err
+	}
+	if err := c.checkSessions(); err != nil {
+		return err
+	}
+	return c.checkPINSources()
+}
+
+func (c *Config) checkURI() error {
 	named := 0
 	for _, v := range []string{c.URI.Token, c.URI.Serial, c.URI.SlotID} {
 		if v != "" {
@@ -57,11 +101,37 @@ func (c *Config) validate() error {
 	if c.URI.Type != "" && c.URI.Type != "private" {
 		return fmt.Errorf("pkcs11: the URI asks for objects of type %s: only private keys are used", c.URI.Type)
 	}
+	return nil
+}
+
+func (c *Config) checkSessions() error {
 	if c.Sessions < 0 || c.Sessions > maxSessions {
 		return fmt.Errorf("pkcs11: %d sessions: give 1 to %d, or 0 for %d", c.Sessions, maxSessions, DefaultSessions)
 	}
+	return nil
+}
+
+func (c *Config) checkPINSources() error {
 	if c.PIN != nil && (c.URI.PINSource != "" || !c.URI.pinValue.IsZero()) {
 		return errors.New("pkcs11: two sources of the PIN: the URI's and the configuration's; keep one")
 	}
 	return nil
+}
+
+func (c *Config) checkPIN() error {
+	if err := c.checkPINSources(); err != nil {
+		return err
+	}
+	if !c.URI.pinValue.IsZero() {
+		return nil
+	}
+	path, err := c.URI.pinFile()
+	if err != nil {
+		return err
+	}
+	info, err := os.Stat(path)
+	if err != nil {
+		return pinFileError(err)
+	}
+	return checkPINFile(path, info)
 }

@@ -11,10 +11,19 @@ import (
 
 // Errors that callers branch on. They arrive wrapped, with the module's own code (a ck.Error) beside them where there is one.
 var (
-	// ErrPINIncorrect means that the token refused the PIN. The token is not asked again before Reopen.
-	ErrPINIncorrect = errors.New("pkcs11: PIN refused")
-	// ErrPINLocked means that the token accepts no PIN any more; its security officer has to reset it.
-	ErrPINLocked = errors.New("pkcs11: PIN locked")
+	// ErrPINIncorrect means that the token refused the PIN. The token is not asked again before Reopen. It is a
+	// signer.ErrUnavailable: another home of the key may answer.
+	ErrPINIncorrect = error(unavailable("pkcs11: PIN refused"))
+	// ErrPINLocked means that the token accepts no PIN any more; its security officer has to reset it. It is a
+	// signer.ErrUnavailable.
+	ErrPINLocked = error(unavailable("pkcs11: PIN locked"))
+	// ErrPINFinalTry means that one more wrong PIN would lock the token, and Config.AllowFinalTry is not set. The PIN was
+	// not tried. It is a signer.ErrUnavailable.
+	ErrPINFinalTry = error(unavailable("pkcs11: last try of the PIN"))
+	// errNoUserPIN means that the token says that it has no PIN.
+	errNoUserPIN = errors.New("pkcs11: no user PIN yet")
+	// errUnreadable means that the token does not say how it is.
+	errUnreadable = errors.New("pkcs11: read token")
 	// ErrTokenNotFound means that no slot holds the token that the URI names.
 	ErrTokenNotFound = errors.New("pkcs11: token not found")
 	// ErrAmbiguous means that more than one token, module, object or key fits. It is a signer.ErrAmbiguous.
@@ -38,6 +47,13 @@ var (
 	// ErrCertificateMismatch means that a certificate is not for the key.
 	ErrCertificateMismatch = errors.New("pkcs11: certificate does not fit the key")
 )
+
+// unavailable is an error that is a signer.ErrUnavailable without saying so.
+type unavailable string
+
+func (e unavailable) Error() string { return string(e) }
+
+func (e unavailable) Is(target error) bool { return target == signer.ErrUnavailable }
 
 // fault is what an error of the module asks for.
 type fault int

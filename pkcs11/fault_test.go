@@ -69,6 +69,47 @@ func faults(t *testing.T, change func(*Config), before map[string]string) (*Toke
 	return tok, sh
 }
 
+// TestUnsettledToken opens tokens that another process seems to start on: what they say at first is not final.
+func TestUnsettledToken(t *testing.T) {
+	for name, fault := range map[string]map[string]string{
+		"not readable":         {"INFO": "0x5:3"},
+		"no PIN at login":      {"LOGIN": "0x102:2"},
+		"session dies":         {"LOGIN": "0xb3:3"},
+		"not there until anew": {"HIDE": "1"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			tok, sh := faults(t, nil, fault)
+			for name := range fault {
+				sh.ask(name, "")
+			}
+			mustSign(t, generate(t, tok, "p256"))
+		})
+	}
+}
+
+// TestFinalTryIsNotUsed: a PIN that may be wrong must not lock the token.
+func TestFinalTryIsNotUsed(t *testing.T) {
+	tok, sh := faults(t, func(c *Config) { c.AllowFinalTry = true }, map[string]string{"FLAGS": "20000"})
+	mustSign(t, generate(t, tok, "p256")) // as it is allowed
+	logins := func() bool { return tok.Check(t.Context()) == nil }
+	logout(t, tok)
+	tok.cfg.AllowFinalTry = false
+	sh.ask("LOGIN", "0xa0:1000") // would be a PIN refused
+	for range 3 {
+		if err := tok.Check(t.Context()); !errors.Is(err, ErrPINFinalTry) || !errors.Is(err, signer.ErrUnavailable) {
+			t.Errorf("log in with the last try: %v, want ErrPINFinalTry", err)
+		}
+	}
+	sh.ask("LOGIN", "")
+	sh.ask("FLAGS", "")
+	if logins() {
+		t.Error("the token was asked again before Reopen")
+	}
+	if err := tok.Reopen(t.Context()); err != nil || !logins() {
+		t.Errorf("reopen after the tries came back: %v", err)
+	}
+}
+
 func TestTokenWithoutPSS(t *testing.T) {
 	tok, sh := faults(t, nil, map[string]string{"REFUSE": "0xd,"})
 	k := generate(t, tok, "rsa2048")

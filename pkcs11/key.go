@@ -280,7 +280,7 @@ func (k *key) locate(ctx context.Context, s *session) (*location, error) {
 			return at, nil
 		}
 	}
-	return nil, fmt.Errorf("%w: it is gone from token %s, or another took its place; list the keys again", ErrKeyNotFound, t.name)
+	return nil, fmt.Errorf("%w: %w", ErrKeyNotFound, unavailable("it is gone from token "+t.name+", or another took its place; list the keys again"))
 }
 
 // is reports whether the private key object is this key: by its modulus, or, as EC objects do not hold their public half, by

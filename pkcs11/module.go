@@ -115,6 +115,13 @@ func (m *module) reinitialise(seen uint64) error {
 	return m.initialiseLocked()
 }
 
+// alone reports whether one token at most uses the module.
+func (m *module) alone() bool {
+	modules.mu.Lock()
+	defer modules.mu.Unlock()
+	return m.tokens <= 1
+}
+
 // call runs f, which calls into the module but must not use sessions or objects.
 func (m *module) call(f func(*ck.Ctx) error) error {
 	m.calls.RLock()
@@ -141,7 +148,7 @@ func (c *Config) resolveModule() (string, error) {
 	}
 	resolved, err := filepath.EvalSymlinks(path)
 	if err != nil {
-		return "", fmt.Errorf("pkcs11: module %s: %w", path, err)
+		return "", fmt.Errorf("pkcs11: module %s: %w: install the token's module, or correct the path", path, err)
 	}
 	return resolved, nil
 }

@@ -60,19 +60,15 @@ func ReadPINFile(path string) (PIN, error) {
 	}
 	f, err := os.Open(path)
 	if err != nil {
-		return PIN{}, fmt.Errorf("pkcs11: open PIN file: %w", err)
+		return PIN{}, pinFileError(err)
 	}
 	defer f.Close()
 	info, err := f.Stat()
 	if err != nil {
 		return PIN{}, fmt.Errorf("pkcs11: PIN file: %w", err)
 	}
-	mode := info.Mode()
-	if !mode.IsRegular() && mode.Type() != fs.ModeNamedPipe {
-		return PIN{}, fmt.Errorf("pkcs11: PIN file %q is neither a regular file nor a pipe", path)
-	}
-	if mode.Perm()&0o077 != 0 {
-		return PIN{}, fmt.Errorf("pkcs11: PIN file %q has mode %04o: group and others must have no access; chmod 600", path, mode.Perm())
+	if err := checkPINFile(path, info); err != nil {
+		return PIN{}, err
 	}
 	b, err := io.ReadAll(io.LimitReader(f, maxPINFile+1))
 	if err != nil {
@@ -83,6 +79,23 @@ func ReadPINFile(path string) (PIN, error) {
 		return PIN{}, fmt.Errorf("pkcs11: PIN file %q %w", path, err)
 	}
 	return NewPIN(pin), nil
+}
+
+// checkPINFile refuses what cannot hold a PIN, or shows it to others.
+func checkPINFile(path string, info fs.FileInfo) error {
+	mode := info.Mode()
+	if !mode.IsRegular() && mode.Type() != fs.ModeNamedPipe {
+		return fmt.Errorf("pkcs11: PIN file %q is neither a regular file nor a pipe", path)
+	}
+	if mode.Perm()&0o077 != 0 {
+		return fmt.Errorf("pkcs11: PIN file %q has mode %04o: group and others must have no access; chmod 600", path, mode.Perm())
+	}
+	return nil
+}
+
+// pinFileError says what to do about a file that cannot be opened.
+func pinFileError(err error) error {
+	return fmt.Errorf("pkcs11: open PIN file: %w: write the PIN to a file of mode 600, or correct the path", err)
 }
 
 func trimPIN(b []byte) (string, error) {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -91,8 +92,43 @@ func Open(ctx context.Context, cfg Config) (*Token, error) {
 	return t, nil
 }
 
+// Bounds of the attempts to open a token. Modules that keep tokens in files, as SoftHSM does, show half a token, or none,
+// while another process starts on the same files.
+const (
+	openTries    = 5
+	minOpenPause = 20 * time.Millisecond // doubles with each attempt
+)
+
 // open makes the token on a module that is ready.
 func open(ctx context.Context, cfg Config, m *module, pin PIN) (*Token, error) {
+	for try := 1; ; try++ {
+		seen := m.generation.Load()
+		t, err := openOnce(ctx, cfg, m, pin)
+		if err == nil || try == openTries || !unsettled(err) {
+			return t, err
+		}
+		pause := minOpenPause << (try - 1)
+		select {
+		case <-time.After(pause/2 + rand.N(pause)):
+		case <-ctx.Done():
+			return nil, err
+		}
+		// What a module did not see when it was initialised, it may never see.
+		if m.alone() {
+			if err := m.reinitialise(seen); err != nil {
+				return nil, err
+			}
+		}
+	}
+}
+
+// unsettled reports whether another process that starts may be the cause of err. The token has not judged a PIN then.
+func unsettled(err error) bool {
+	return errors.Is(err, ErrTokenNotFound) || errors.Is(err, errNoUserPIN) || errors.Is(err, errUnreadable) ||
+		errors.Is(err, ck.Error(ck.CKR_USER_PIN_NOT_INITIALIZED)) || faultOf(err) == faultSession
+}
+
+func openOnce(ctx context.Context, cfg Config, m *module, pin PIN) (*Token, error) {
 	f, err := m.findToken(&cfg.URI)
 	if err != nil {
 		return nil, err
@@ -101,9 +137,7 @@ func open(ctx context.Context, cfg Config, m *module, pin PIN) (*Token, error) {
 	case flags&ck.CKF_USER_PIN_LOCKED != 0:
 		return nil, fmt.Errorf("%w: %v: have the security officer reset it", ErrPINLocked, f)
 	case flags&ck.CKF_USER_PIN_INITIALIZED == 0:
-		return nil, fmt.Errorf("pkcs11: %v has no user PIN yet: initialise it", f)
-	case flags&ck.CKF_USER_PIN_FINAL_TRY != 0:
-		cfg.Logger.Warn("token has one PIN try left", "token", f.info.Label)
+		return nil, fmt.Errorf("%w: %v: initialise it", errNoUserPIN, f)
 	}
 	size := cfg.Sessions
 	// 0 means no limit, all bits set means unknown. PKCS #11 v2.40 section 3.2, CK_TOKEN_INFO.
@@ -201,6 +235,9 @@ func (t *Token) ensureLogin(ctx context.Context, s *session) error {
 	if info.State == ck.CKS_RO_USER_FUNCTIONS || info.State == ck.CKS_RW_USER_FUNCTIONS {
 		return nil
 	}
+	if err := t.checkTries(); err != nil {
+		return err
+	}
 	err = t.m.with(s, func(c *ck.Ctx, h ck.SessionHandle) error { return c.Login(h, ck.CKU_USER, t.pin.value()) })
 	switch {
 	case err == nil:
@@ -212,6 +249,29 @@ func (t *Token) ensureLogin(ctx context.Context, s *session) error {
 		return t.refuseLocked(err)
 	}
 	return err
+}
+
+// checkTries keeps a PIN that may be wrong from locking the token. The caller holds the login gate.
+func (t *Token) checkTries() error {
+	var info ck.TokenInfo
+	err := t.m.call(func(c *ck.Ctx) (err error) {
+		info, err = c.GetTokenInfo(uint(t.slot.Load()))
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("%w: %w", errUnreadable, err)
+	}
+	if info.Flags&ck.CKF_USER_PIN_FINAL_TRY == 0 {
+		return nil
+	}
+	if t.cfg.AllowFinalTry {
+		t.log.Warn("token has one PIN try left, which is made because the configuration allows it")
+		return nil
+	}
+	t.failed = fmt.Errorf("token %s: %w: another wrong PIN would lock it: log in to it by other means with the right PIN, "+
+		"which gives it all its tries back, or allow the last try", t.name, ErrPINFinalTry)
+	t.log.Error("token has one PIN try left; it is not used", "err", t.failed)
+	return t.failed
 }
 
 // refuseLocked remembers that the token refused the PIN. The caller holds the login gate.

@@ -290,17 +290,26 @@ func pinPath(source string) (string, error) {
 
 // pin reads the PIN that the URI leads to.
 func (u *URI) pin() (PIN, error) {
-	if u.PINSource == "" {
-		if u.pinValue.IsZero() {
-			return PIN{}, errors.New("pkcs11: no PIN: give pin-source=/path/of/a/file in the URI")
-		}
+	if !u.pinValue.IsZero() {
 		return u.pinValue, nil
+	}
+	path, err := u.pinFile()
+	if err != nil {
+		return PIN{}, err
+	}
+	return ReadPINFile(path)
+}
+
+// pinFile returns the path that pin-source names.
+func (u *URI) pinFile() (string, error) {
+	if u.PINSource == "" {
+		return "", errors.New("pkcs11: no PIN: give pin-source=/path/of/a/file in the URI")
 	}
 	path, err := pinPath(u.PINSource)
 	if err != nil {
-		return PIN{}, fmt.Errorf("pkcs11: pin-source %w", err)
+		return "", fmt.Errorf("pkcs11: pin-source %w", err)
 	}
-	return ReadPINFile(path)
+	return path, nil
 }
 
 // String returns the URI in one canonical form: attributes in a fixed order, only what must be percent-encoded encoded. A

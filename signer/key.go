@@ -104,7 +104,7 @@ var (
 	ErrUnsupported = errors.New("signer: algorithm does not fit the key")
 	ErrUnavailable = errors.New("signer: the key's home is not available")
 	ErrNotFound    = errors.New("signer: no such key")
-	ErrAmbiguous   = errors.New("signer: more than one key fits")
+	ErrAmbiguous   = errors.New("signer: more than one fits")
 )
 
 // TypeOf names the type and size of a public key: "ECDSA P-256", "RSA 2048", "Ed25519". It returns "" for a type that no
