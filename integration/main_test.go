@@ -47,13 +47,9 @@ func buildAndRun(m *testing.M) (int, error) {
 		return 0, err
 	}
 	defer os.RemoveAll(dir)
-	bin = dir
-	for _, prog := range []string{"cmd/keyserver", "cmd/connector", "cmd/edge", "demo"} {
-		out := filepath.Join(dir, "keyhaven-"+filepath.Base(prog))
-		cmd := exec.Command("go", "build", "-race", "-o", out, "../"+prog)
-		if msg, err := cmd.CombinedOutput(); err != nil {
-			return 0, fmt.Errorf("build %s: %w\n%s", prog, err, msg)
-		}
+	bin = filepath.Join(dir, "race")
+	if err := build(bin, "-race"); err != nil {
+		return 0, err
 	}
 	// Programs with the race detector wait a second at their end unless told not to.
 	if err := os.Setenv("GORACE", "atexit_sleep_ms=0"); err != nil {
@@ -61,6 +57,18 @@ func buildAndRun(m *testing.M) (int, error) {
 	}
 	testnet.Sweep("khit")
 	return m.Run(), nil
+}
+
+// build compiles the programs into dir.
+func build(dir string, flags ...string) error {
+	for _, prog := range []string{"cmd/keyserver", "cmd/connector", "cmd/edge", "demo"} {
+		out := filepath.Join(dir, "keyhaven-"+filepath.Base(prog))
+		args := append(append([]string{"build"}, flags...), "-o", out, "../"+prog)
+		if msg, err := exec.Command("go", args...).CombinedOutput(); err != nil {
+			return fmt.Errorf("build %s: %w\n%s", prog, err, msg)
+		}
+	}
+	return nil
 }
 
 // A world is an installation and the hosts that it runs on.
@@ -120,6 +128,12 @@ func (w *world) siteB() lab.SitePlan {
 
 // up makes and starts an installation, which ends with the test. Its logs are searched for races and secrets.
 func up(t *testing.T, zones []lab.ZonePlan, sites ...func(*world) lab.SitePlan) *world {
+	t.Helper()
+	return upWith(t, bin, zones, sites...)
+}
+
+// upWith is up with the programs in a given directory.
+func upWith(t *testing.T, bin string, zones []lab.ZonePlan, sites ...func(*world) lab.SitePlan) *world {
 	t.Helper()
 	w := hosts(t)
 	plan := lab.Plan{Dir: t.TempDir(), Bin: bin, Tools: filepath.Join(bin, "keyhaven-demo"), Zones: zones,
