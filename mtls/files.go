@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime"
 )
 
 // maxFileLen bounds a file that this package reads, in bytes.
@@ -33,7 +34,7 @@ func readSecretFile(path string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	if mode := info.Mode().Perm(); mode&0o077 != 0 {
+	if mode := info.Mode().Perm(); mode&0o077 != 0 && runtime.GOOS != "windows" { // whose access lists no mode shows
 		return nil, fmt.Errorf("%s has mode %04o and is open to others; run: chmod 600 %s", path, mode, path)
 	}
 	return readBounded(f)
@@ -116,6 +117,9 @@ func writeTemp(path string, data []byte, mode fs.FileMode) (temp string, err err
 }
 
 func syncDir(dir string) error {
+	if runtime.GOOS == "windows" { // which has no such thing
+		return nil
+	}
 	d, err := os.Open(dir)
 	if err != nil {
 		return err

@@ -13,7 +13,6 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 )
 
@@ -140,7 +139,7 @@ func (r *Revocations) change(edit func([]Revocation) []Revocation) error {
 		return fmt.Errorf("mtls: revoke: %w", err)
 	}
 	defer lock.Close() // which unlocks
-	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX); err != nil {
+	if err := lockFile(lock); err != nil {
 		return fmt.Errorf("mtls: revoke: lock %s: %w", lock.Name(), err)
 	}
 	set, err := readRevocations(r.path)

@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"time"
 
@@ -129,7 +130,7 @@ func readToken(cmd *cobra.Command, path string) (string, error) {
 		defer f.Close()
 		if info, err := f.Stat(); err != nil {
 			return "", cli.ConfigError(fmt.Errorf("--token-file: %w", err))
-		} else if info.Mode().IsRegular() && info.Mode()&0o077 != 0 {
+		} else if info.Mode().IsRegular() && info.Mode()&0o077 != 0 && runtime.GOOS != "windows" {
 			return "", cli.ConfigError(fmt.Errorf("--token-file %s: others may read it; run chmod 600 %s", path, path))
 		}
 		r = f
