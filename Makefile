@@ -11,7 +11,7 @@ GOVULNCHECK = golang.org/x/vuln/cmd/govulncheck@v1.8.0
 LDFLAGS = -s -w
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo demo-check test unit netns fuzz lint vuln bench cover clean
+.PHONY: help setup build demo demo-check test unit netns browser fuzz lint vuln bench cover clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,8 +38,12 @@ test: setup unit netns ## all tests, with the race detector
 unit: ## the tests that need no namespaces
 	$(GO) test -race ./...
 
-netns: build ## the tests over network namespaces (as root, or in a user namespace)
+netns: ## the tests over network namespaces (as root, or in a user namespace)
 	./scripts/rootless $(GO) test -race -count=1 -tags netns ./internal/testnet ./integration
+
+browser: ## the tests with a real browser, over HTTP/2 and HTTP/3 (installs Chromium)
+	@./scripts/setup browser
+	./scripts/rootless $(GO) test -race -count=1 -tags 'netns browser' -run Browser -v ./integration
 
 fuzz: ## each fuzz target for FUZZTIME
 	@GO="$(GO)" ./scripts/fuzz $(FUZZTIME)
@@ -47,8 +51,8 @@ fuzz: ## each fuzz target for FUZZTIME
 lint: ## gofmt, go vet, staticcheck
 	@bad=$$(gofmt -l $$(git ls-files '*.go')); if [ -n "$$bad" ]; then echo "gofmt would change:"; echo "$$bad"; exit 1; fi
 	$(GO) vet ./...
-	$(GO) vet -tags netns ./internal/testnet ./integration
-	$(GO) run $(STATICCHECK) -tags netns ./...
+	$(GO) vet -tags 'netns browser' ./internal/testnet ./integration
+	$(GO) run $(STATICCHECK) -tags netns,browser ./...
 
 vuln: ## known vulnerabilities in what is reachable from our code (needs the vulnerability database's host)
 	$(GO) run $(GOVULNCHECK) ./...

@@ -4,6 +4,7 @@ import (
 	"crypto/sha256"
 	"encoding/json"
 	"fmt"
+	"html"
 	"io"
 	"net/http"
 	"strconv"
@@ -17,6 +18,7 @@ import (
 //	/upload      takes a body and answers with its length and SHA-256
 //	/download?n= sends n bytes
 //	/events?n=   sends n server-sent events, one every 100 ms
+//	/browser     a page whose script shows the protocol that the browser used, as "protocol: h3"
 func Origin(name string) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
@@ -39,8 +41,16 @@ func Origin(name string) http.Handler {
 	})
 	mux.HandleFunc("/download", download)
 	mux.HandleFunc("/events", events)
+	mux.HandleFunc("/browser", func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Type", "text/html; charset=utf-8")
+		fmt.Fprintf(w, browserPage, html.EscapeString(name))
+	})
 	return mux
 }
+
+const browserPage = `<!doctype html><title>Keyhaven</title><p>private origin %s</p><p id="p"></p>
+<script>document.getElementById("p").textContent = "protocol: " + performance.getEntriesByType("navigation")[0].nextHopProtocol</script>
+`
 
 func download(w http.ResponseWriter, r *http.Request) {
 	n, err := strconv.ParseInt(r.FormValue("n"), 10, 64)
