@@ -27,8 +27,8 @@ var spliceBuffers = sync.Pool{New: func() any { return new([spliceBufferSize]byt
 func Splice(ctx context.Context, a, b Conn) (ab, ba int64, err error) {
 	s := &splice{a: a, b: b}
 	stopCtx := context.AfterFunc(ctx, func() { s.fail(context.Cause(ctx)) })
-	stopA := watchReader(a, s.noReader)
-	stopB := watchReader(b, s.noReader)
+	stopA := s.watchReader(a)
+	stopB := s.watchReader(b)
 	var wg sync.WaitGroup
 	wg.Go(func() { ab = s.pipe(b, a) })
 	ba = s.pipe(a, b)
@@ -141,16 +141,21 @@ func cut(c Conn) {
 	c.Close() //nolint:errcheck // nothing to save
 }
 
-// watchReader calls gone when the peer of a flow stops reading, even if nobody writes. It returns how to stop that.
-func watchReader(c Conn, gone func()) (stop func() bool) {
+// watchReader sees a flow's peer stop reading or cut the flow even if nobody reads or writes it now, as when the other
+// side takes no more bytes. It returns how to stop that.
+func (s *splice) watchReader(c Conn) (stop func() bool) {
 	f, ok := c.(*flowConn)
 	if !ok {
 		return func() bool { return true }
 	}
 	over := f.writeOver()
 	return context.AfterFunc(over, func() {
-		if errors.Is(streamErrorOf(context.Cause(over)), ErrClosed) {
-			gone()
+		switch e, ok := errors.AsType[*FlowError](streamErrorOf(context.Cause(over))); {
+		case !ok || !e.Remote: // this side's wish, or the session's end
+		case e.Result == ResultClosed:
+			s.noReader()
+		default:
+			s.fail(e)
 		}
 	})
 }

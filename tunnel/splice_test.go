@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"os"
 	"strings"
 	"syscall"
 	"testing"
@@ -84,6 +85,26 @@ func TestSpliceOpenerResets(t *testing.T) {
 	}
 	if err := <-result; !errors.Is(err, ErrReset) {
 		t.Errorf("Splice: %v, want ErrReset", err)
+	}
+}
+
+// TestSpliceStalledOrigin: an opener's reset ends the flow even if the origin takes no more bytes and sends none, so that
+// nobody reads what the opener did.
+func TestSpliceStalledOrigin(t *testing.T) {
+	flow, origin, result := spliced(t)
+	origin.SetReadBuffer(16 << 10)
+	flow.SetWriteDeadline(time.Now().Add(500 * time.Millisecond))
+	if _, err := flow.Write(make([]byte, 32<<20)); !errors.Is(err, os.ErrDeadlineExceeded) { // all buffers are full
+		t.Fatalf("Write: %v, want a timeout", err)
+	}
+	cut(flow)
+	select {
+	case err := <-result:
+		if !errors.Is(err, ErrReset) {
+			t.Errorf("Splice: %v, want ErrReset", err)
+		}
+	case <-time.After(patience):
+		t.Error("Splice goes on with a flow that its opener has cut")
 	}
 }
 
