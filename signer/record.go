@@ -90,5 +90,7 @@ func (lr logRecorder) Record(r Record) {
 	text("result", string(r.Result))
 	text("reason", r.Reason)
 	attrs = append(attrs, slog.Duration("dur", r.Duration))
-	lr.l.LogAttrs(ctx, level, "operation", attrs...)
+	line := slog.NewRecord(r.Time.Add(r.Duration), level, "operation", 0) // the record may have waited in a Queue
+	line.AddAttrs(attrs...)
+	_ = lr.l.Handler().Handle(ctx, line) // as a Logger does: there is nowhere to tell of a log that fails
 }
