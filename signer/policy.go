@@ -70,6 +70,7 @@ func (e *RuleError) Error() string {
 // rules, admits nobody.
 type Policy struct {
 	clients map[string][]rule
+	and     *Policy // if not nil, must allow it too
 }
 
 type rule struct {
@@ -101,6 +102,18 @@ func NewPolicy(rules []ClientRule) (*Policy, error) {
 		return nil, errors.Join(errs...)
 	}
 	return p, nil
+}
+
+// And returns the policy that allows what p and q both allow, for the moment in which keys are exchanged. It is nobody's
+// if either is nil.
+func (p *Policy) And(q *Policy) *Policy {
+	if p == nil || q == nil {
+		return nil
+	}
+	if p.and != nil {
+		q = p.and.And(q)
+	}
+	return &Policy{clients: p.clients, and: q}
 }
 
 type compiler struct {
@@ -216,7 +229,7 @@ const (
 
 // Admits reports whether any rule names the client, so that it may connect.
 func (p *Policy) Admits(id string) bool {
-	return p != nil && len(p.clients[id]) > 0
+	return p != nil && len(p.clients[id]) > 0 && (p.and == nil || p.and.Admits(id))
 }
 
 // Check decides whether the client may do op with the key for the server name, signing with the algorithm. Key, algorithm and server
@@ -231,6 +244,15 @@ func (p *Policy) Check(id string, op Op, key *Entry, alg Algorithm, sni string) 
 
 // grant returns the schemes that the client may use with key and name. If there is none, the reason is that of the rule that came nearest.
 func (p *Policy) grant(id string, op Op, key *Entry, sni string) (schemeSet, Reason) {
+	set, reason := p.ownGrant(id, op, key, sni)
+	if reason != Allowed || p.and == nil {
+		return set, reason
+	}
+	other, reason := p.and.grant(id, op, key, sni)
+	return set & other, reason
+}
+
+func (p *Policy) ownGrant(id string, op Op, key *Entry, sni string) (schemeSet, Reason) {
 	if !p.Admits(id) {
 		return 0, RefusedClient
 	}

@@ -156,3 +156,51 @@ func FuzzSNI(f *testing.F) {
 		}
 	})
 }
+
+// TestPolicyAnd checks the policy in force while keys are exchanged.
+func TestPolicyAnd(t *testing.T) {
+	rule := func(id, key, op string, schemes ...string) ClientRule {
+		return ClientRule{ID: id, Keys: []string{key}, Operations: []string{op}, Schemes: schemes, SNIs: []string{"*"}}
+	}
+	compile := func(rules ...ClientRule) *Policy {
+		p, err := NewPolicy(rules)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return p
+	}
+	const one, two = "spiffe://x/edge/one", "spiffe://x/edge/two"
+	p256, p384 := Algorithm{ECDSA, crypto.SHA256}, Algorithm{ECDSA, crypto.SHA384}
+	before := compile(rule(one, "*", "tls-sign", "*"), rule(two, "*", "tls-sign", "*"))
+	after := compile(rule(one, "www", "tls-sign", "ecdsa_secp256r1_sha256"), rule(one, "www", "renew"))
+	www, fresh := &Entry{Labels: []string{"www"}}, &Entry{Labels: []string{"new"}}
+	for name, both := range map[string]*Policy{
+		"before and after": before.And(after), "after and before": after.And(before), "three": before.And(before).And(after),
+	} {
+		for _, tc := range []struct {
+			id   string
+			op   Op
+			key  *Entry
+			alg  Algorithm
+			want Reason
+		}{
+			{one, OpTLSSign, www, p256, Allowed},
+			{one, OpTLSSign, www, p384, RefusedScheme},
+			{one, OpTLSSign, fresh, p256, RefusedKey},
+			{one, OpRenew, nil, Algorithm{}, RefusedOp},
+			{two, OpTLSSign, www, p256, RefusedClient},
+		} {
+			if got := both.Check(tc.id, tc.op, tc.key, tc.alg, "www.example.com"); got != tc.want {
+				t.Errorf("%s: %s %v %v: got %q, want %q", name, tc.id, tc.op, tc.key, got, tc.want)
+			}
+		}
+		if both.Admits(two) || !both.Admits(one) {
+			t.Errorf("%s: admits the wrong clients", name)
+		}
+	}
+	for _, none := range []*Policy{before.And(nil), (*Policy)(nil).And(before)} {
+		if none.Admits(one) {
+			t.Error("a policy and none admit somebody")
+		}
+	}
+}
