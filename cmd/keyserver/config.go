@@ -43,6 +43,7 @@ type TokenConfig struct {
 	Module           string   `mapstructure:"module"`
 	Sessions         int      `mapstructure:"sessions"`
 	AllowExtractable bool     `mapstructure:"allow_extractable"`
+	AllowFinalTry    bool     `mapstructure:"allow_final_try"`
 	Decrypt          []string `mapstructure:"decrypt"` // SKIs and labels of keys with which clients may decrypt
 }
 

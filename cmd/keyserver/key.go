@@ -31,7 +31,7 @@ func newKey() *cobra.Command {
 // tokenFlags say which token a command works on.
 type tokenFlags struct {
 	uri, config, token, module, pinFile string
-	extractable                         bool
+	extractable, finalTry               bool
 }
 
 func (f *tokenFlags) add(cmd *cobra.Command) {
@@ -40,6 +40,7 @@ func (f *tokenFlags) add(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&f.token, "token", "", "label or serial of the token, if the configuration has several")
 	cmd.Flags().StringVar(&f.module, "module", "", "path of the PKCS#11 module, if the URI has none")
 	cmd.Flags().StringVar(&f.pinFile, "pin-file", "", "file of mode 600 that holds the PIN, if the URI has no pin-source; without either the terminal is asked")
+	cmd.Flags().BoolVar(&f.finalTry, "allow-final-try", false, "log in even if the token says that one more wrong PIN would lock it")
 }
 
 // with opens the token, runs f and closes the token.
@@ -78,7 +79,7 @@ func (f *tokenFlags) tokenConfig(ctx context.Context) (pkcs11.Config, error) {
 		return pkcs11.Config{}, cli.UsageError("--uri: %w", err)
 	}
 	c := tokenConfig(uri, f.module, nil)
-	c.AllowExtractable = f.extractable
+	c.AllowExtractable, c.AllowFinalTry = f.extractable, f.finalTry
 	switch {
 	case f.pinFile != "" && uri.PINSource != "":
 		return c, cli.UsageError("--pin-file and the URI's pin-source both name a PIN; keep one")
@@ -104,7 +105,8 @@ func (f *tokenFlags) fromConfig() (pkcs11.Config, error) {
 		}
 		if f.token == "" || f.token == uri.Token || f.token == uri.Serial {
 			c := tokenConfig(uri, t.Module, cfg.Modules)
-			c.Sessions, c.AllowExtractable = t.Sessions, t.AllowExtractable || f.extractable
+			t.apply(&c)
+			c.AllowExtractable, c.AllowFinalTry = c.AllowExtractable || f.extractable, c.AllowFinalTry || f.finalTry
 			fits = append(fits, c)
 		}
 	}

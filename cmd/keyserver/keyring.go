@@ -81,6 +81,8 @@ type keyring struct {
 	slots  []*slot
 	files  []signer.Home
 
+	closing sync.WaitGroup // tokens that a new configuration does not have
+
 	retry chan struct{} // holds a value when slots have changed
 	up    *prometheus.Desc
 }
@@ -132,14 +134,16 @@ func namesKey(names []string, info signer.KeyInfo) bool {
 
 // final reports whether trying again by itself would do no good, or harm: a token locks after a few wrong PINs.
 func final(err error) bool {
-	for _, f := range []error{
-		pkcs11.ErrPINIncorrect, pkcs11.ErrPINLocked, pkcs11.ErrAmbiguous, pkcs11.ErrExtractable, pkcs11.ErrModuleNotAllowed, pkcs11.ErrUnsupported,
-	} {
-		if errors.Is(err, f) {
-			return true
-		}
-	}
-	return false
+	return refusesPIN(err) || isAny(err, pkcs11.ErrAmbiguous, pkcs11.ErrExtractable, pkcs11.ErrModuleNotAllowed, pkcs11.ErrUnsupported)
+}
+
+// refusesPIN reports whether the token refused the PIN, or would not be asked.
+func refusesPIN(err error) bool {
+	return isAny(err, pkcs11.ErrPINIncorrect, pkcs11.ErrPINLocked, pkcs11.ErrPINFinalTry)
+}
+
+func isAny(err error, targets ...error) bool {
+	return slices.ContainsFunc(targets, func(t error) bool { return errors.Is(err, t) })
 }
 
 // start opens all tokens of a plan. A token that does not open is left to run, or to the operator.
@@ -241,8 +245,9 @@ func (r *keyring) tryAgain(ctx context.Context) (came bool) {
 }
 
 // replace puts the tokens and file keys of a plan in place of the present ones, or returns an error and changes nothing. Tokens that the plan has as
-// they were stay open, and their keys are looked for again; those that had failed are tried once.
-func (r *keyring) replace(ctx context.Context, p *plan) error {
+// they were stay open, and their keys are looked for again; those that had failed are tried once. before is called when only the exchange
+// itself is left to do.
+func (r *keyring) replace(ctx context.Context, p *plan, before func()) error {
 	r.change.Lock()
 	defer r.change.Unlock()
 	var next, opened []*slot
@@ -259,6 +264,7 @@ func (r *keyring) replace(ctx context.Context, p *plan) error {
 	}
 	err := errors.Join(errs...)
 	if err == nil {
+		before()
 		err = r.registry.Replace(homesIn(p.homes, next))
 	}
 	if err != nil {
@@ -273,9 +279,12 @@ func (r *keyring) replace(ctx context.Context, p *plan) error {
 		if kept := slices.ContainsFunc(next, func(n *slot) bool { return n.token == s.token }); kept {
 			continue
 		}
-		if err := s.close(); err != nil {
-			r.logger.Warn("closing a token failed", "token", s.name, "err", err)
-		}
+		// Operations in progress are waited for, perhaps for long: the rest of a new configuration must not be.
+		r.closing.Go(func() {
+			if err := s.close(); err != nil {
+				r.logger.Warn("closing a token failed", "token", s.name, "err", err)
+			}
+		})
 	}
 	select {
 	case r.retry <- struct{}{}:
@@ -301,6 +310,12 @@ func (r *keyring) nextSlot(ctx context.Context, conf TokenConfig, open pkcs11.Co
 	ctx, cancel := context.WithTimeout(ctx, openTimeout)
 	defer cancel()
 	keys, err := homesOf(ctx, old.token, conf)
+	if refusesPIN(err) {
+		r.logger.Info("the token's PIN is read anew and tried once", "token", old.name)
+		if err = old.token.Reopen(ctx); err == nil {
+			keys, err = homesOf(ctx, old.token, conf)
+		}
+	}
 	if err != nil {
 		// The token is in trouble, which is not the new configuration's fault: the keys known so far recover when it does.
 		r.logger.Warn("token does not list its keys; those known stay", "token", old.name, "err", err)
@@ -314,7 +329,7 @@ func (r *keyring) nextSlot(ctx context.Context, conf TokenConfig, open pkcs11.Co
 
 // sameToken reports whether a token opened for one configuration serves the other.
 func sameToken(a, b TokenConfig) bool {
-	return a.URI == b.URI && a.Module == b.Module && a.Sessions == b.Sessions && a.AllowExtractable == b.AllowExtractable
+	return a.URI == b.URI && a.Module == b.Module && a.Sessions == b.Sessions && a.AllowExtractable == b.AllowExtractable && a.AllowFinalTry == b.AllowFinalTry
 }
 
 func (s *slot) close() error {
@@ -333,6 +348,7 @@ func (r *keyring) close() error {
 		errs = append(errs, s.close())
 	}
 	r.set(nil, nil)
+	r.closing.Wait()
 	return errors.Join(errs...)
 }
 

@@ -48,7 +48,7 @@ func TestProbe(t *testing.T) {
 
 func TestFinal(t *testing.T) {
 	for err, want := range map[error]bool{
-		pkcs11.ErrPINIncorrect: true, pkcs11.ErrPINLocked: true, pkcs11.ErrAmbiguous: true, pkcs11.ErrModuleNotAllowed: true,
+		pkcs11.ErrPINIncorrect: true, pkcs11.ErrPINLocked: true, pkcs11.ErrPINFinalTry: true, pkcs11.ErrAmbiguous: true, pkcs11.ErrModuleNotAllowed: true,
 		pkcs11.ErrTokenNotFound: false, pkcs11.ErrDevice: false, context.DeadlineExceeded: false,
 	} {
 		if got := final(errors.Join(errors.New("open"), err)); got != want {

@@ -7,8 +7,6 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
-	"net/url"
-	"os"
 	"slices"
 	"strings"
 
@@ -102,11 +100,6 @@ func (p *plan) addToken(i int, logger *slog.Logger) (errs conf.Errors) {
 	if err != nil {
 		return conf.Errors{p.file.Errorf(key("uri"), "%v", err)}
 	}
-	if uri.PINSource == "" {
-		errs = append(errs, p.file.Errorf(key("uri"), "names no PIN; add ?pin-source=/path/of/a/file/of/mode/600"))
-	} else if err := checkPINFile(uri.PINSource); err != nil {
-		errs = append(errs, p.file.Errorf(key("uri"), "pin-source: %v", remedy(err)))
-	}
 	if p.tokenTwice(i) {
 		errs = append(errs, p.file.Errorf(key("uri"), "is given twice; remove one"))
 	}
@@ -116,32 +109,27 @@ func (p *plan) addToken(i int, logger *slog.Logger) (errs conf.Errors) {
 		}
 	}
 	tc := tokenConfig(uri, c.Module, p.cfg.Modules)
-	tc.Sessions, tc.AllowExtractable, tc.Logger = c.Sessions, c.AllowExtractable, logger
-	if n := len(slices.DeleteFunc([]string{uri.Token, uri.Serial, uri.SlotID}, func(v string) bool { return v == "" })); n != 1 {
-		errs = append(errs, p.file.Errorf(key("uri"), "names the token in %d ways; give exactly one of token, serial and slot-id", n))
-	}
-	if path := cmp.Or(tc.Module, uri.ModulePath); path == "" && uri.ModuleName == "" {
-		errs = append(errs, p.file.Errorf(key("module"), "no PKCS#11 module is named; give module, or add module-path to the uri"))
-	} else if path != "" {
-		if _, err := os.Stat(path); err != nil {
-			errs = append(errs, p.file.Errorf(key("uri"), "PKCS#11 module: %v; install the token's module, or correct the path", err))
+	c.apply(&tc)
+	tc.Logger = logger
+	for _, err := range tc.Check() {
+		name := "uri"
+		if fe, ok := errors.AsType[*pkcs11.FieldError](err); ok {
+			switch {
+			case fe.Field == "Sessions":
+				name = "sessions"
+			case fe.Field == "Module" && uri.ModulePath+uri.ModuleName == "":
+				name = "module"
+			}
 		}
+		errs = append(errs, p.file.Errorf(key(name), "%v", err))
 	}
 	p.tokens = append(p.tokens, tc)
 	return errs
 }
 
-// checkPINFile looks at a PIN file without reading it, as reading a descriptor empties it.
-func checkPINFile(source string) error {
-	path := source
-	if u, err := url.Parse(source); err == nil && u.Scheme == "file" {
-		path = u.Path
-	}
-	st, err := os.Stat(path)
-	if err == nil && st.Mode().IsRegular() && st.Mode().Perm()&0o077 != 0 {
-		err = fmt.Errorf("%s has mode %04o, so that others may read the PIN; chmod 600 it", path, st.Mode().Perm())
-	}
-	return err
+// apply passes on what the configuration says about the token beside its name.
+func (c *TokenConfig) apply(tc *pkcs11.Config) {
+	tc.Sessions, tc.AllowExtractable, tc.AllowFinalTry = c.Sessions, c.AllowExtractable, c.AllowFinalTry
 }
 
 // tokenConfig names token and module. Whoever writes a module's path into the configuration, or on the command line, allows that

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"reflect"
@@ -22,7 +23,10 @@ func (s *server) reload(ctx context.Context) error {
 		return err
 	}
 	keysBefore := keyNames(s.keys.registry)
-	if err := s.keys.replace(ctx, next); err != nil {
+	// Keys and policy change one after the other: in between, only what both policies allow is done.
+	narrow := func() { s.service.SetPolicy(old.policy.And(next.policy)) }
+	if err := s.keys.replace(ctx, next, narrow); err != nil {
+		s.service.SetPolicy(old.policy)
 		return err
 	}
 	s.service.SetPolicy(next.policy)
@@ -32,12 +36,16 @@ func (s *server) reload(ctx context.Context) error {
 	case s.renewals <- struct{}{}:
 	default:
 	}
+	newRoots := !bytes.Equal(old.source.RootsPEM(), next.source.RootsPEM()) // who is connected was verified with the old ones
 	s.keyless.CloseIf(func(p keyless.Peer) bool {
 		gone := !s.service.Admits(p.ID) // which leaves revoked clients out
-		if gone {
+		switch {
+		case gone:
 			s.logger.Warn("closing a connection of a client that may not connect any more", "peer", p.ID, "addr", p.Addr.String())
+		case newRoots:
+			s.logger.Info("closing a connection, as its client must be verified by the new authority", "peer", p.ID, "addr", p.Addr.String())
 		}
-		return gone
+		return gone || newRoots
 	})
 	s.logChanges(old.plan, next, keysBefore)
 	s.warnAboutPolicy()

@@ -418,3 +418,36 @@ func TestDrain(t *testing.T) {
 		t.Errorf("got exit code %d: %s", code, s.output())
 	}
 }
+
+// TestNewAuthority changes the roots: whoever is connected was verified under the old ones, and has to come again.
+func TestNewAuthority(t *testing.T) {
+	s := newSite(t)
+	text := s.config("clients:" + rule("one", "sign"))
+	p := s.start(s.write("ks.yaml", 0o600, text))
+	c := p.client("one")
+	ping := &keyless.Operation{Opcode: keyless.OpPing}
+	if _, err := do(t, c, ping); err != nil {
+		t.Fatal(err)
+	}
+	p.reload(reloaded)
+	const closing = "closing a connection, as its client must be verified by the new authority"
+	if p.count(closing) != 0 {
+		t.Error("a reload without a change closed a connection")
+	}
+	s.must("ca", "init", "--ca-dir", s.path("ca2"), "--trust-domain", domain)
+	var bundle []byte
+	for _, name := range []string{"ca/ca.crt", "ca2/ca.crt"} {
+		b, err := os.ReadFile(s.path(name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		bundle = append(bundle, b...)
+	}
+	s.write("bundle.pem", 0o644, string(bundle))
+	s.write("ks.yaml", 0o600, strings.Replace(text, s.path("tls/ca.pem"), s.path("bundle.pem"), 1))
+	p.reload(reloaded)
+	p.wait(closing)
+	if _, err := do(t, c, ping); err != nil {
+		t.Errorf("the client does not come back: %v", err)
+	}
+}

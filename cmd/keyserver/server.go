@@ -33,6 +33,7 @@ type server struct {
 	service *signer.Service
 	keyless *keyless.Server
 	ops     *ops.Server
+	records *signer.Queue
 
 	current  atomic.Pointer[live]
 	draining atomic.Bool
@@ -49,10 +50,12 @@ func newServer(p *plan, o loadOptions, logger *slog.Logger) *server {
 	s := &server{options: o, logger: logger, keys: newKeyring(logger), renewals: make(chan struct{}, 1)}
 	metrics := ops.NewRegistry()
 	metrics.MustRegister(s.keys, s.certificateExpiry())
+	s.records = signer.NewQueue(signer.LogRecorder(logger), recordQueue)
 	s.service = signer.NewService(signer.ServiceConfig{
 		Registry: s.keys.registry, Policy: p.policy, Sealer: p.sealer, Renew: s.renewClient,
-		Recorder: signer.Recorders{signer.LogRecorder(logger), signer.NewMetrics(metrics, s.keys.registry)},
+		Recorder: signer.Recorders{s.records, signer.NewMetrics(metrics, s.keys.registry)},
 	})
+	metrics.MustRegister(s.lostRecords())
 	s.use(p)
 	s.ops = &ops.Server{Addr: p.cfg.Ops.Listen, AllowNonLoopback: p.cfg.Ops.AllowNonLoopback, Ready: s.ready, Registry: metrics, Logger: logger, Listening: func(a net.Addr) {
 		logger.Info("serving health and metrics", "addr", a.String())
@@ -105,6 +108,19 @@ func identify(cs tls.ConnectionState) (string, error) {
 	return id.String(), err
 }
 
+// recordQueue is how many operations may wait to be logged: some seconds' worth at full load, and few megabytes.
+const recordQueue = 16 << 10
+
+// logTimeout bounds the wait for the log at the end.
+const logTimeout = 3 * time.Second
+
+func (s *server) lostRecords() prometheus.Collector {
+	return prometheus.NewCounterFunc(prometheus.CounterOpts{
+		Namespace: "keyhaven", Subsystem: "keyserver", Name: "records_lost_total",
+		Help: "Operations that are not in the log, because it was not read fast enough.",
+	}, func() float64 { return float64(s.records.Lost()) })
+}
+
 // renewClient issues a certificate for a connected client's own identity.
 func (s *server) renewClient(_ context.Context, peer string, csrDER []byte) ([][]byte, error) {
 	l := s.current.Load()
@@ -141,7 +157,25 @@ func (s *server) run(ctx context.Context) (err error) {
 	if err := s.keys.start(ctx, s.current.Load().plan); err != nil {
 		return errors.Join(err, s.closeKeys())
 	}
-	defer func() { err = errors.Join(err, s.closeKeys()) }()
+	defer func() {
+		if !errors.Is(err, errHangs) {
+			err = errors.Join(err, s.closeKeys())
+		}
+	}()
+	logging, endLogging := context.WithCancel(context.WithoutCancel(ctx))
+	logged := make(chan struct{})
+	go func() {
+		defer close(logged)
+		s.records.Run(logging)
+	}()
+	defer func() { // before the tokens close, as that may take its time
+		endLogging()
+		select {
+		case <-logged:
+		case <-time.After(logTimeout):
+			err = errors.Join(err, errors.New("the last operations are not in the log: nobody reads it"))
+		}
+	}()
 	s.warnAboutPolicy()
 	ln, err := (&net.ListenConfig{}).Listen(ctx, "tcp", s.current.Load().cfg.Listen)
 	if err != nil {
@@ -166,13 +200,36 @@ func (s *server) run(ctx context.Context) (err error) {
 	g.Go(func() error { return s.keys.run(main) })
 	g.Go(func() error { return s.keepRenewed(main) })
 	g.Go(func() error { return s.reloads(main, hangups) })
-	err = g.Wait()
+	err = s.wait(main, g)
 	s.logger.Info("stopped")
 	return err
 }
 
-// closeTimeout bounds the wait for modules at the end.
-const closeTimeout = 10 * time.Second
+// wait waits for g, but not for ever once ctx has ended: a call into a module that hangs cannot be ended but with the process.
+func (s *server) wait(ctx context.Context, g *errgroup.Group) error {
+	ended := make(chan error, 1)
+	go func() { ended <- g.Wait() }()
+	select {
+	case err := <-ended:
+		return err
+	case <-ctx.Done():
+	}
+	limit := s.current.Load().cfg.Timeouts.Drain + hangTimeout
+	select {
+	case err := <-ended:
+		return err
+	case <-time.After(limit):
+		return fmt.Errorf("operations did not end within %v: %w; the process ends, and they with it", limit, errHangs)
+	}
+}
+
+var errHangs = errors.New("a token's module hangs")
+
+// Bounds of the wait for modules at the end.
+const (
+	hangTimeout  = 5 * time.Second // after the drain
+	closeTimeout = 10 * time.Second
+)
 
 // closeKeys closes the tokens. A module that hangs must not keep the process from ending, which ends the module too.
 func (s *server) closeKeys() error {
@@ -182,7 +239,7 @@ func (s *server) closeKeys() error {
 	case err := <-closed:
 		return err
 	case <-time.After(closeTimeout):
-		return fmt.Errorf("a token did not close within %v: its module hangs", closeTimeout)
+		return fmt.Errorf("a token did not close within %v: %w", closeTimeout, errHangs)
 	}
 }
 

@@ -9,6 +9,7 @@
 //	KH_SHIM_FLAGS     flags that C_GetTokenInfo adds, in hexadecimal
 //	KH_SHIM_HIDE      1: there is no slot, until C_Finalize
 //	KH_SHIM_HANG      a file: while it is there, C_Sign does not come back
+//	KH_SHIM_BREAK     a file: while it is there, C_Sign fails with CKR_DEVICE_ERROR
 //	KH_SHIM_SESSIONS  the greatest number of sessions
 //	KH_SHIM_LOG       file that grows by one byte with each fault
 #include <dlfcn.h>
@@ -121,6 +122,9 @@ static ulong_t sign(ulong_t s, unsigned char *in, ulong_t in_len, unsigned char 
 	static plan_t p;
 	ulong_t rv = planned("KH_SHIM_SIGN", &p);
 	const char *hang = getenv("KH_SHIM_HANG");
+	const char *broken = getenv("KH_SHIM_BREAK");
+	if (broken != NULL && access(broken, F_OK) == 0)
+		rv = 0x30;
 	while (hang != NULL && access(hang, F_OK) == 0)
 		usleep(10000);
 	if (rv != 0) {

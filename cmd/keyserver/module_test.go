@@ -1,0 +1,104 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"strings"
+	"testing"
+
+	"github.com/keyhaven/keyhaven/internal/softhsm"
+)
+
+// misbehaving puts a module between the site's programs and SoftHSM2 that misbehaves while certain files are there, see
+// pkcs11/testdata/shim.c. It returns the configuration of the token behind it, and the paths of the files.
+func (s *site) misbehaving(tok *softhsm.Token) (tokens, hang, broken string) {
+	s.t.Helper()
+	module := s.path("libshim.so")
+	cc := exec.Command("cc", "-shared", "-fPIC", "-O1", "-o", module, "../../pkcs11/testdata/shim.c", "-ldl", "-lpthread")
+	if out, err := cc.CombinedOutput(); err != nil {
+		s.t.Fatalf("compile the shim: %v: %s", err, out)
+	}
+	hang, broken = s.path("hang"), s.path("broken")
+	s.env = append(s.env, "KH_SHIM_MODULE="+tok.Module, "KH_SHIM_LOG="+s.path("faults"), "KH_SHIM_HANG="+hang, "KH_SHIM_BREAK="+broken)
+	return fmt.Sprintf("tokens:\n  - uri: \"pkcs11:token=%s?pin-source=%s\"\n    module: %s\n", tok.Label, tok.PINFile, module), hang, broken
+}
+
+// TestModuleHangs has a signature that never ends. A new configuration takes effect all the same, and so does SIGTERM.
+func TestModuleHangs(t *testing.T) {
+	s := newSite(t)
+	tok := s.token("ec:p256")
+	ec := skiOf(t, s.must("key", "list", "--uri", tok.URI()), "ec")
+	s.must("client", "add", "two", "--ca-dir", s.path("ca"), "--out", s.path("two"))
+	tokens, hang, _ := s.misbehaving(tok)
+	limits := "timeouts: {drain: 100ms, operation: 200ms}\n"
+	p := s.start(s.write("ks.yaml", 0o600, s.config(tokens+limits+"clients:"+rule("one", "sign")+rule("two", "sign"))))
+	if _, err := do(t, p.client("one"), signOp(ec)); err != nil {
+		t.Fatal(err)
+	}
+	s.write("hang", 0o600, "")
+	defer os.Remove(hang)
+	asked := make(chan struct{})
+	c := p.client("one")
+	go func() {
+		defer close(asked)
+		_, _ = c.Do(t.Context(), signOp(ec)) // ends with the server
+	}()
+	eventually(t, "an operation is in the module", func() bool {
+		_, metrics := p.get("/metrics")
+		return strings.Contains(metrics, "keyhaven_keyserver_operations_in_flight 1")
+	})
+	s.write("ks.yaml", 0o600, s.config(limits+"clients:"+rule("two", "sign")))
+	p.reload(reloaded)
+	if err := connect(t, p, s.tls("one")); err == nil {
+		t.Error("a client whose rule is gone was let in")
+	}
+	if code := p.stop(); code != 1 {
+		t.Errorf("got exit code %d, want 1", code)
+	}
+	if !strings.Contains(s.output(), "module hangs") {
+		t.Errorf("the output does not name the cause: %s", s.output())
+	}
+	<-asked
+}
+
+// TestPINChanged changes the PIN on the token while the server runs. When the login is lost, the old PIN is tried once; SIGHUP
+// has the new one read.
+func TestPINChanged(t *testing.T) {
+	s := newSite(t)
+	tok := s.token("ec:p256")
+	ec := skiOf(t, s.must("key", "list", "--uri", tok.URI()), "ec")
+	tokens, _, broken := s.misbehaving(tok)
+	p := s.start(s.write("ks.yaml", 0o600, s.config(tokens+"clients:"+rule("one", "sign"))))
+	c := p.client("one")
+	if _, err := do(t, c, signOp(ec)); err != nil {
+		t.Fatal(err)
+	}
+	const pin = "pin-canary-changed"
+	change := exec.Command("pkcs11-tool", "--module", tok.Module, "--token-label", tok.Label, "--login", "--pin", tok.PIN, "--change-pin", "--new-pin", pin)
+	change.Env = append(os.Environ(), tok.Env())
+	if out, err := change.CombinedOutput(); err != nil {
+		t.Fatalf("change the PIN: %v: %s", err, out)
+	}
+	s.write("broken", 0o600, "")
+	if _, err := do(t, c, signOp(ec)); err == nil {
+		t.Error("a broken device signed")
+	}
+	p.wait("token refused the PIN; it is not tried again")
+	if err := os.Remove(broken); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := do(t, c, signOp(ec)); err == nil {
+		t.Error("signed without a login")
+	}
+	if err := os.WriteFile(tok.PINFile, []byte(pin+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	p.reload(reloaded)
+	if _, err := do(t, c, signOp(ec)); err != nil {
+		t.Errorf("after SIGHUP: %v", err)
+	}
+	if n := p.count("token refused the PIN; it is not tried again"); n != 1 {
+		t.Errorf("the wrong PIN was tried %d times, want once", n)
+	}
+}
