@@ -6,6 +6,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -260,5 +261,41 @@ func TestRenewCancelled(t *testing.T) {
 	err := s.Renew(ctx, func(ctx context.Context, _ []byte) ([][]byte, error) { return nil, ctx.Err() })
 	if !errors.Is(err, context.Canceled) {
 		t.Errorf("got %v, want context.Canceled", err)
+	}
+}
+
+// TestReloadDuringRenewal: an authority that takes its time does not keep the files from being read, and a certificate
+// that an operator brings in meanwhile is not replaced.
+func TestReloadDuringRenewal(t *testing.T) {
+	a := newAuthority(t, testDomain)
+	s := newIdentity(t, a, testID(KindConnector, "c1"))
+	issue := func(ctx context.Context, csr []byte) ([][]byte, error) {
+		if err := s.Reload(); err != nil {
+			t.Errorf("Reload: %v", err)
+		}
+		return a.IssueCSR(csr, s.Identity(), 0)
+	}
+	if err := s.Renew(t.Context(), issue); err != nil {
+		t.Errorf("Renew beside a Reload of the same certificate: %v", err)
+	}
+	key, csr, err := NewKeyCSR()
+	if err != nil {
+		t.Fatal(err)
+	}
+	chain, err := a.IssueCSR(csr, s.Identity(), time.Hour)
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = s.Renew(t.Context(), func(ctx context.Context, csr []byte) ([][]byte, error) {
+		if err := WriteIdentity(filepath.Dir(s.files.CertFile), key, chain, a.RootPEM()); err != nil {
+			t.Error(err)
+		}
+		return issue(ctx, csr)
+	})
+	if err == nil || !strings.Contains(err.Error(), "another certificate was loaded") {
+		t.Errorf("Renew beside a Reload of another certificate: %v, want an error that says so", err)
+	}
+	if !bytes.Equal(s.Leaf().Raw, chain[0]) || s.Reload() != nil || !bytes.Equal(s.Leaf().Raw, chain[0]) {
+		t.Error("the operator's certificate was replaced")
 	}
 }

@@ -52,6 +52,7 @@ func DirConfig(dir string) SourceConfig {
 type Source struct {
 	files   SourceConfig
 	log     *slog.Logger
+	renewal sync.Mutex // held during a renewal; taken before mu
 	mu      sync.Mutex // held while files are read or written, so that replacements do not cross
 	current atomic.Pointer[snapshot]
 }
@@ -132,25 +133,40 @@ func (s *Source) Check() error {
 
 // Renew makes a new key, has issue answer a request for it with a chain in DER (leaf first), checks the answer, writes
 // key and certificate and puts them in place. The new certificate must name the same identity and verify under the same
-// roots. On an error the Source keeps what it had.
+// roots. If Reload brings in another certificate meanwhile, that one stays and the answer is dropped. On an error the
+// Source keeps what it had.
 func (s *Source) Renew(ctx context.Context, issue func(ctx context.Context, csrDER []byte) ([][]byte, error)) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
+	s.renewal.Lock()
+	defer s.renewal.Unlock()
 	old := s.current.Load()
 	key, csr, err := NewKeyCSR()
 	if err != nil {
 		return err
 	}
 	chain, err := issue(ctx, csr)
+	if err == nil {
+		err = s.install(old, key, chain)
+	}
 	if err != nil {
 		return fmt.Errorf("mtls: renew %s: %w", old.identity, err)
 	}
-	l, err := s.checkRenewed(old, key, chain)
+	return nil
+}
+
+// install puts a renewed certificate in the place of old's.
+func (s *Source) install(old *snapshot, key crypto.Signer, chain [][]byte) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	now := s.current.Load()
+	if !now.cert.Leaf.Equal(old.cert.Leaf) {
+		return errors.New("another certificate was loaded meanwhile")
+	}
+	l, err := s.checkRenewed(now, key, chain)
 	if err != nil {
-		return fmt.Errorf("mtls: renew %s: %w", old.identity, err)
+		return err
 	}
 	if err := writeFiles(s.files, l.keyPEM, l.certPEM, nil); err != nil {
-		return fmt.Errorf("mtls: renew %s: %w", old.identity, err)
+		return err
 	}
 	l.keyPEM, l.certPEM = nil, nil
 	s.replaceLocked(l)
