@@ -270,13 +270,16 @@ var special = func() (list []netip.Prefix) {
 	return list
 }()
 
-// embedding are IPv6 ranges whose addresses carry an IPv4 address, at the given octet: NAT64 (RFC 6052), 6to4
-// (RFC 3056), and the obsolete IPv4-compatible form (RFC 4291, section 2.5.5.1).
+// embedding are IPv6 ranges whose addresses carry an IPv4 address, at the given octet: NAT64 (RFC 6052, RFC 8215), 6to4
+// (RFC 3056), IPv4-translated (RFC 2765), and the obsolete IPv4-compatible form (RFC 4291, section 2.5.5.1). A site's own
+// NAT64 prefix cannot be known.
 var embedding = []struct {
 	prefix netip.Prefix
 	at     int
 }{
 	{netip.MustParsePrefix("64:ff9b::/96"), 12},
+	{netip.MustParsePrefix("64:ff9b:1::/48"), 12},
+	{netip.MustParsePrefix("::ffff:0:0:0/96"), 12},
 	{netip.MustParsePrefix("2002::/16"), 2},
 	{netip.MustParsePrefix("::/96"), 12},
 }

@@ -88,8 +88,11 @@ func TestAllowAddr(t *testing.T) {
 		{"mail", "100.100.100.200:25", false},
 		{"mail", "168.63.129.16:25", false},
 		{"mail", "[64:ff9b::a9fe:a9fe]:25", false}, // 169.254.169.254 through NAT64
-		{"mail", "[2002:7f00:1::1]:25", false},     // 127.0.0.1 through 6to4
-		{"mail", "[64:ff9b::cb00:7101]:25", true},  // 203.0.113.1 through NAT64
+		{"mail", "[64:ff9b:1::a9fe:a9fe]:25", false},
+		{"mail", "[64:ff9b:1:2::7f00:1]:25", false},
+		{"mail", "[::ffff:0:7f00:1]:25", false},   // 127.0.0.1, IPv4-translated
+		{"mail", "[2002:7f00:1::1]:25", false},    // 127.0.0.1 through 6to4
+		{"mail", "[64:ff9b::cb00:7101]:25", true}, // 203.0.113.1 through NAT64
 		{"default", "127.0.0.1:9000", true},
 		{"default", "127.0.0.2:9000", false},
 		{"default", "169.254.169.254:81", true},

@@ -24,6 +24,9 @@ import (
 // SessionsPerEdge is how many sessions are kept to each entry of Config.Edges.
 const SessionsPerEdge = 4
 
+// renewTimeout bounds one edge's answer to a certificate request; edges give up earlier.
+const renewTimeout = 45 * time.Second
+
 // A Config describes a connector. New copies it.
 type Config struct {
 	// Identity is the connector's certificate, which Run keeps renewed. Required.
@@ -225,7 +228,10 @@ func (c *Connector) renew(ctx context.Context, csrDER []byte) ([][]byte, error) 
 	err := errNoSession
 	for _, s := range sessions { // another edge may do what the first cannot
 		var chain [][]byte
-		if chain, err = s.Renew(ctx, csrDER); err == nil {
+		answer, cancel := context.WithTimeout(ctx, renewTimeout)
+		chain, err = s.Renew(answer, csrDER)
+		cancel()
+		if err == nil {
 			return chain, nil
 		}
 		if ctx.Err() != nil {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -224,8 +225,15 @@ type reporter struct {
 }
 
 func (r *reporter) report(l *line, err error, advice string) {
-	if text := err.Error() + advice; text != r.last {
-		r.last, r.n = text, 0
+	// Some errors name the local port, which is another one each time.
+	kind := strings.Map(func(c rune) rune {
+		if '0' <= c && c <= '9' {
+			return -1
+		}
+		return c
+	}, err.Error()+advice)
+	if kind != r.last {
+		r.last, r.n = kind, 0
 	}
 	r.n++
 	log := l.c.log.Debug

@@ -96,6 +96,7 @@ type fakeSession struct {
 	err            error
 	drained        bool
 	hang           bool // Drain waits for its context
+	mute           bool // Renew is not answered
 	cut            bool // Run ended by its context
 }
 
@@ -124,8 +125,12 @@ func (s *fakeSession) Drain(ctx context.Context) error {
 	s.lose(nil)
 	return nil
 }
-func (s *fakeSession) Renew(context.Context, []byte) ([][]byte, error) {
-	return nil, errors.New("no renewal here")
+func (s *fakeSession) Renew(ctx context.Context, _ []byte) ([][]byte, error) {
+	if s.mute {
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}
+	return [][]byte{[]byte("chain")}, nil
 }
 func (s *fakeSession) Draining() <-chan struct{} { return s.draining }
 func (s *fakeSession) Done() <-chan struct{}     { return s.done }
@@ -309,6 +314,26 @@ func TestRefused(t *testing.T) {
 	}
 }
 
+// TestOutageLogged gives every attempt an error that names another port, as those of resolvers do.
+func TestOutageLogged(t *testing.T) {
+	var log bytes.Buffer
+	var mu sync.Mutex
+	port := 0
+	d := &dials{answer: func(tunnel.DialConfig) (session, error) {
+		mu.Lock()
+		defer mu.Unlock()
+		port++
+		return nil, fmt.Errorf("read udp 192.0.2.9:%d->192.0.2.53:53: i/o timeout", port)
+	}}
+	bubble(t, d, Config{Logger: slog.New(slog.NewTextHandler(&log, nil))}, func(_ *Connector, stop func()) {
+		time.Sleep(time.Hour)
+		stop()
+		if n := strings.Count(log.String(), "level=WARN"); n < 4 || n > 64 {
+			t.Errorf("%d warnings in an hour, want 4 to 64", n)
+		}
+	})
+}
+
 // TestExpired runs with a certificate that nobody renewed.
 func TestExpired(t *testing.T) {
 	var log bytes.Buffer
@@ -400,6 +425,28 @@ func TestEdgeDrains(t *testing.T) {
 			if !a.s.drained || a.s.cut {
 				t.Errorf("session %d: drained %v, cut %v, want it drained", a.reg.Index, a.s.drained, a.s.cut)
 			}
+		}
+	})
+}
+
+// TestRenewUnanswered: edges that do not answer do not keep the connector from asking another.
+func TestRenewUnanswered(t *testing.T) {
+	d := &dials{answer: func(c tunnel.DialConfig) (session, error) {
+		s := newFake()
+		s.mute = c.Registration.Index > 0
+		return s, nil
+	}}
+	bubble(t, d, Config{}, func(c *Connector, _ func()) {
+		time.Sleep(time.Second)
+		if chain, err := c.renew(context.Background(), []byte("csr")); err != nil || len(chain) != 1 {
+			t.Errorf("one of four sessions answers: %q, %v", chain, err)
+		}
+		d.of(0)[0].s.lose(nil)
+		synctest.Wait()
+		ctx, cancel := context.WithTimeout(context.Background(), time.Hour)
+		defer cancel()
+		if _, err := c.renew(ctx, []byte("csr")); !errors.Is(err, context.DeadlineExceeded) || ctx.Err() != nil {
+			t.Errorf("no session answers: %v, want an error before the caller gives up", err)
 		}
 	})
 }
