@@ -69,10 +69,14 @@ func (ca *testCA) issue(uri, dns string) tls.Certificate {
 }
 
 func (ca *testCA) issueFor(key crypto.Signer, uri, dns string) tls.Certificate {
+	return ca.issueUntil(time.Now().AddDate(5, 0, 0), key, uri, dns)
+}
+
+func (ca *testCA) issueUntil(notAfter time.Time, key crypto.Signer, uri, dns string) tls.Certificate {
 	// NotBefore lies before the year 2000, in which the clock of a synctest bubble starts.
 	tmpl := &x509.Certificate{
 		SerialNumber: must(rand.Int(rand.Reader, big.NewInt(1<<62))),
-		NotBefore:    time.Unix(0, 0), NotAfter: time.Now().AddDate(5, 0, 0),
+		NotBefore:    time.Unix(0, 0), NotAfter: notAfter,
 		KeyUsage: x509.KeyUsageDigitalSignature | x509.KeyUsageKeyEncipherment,
 	}
 	if uri != "" {

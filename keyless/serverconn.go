@@ -96,6 +96,9 @@ func (l *serverLoop) serve(ctx context.Context, raw net.Conn) {
 	defer l.server.dismiss(c)
 	count(l.metrics.Connections, 1)
 	defer count(l.metrics.Connections, -1)
+	// The certificate that lets the peer in lets it stay no longer than it is valid: it then may come again with a newer one.
+	ctx, cancel = context.WithDeadline(ctx, conn.ConnectionState().PeerCertificates[0].NotAfter)
+	defer cancel()
 	c.run(ctx)
 }
 

@@ -102,6 +102,39 @@ func TestServerDeadlines(t *testing.T) {
 	}
 }
 
+// A connection that is kept busy ends with the certificate that let its peer in, and the peer comes back with a newer one.
+func TestServerEndsExpiredPeers(t *testing.T) {
+	prepare()
+	key := p256Key()
+	synctest.Test(t, func(t *testing.T) {
+		ln := newPipes()
+		serveOn(t, &Server{Handler: echo, TLS: serverTLS()}, ln)
+		start := time.Now()
+		old := ca().issueUntil(start.Add(time.Hour), key, "spiffe://test/edge/one", "")
+		conn := tls.Client(must(ln.dial(t.Context(), "")), clientTLSWith(old))
+		defer conn.NetConn().Close()
+		if err := conn.Handshake(); err != nil {
+			t.Fatal(err)
+		}
+		var busy sync.WaitGroup
+		busy.Go(func() {
+			ping := must((&Packet{Major: 1, Operation: Operation{Opcode: OpPing}}).Append(nil))
+			for range 2 * 360 {
+				if _, err := conn.Write(ping); err != nil {
+					return
+				}
+				time.Sleep(10 * time.Second)
+			}
+		})
+		io.Copy(io.Discard, conn)
+		if got := time.Since(start); got < time.Hour || got > time.Hour+time.Second {
+			t.Errorf("closed after %v, want an hour", got)
+		}
+		conn.NetConn().Close()
+		busy.Wait()
+	})
+}
+
 // An operation that takes longer than the idle time does not make its connection idle.
 func TestServerIdleWhileBusy(t *testing.T) {
 	prepare()
