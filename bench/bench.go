@@ -184,3 +184,8 @@ type way struct {
 	name string
 	dial func(ctx context.Context, addr string) (net.Conn, error)
 }
+
+// pids are the processes that do the work: this one, the key server and the connector.
+func (b *bench) pids() []int {
+	return []int{os.Getpid(), b.lab.KeyServer.PID(), b.lab.Sites[0].Connector.PID()}
+}

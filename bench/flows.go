@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-// The small request and reply, in bytes, and what one bulk operation moves.
+// The small request and reply, in bytes, and what one bulk operation moves; its processor time is that of one chunk.
 const (
 	small = 100
 	chunk = 1 << 20

@@ -2,7 +2,11 @@ package main
 
 import (
 	"context"
+	"fmt"
+	"os"
 	"slices"
+	"strconv"
+	"strings"
 	"sync"
 	"time"
 )
@@ -12,6 +16,7 @@ type sample struct {
 	ops      int
 	elapsed  time.Duration
 	p50, p99 time.Duration
+	cpu      time.Duration // of one operation, over all processes of the bench
 }
 
 func (s sample) rate() float64 { return float64(s.ops) / s.elapsed.Seconds() }
@@ -21,7 +26,8 @@ const maxLatencies = 1 << 18
 
 // load runs op by callers goroutines for d and measures. The first error ends it. An operation that is under way when d
 // ends is waited for, but does not count.
-func load(ctx context.Context, callers int, d time.Duration, op func(ctx context.Context, caller int) error) (sample, error) {
+func load(ctx context.Context, callers int, d time.Duration, pids []int, op func(ctx context.Context, caller int) error) (sample, error) {
+	spent := cpuTime(pids)
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	var wg sync.WaitGroup
@@ -60,6 +66,7 @@ func load(ctx context.Context, callers int, d time.Duration, op func(ctx context
 	}
 	if len(all) > 0 {
 		s.p50, s.p99 = all[len(all)/2], all[len(all)*99/100]
+		s.cpu = (cpuTime(pids) - spent) / time.Duration(s.ops)
 	}
 	return s, nil
 }
@@ -76,4 +83,25 @@ func median(runs []sample) sample {
 		return 0
 	})
 	return runs[len(runs)/2]
+}
+
+// cpuTime is the processor time, user and system, that processes have used. A process that is gone counts nothing.
+func cpuTime(pids []int) (sum time.Duration) {
+	const tick = 10 * time.Millisecond // USER_HZ is 100 on every architecture that Go runs on
+	for _, pid := range pids {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+		if err != nil {
+			continue
+		}
+		// The second field is the program's name in parentheses and may hold spaces.
+		_, rest, _ := strings.Cut(string(b), ") ")
+		fields := strings.Fields(rest)
+		for _, i := range []int{11, 12} { // utime and stime, proc(5)
+			n, err := strconv.Atoi(fields[i])
+			if err == nil {
+				sum += time.Duration(n) * tick
+			}
+		}
+	}
+	return sum
 }

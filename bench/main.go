@@ -90,7 +90,7 @@ type measured struct {
 func (b *bench) measure(ctx context.Context, group string, cases []*measured) error {
 	for range b.rounds {
 		for _, c := range cases {
-			s, err := load(ctx, c.callers, b.window, c.op)
+			s, err := load(ctx, c.callers, b.window, b.pids(), c.op)
 			if err != nil {
 				return fmt.Errorf("%s, %s, %d at a time: %w", c.name, c.key, c.callers, err)
 			}
