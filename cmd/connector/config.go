@@ -1,7 +1,6 @@
 package main
 
 import (
-	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -28,8 +27,7 @@ type config struct {
 	Allow    []allowConfig  `mapstructure:"allow"`
 	Limits   limitsConfig   `mapstructure:"limits"`
 	Drain    drainConfig    `mapstructure:"drain"`
-	Ops      opsConfig      `mapstructure:"ops"`
-	Log      logConfig      `mapstructure:"log"`
+	Ops      ops.Config     `mapstructure:"ops"`
 }
 
 type identityConfig struct {
@@ -51,21 +49,10 @@ type drainConfig struct {
 	Grace time.Duration `mapstructure:"grace"`
 }
 
-type opsConfig struct {
-	Addr             string `mapstructure:"addr"`
-	AllowNonLoopback bool   `mapstructure:"allow_non_loopback"`
-}
-
-type logConfig struct {
-	Level  string `mapstructure:"level"`
-	Format string `mapstructure:"format"`
-}
-
 func defaults() *config {
 	return &config{
 		Limits: limitsConfig{MaxFlows: 8192, DialTimeout: 10 * time.Second},
 		Drain:  drainConfig{Grace: 30 * time.Second},
-		Log:    logConfig{Level: "info", Format: "text"},
 	}
 }
 
@@ -92,8 +79,7 @@ func load(cmd *cobra.Command) (*settings, error) {
 		return nil, err
 	}
 	c := defaults()
-	file, err := conf.Load(c, conf.Options{Path: path, EnvPrefix: "KEYHAVEN_CONNECTOR", Flags: cmd.Flags(),
-		FlagKeys: map[string]string{"log-level": "log.level", "log-format": "log.format"}})
+	file, err := conf.Load(c, conf.Options{Path: path, EnvPrefix: "KEYHAVEN_CONNECTOR"})
 	if err != nil {
 		return nil, cli.ConfigError(err)
 	}
@@ -137,14 +123,8 @@ func (s *settings) validate(file *conf.File) (errs conf.Errors) {
 	if s.Drain.Grace <= 0 {
 		fault("drain.grace", "must be positive, not %s", s.Drain.Grace)
 	}
-	if err := ops.CheckAddr(s.Ops.Addr, s.Ops.AllowNonLoopback); err != nil {
-		fault("ops.addr", "%v, or set ops.allow_non_loopback", err)
-	}
-	if err := new(slog.Level).UnmarshalText([]byte(s.Log.Level)); err != nil {
-		fault("log.level", "%q: use debug, info, warn or error", s.Log.Level)
-	}
-	if s.Log.Format != "text" && s.Log.Format != "json" {
-		fault("log.format", "%q: use text or json", s.Log.Format)
+	if err := s.Ops.Check(); err != nil {
+		fault("ops.listen", "%v, or set ops.allow_non_loopback", err)
 	}
 	return errs
 }
@@ -223,14 +203,4 @@ func (s *settings) identity(log *slog.Logger) (*mtls.Source, error) {
 	}
 	s.edges = j.Edges
 	return src, nil
-}
-
-// logger makes the logger that flags, environment and file ask for.
-func (s *settings) logger(cmd *cobra.Command) (*slog.Logger, error) {
-	// load has let flags win already.
-	err := cmp.Or(cmd.Flags().Set("log-level", s.Log.Level), cmd.Flags().Set("log-format", s.Log.Format))
-	if err != nil {
-		return nil, err
-	}
-	return cli.Logger(cmd)
 }

@@ -74,11 +74,11 @@ func must(err error) {
 }
 
 func run(cmd *cobra.Command) error {
-	s, err := load(cmd)
+	log, err := cli.Logger(cmd)
 	if err != nil {
 		return err
 	}
-	log, err := s.logger(cmd)
+	s, err := load(cmd)
 	if err != nil {
 		return err
 	}
@@ -98,7 +98,7 @@ func run(cmd *cobra.Command) error {
 		log.Warn("the allow-list is empty: every flow will be denied")
 	}
 	log.Info("starting", "identity", src.Identity(), "edges", s.edges, "rules", s.allow.Len(), "version", cli.Version())
-	side := &ops.Server{Addr: s.Ops.Addr, AllowNonLoopback: s.Ops.AllowNonLoopback, Ready: c.Ready, Registry: registry, Logger: log,
+	side := &ops.Server{Addr: s.Ops.Listen, AllowNonLoopback: s.Ops.AllowNonLoopback, Ready: c.Ready, Registry: registry, Logger: log,
 		Listening: func(a net.Addr) { log.Info("health and metrics", "addr", a) }}
 	return serve(cmd, s, log, src, c, side)
 }

@@ -85,7 +85,7 @@ func (l *Lab) connectorConfig(s SitePlan) obj {
 	if s.KeyServer != "" {
 		allow = append(allow, allowEntry(s.KeyServer))
 	}
-	return obj{"identity": obj{"dir": l.Path("connector-" + s.Name)}, "edges": []string{l.Plan.Edge.Tunnel}, "ops": obj{"addr": s.Ops}, "allow": allow}
+	return obj{"identity": obj{"dir": l.Path("connector-" + s.Name)}, "edges": []string{l.Plan.Edge.Tunnel}, "ops": obj{"listen": s.Ops}, "allow": allow}
 }
 
 func allowEntry(hostPort string) obj {

@@ -1,0 +1,83 @@
+package main
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/keyhaven/keyhaven/mtls"
+)
+
+func TestJoin(t *testing.T) {
+	t.Parallel()
+	in := install(t)
+	hour := time.Now().Add(time.Hour)
+	used := in.token(t, hour)
+	if out, code := runProgram(t, used, "join", "--token-file", "-", "--dir", filepath.Join(t.TempDir(), "id")); code != 0 {
+		t.Fatalf("join: exit code %d: %s", code, out)
+	}
+	unknown := in.token(t, hour)
+	if tok, err := mtls.ParseJoinToken(unknown); err != nil {
+		t.Fatal(err)
+	} else {
+		delete(in.tokens, tok.ID)
+	}
+	other, err := mtls.NewJoinToken([32]byte{1}, []string{in.addr})
+	if err != nil {
+		t.Fatal(err)
+	}
+	open := write(t, filepath.Join(t.TempDir(), "token"), in.token(t, hour))
+	if err := os.Chmod(open, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	taken := in.joined(t)
+	for _, tt := range []struct {
+		name  string
+		token string // on standard input
+		args  []string
+		code  int
+		says  []string
+	}{
+		{"good", in.token(t, hour), nil, 0, []string{"spiffe://test.example/connector/site-1", "tunnel-1", in.addr}},
+		{"used", used, nil, 1, []string{"used before", "ask for a new one", "keyhaven-edge tunnel token"}},
+		{"named", in.token(t, hour), []string{"--name", "site-2"}, 0, []string{"connector/site-2"}},
+		{"expired", in.token(t, time.Now().Add(-time.Minute)), nil, 1, []string{"expired", "ask for a new one"}},
+		{"unknown", unknown, nil, 1, []string{"does not know the join token"}},
+		{"second edge answers", in.token(t, hour, silentEdge, in.addr), nil, 0, []string{"site-1"}},
+		{"unreachable edge", in.token(t, hour, silentEdge), nil, 1, []string{silentEdge, "not used up"}},
+		{"edge of another authority", other.Reveal(), nil, 1, []string{in.addr}},
+		{"malformed", "khj1_nonsense", nil, 3, []string{"join token", "khj1_"}},
+		{"empty", "", nil, 3, []string{"join token"}},
+		{"too long", strings.Repeat("x", 9000), nil, 3, []string{"8192"}},
+		{"missing file", "", []string{"--token-file", "/nonexistent/token"}, 3, []string{"/nonexistent/token"}},
+		{"file open to others", "", []string{"--token-file", open}, 3, []string{"chmod 600"}},
+		{"taken directory", in.token(t, hour), []string{"--dir", taken}, 3, []string{taken, "another directory"}},
+		{"no directory", "", []string{"--dir", ""}, 2, []string{"--dir"}},
+		{"no token", "", []string{"--token-file", ""}, 2, []string{"--token-file"}},
+		{"token as argument", "", []string{used}, 2, []string{"--token-file"}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			args := append([]string{"join", "--token-file", "-", "--dir", filepath.Join(t.TempDir(), "id")}, tt.args...)
+			out, code := runProgram(t, tt.token, args...)
+			if code != tt.code {
+				t.Errorf("exit code %d, want %d: %s", code, tt.code, out)
+			}
+			for _, want := range tt.says {
+				if !strings.Contains(out, want) {
+					t.Errorf("output %q, want it to say %q", out, want)
+				}
+			}
+			for _, secret := range []string{tt.token, used} {
+				if len(secret) > 40 && strings.Contains(out, secret[30:]) {
+					t.Errorf("the token is in the output: %s", out)
+				}
+			}
+		})
+	}
+}
+
+// silentEdge is an address where nothing listens.
+const silentEdge = "127.0.0.1:9"
