@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"net/netip"
+	"strings"
 )
 
 // Sizes of the wire format.
@@ -15,6 +16,7 @@ const (
 
 	itemHeader = 3    // tag u8, length u16
 	padTo      = 1024 // packets shorter than this are padded to about this size
+	padBlock   = 256  // what the length of compact packets is a multiple of
 	major      = 1
 	minor      = 0
 )
@@ -61,6 +63,9 @@ type Packet struct {
 	Major, Minor byte
 	ID           uint32
 	Operation
+	// Compact pads to a multiple of 256 bytes, whatever the size, instead of to 1024. It is for packets of functions
+	// that only Keyhaven has, in both directions: most of what a link through a tunnel carries would be zeros otherwise.
+	Compact bool
 }
 
 // A Header is the first 8 bytes of a packet, big endian:
@@ -87,12 +92,10 @@ func ParseHeader(b []byte) (Header, error) {
 }
 
 // Append writes the packet to the end of dst in canonical form: items in the order of existing clients, empty ones
-// left out, padded. On an error (a body that would pass MaxBody) dst is returned unchanged.
+// left out, padded as SPEC.md says. On an error (a body that would pass MaxBody) dst is returned unchanged.
 func (p *Packet) Append(dst []byte) ([]byte, error) {
 	size := p.Operation.size()
-	if n := HeaderSize + size; n < padTo {
-		size += itemHeader + max(0, padTo-n-itemHeader)
-	}
+	size += p.padding(HeaderSize + size)
 	if size > MaxBody {
 		return dst, fmt.Errorf("keyless: body of %d bytes passes the limit of %d: %w", size, MaxBody, ErrFormat)
 	}
@@ -107,6 +110,23 @@ func (p *Packet) Append(dst []byte) ([]byte, error) {
 		dst = append(dst, zeros[:pad]...)
 	}
 	return dst, nil
+}
+
+// padding is the size of the padding item behind n bytes of header and items.
+func (p *Packet) padding(n int) int {
+	switch {
+	case p.Compact:
+		return itemHeader + -(n+itemHeader)&(padBlock-1)
+	case n < padTo:
+		return itemHeader + max(0, padTo-n-itemHeader)
+	}
+	return 0
+}
+
+// compact reports whether the packets of an operation are: those of our own functions, which no other client or server
+// knows.
+func compact(o *Operation) bool {
+	return o.Opcode == OpCustom && strings.HasPrefix(o.CustomFunc, "keyhaven/")
 }
 
 var zeros [padTo]byte

@@ -367,3 +367,44 @@ func FuzzStream(f *testing.F) {
 		}
 	})
 }
+
+// Compact packets are a multiple of 256 bytes long for every length of their items, and parse to what they were.
+func TestCompactPadding(t *testing.T) {
+	for n := range 700 {
+		p := Packet{Major: major, ID: 7, Compact: true, Operation: Operation{Opcode: OpCustom, CustomFunc: FuncTLSSign, Payload: make([]byte, n)}}
+		b, err := p.Append(nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		least := HeaderSize + p.Operation.size() + itemHeader
+		if len(b)%padBlock != 0 || len(b) < least || len(b) >= least+padBlock {
+			t.Errorf("payload of %d bytes: packet of %d, want the next multiple of %d from %d", n, len(b), padBlock, least)
+		}
+		h, err := ParseHeader(b)
+		if err != nil || int(h.Length) != len(b)-HeaderSize {
+			t.Fatalf("header %+v, %v", h, err)
+		}
+		op, err := ParseBody(b[HeaderSize:])
+		if err != nil || op.CustomFunc != FuncTLSSign || len(op.Payload) != n {
+			t.Fatalf("payload of %d bytes: got %d, %v", n, len(op.Payload), err)
+		}
+	}
+}
+
+// Only our own functions have compact packets: other makes' clients and servers see the sizes that they know.
+func TestCompactOnlyForOurFunctions(t *testing.T) {
+	for _, tt := range []struct {
+		op   Operation
+		want bool
+	}{
+		{Operation{Opcode: OpCustom, CustomFunc: FuncTLSSign}, true},
+		{Operation{Opcode: OpCustom, CustomFunc: FuncRenew}, true},
+		{Operation{Opcode: OpCustom, CustomFunc: "other"}, false},
+		{Operation{Opcode: OpECDSASignSHA256, CustomFunc: FuncTLSSign}, false},
+		{Operation{Opcode: OpPing}, false},
+	} {
+		if got := compact(&tt.op); got != tt.want {
+			t.Errorf("%s %q: got %v, want %v", tt.op.Opcode, tt.op.CustomFunc, got, tt.want)
+		}
+	}
+}

@@ -332,7 +332,7 @@ func (c *serverConn) safely(ctx context.Context, r *request) (payload []byte, er
 
 // answer queues the reply to a request: the payload, or the code of err. It waits while the peer does not read.
 func (c *serverConn) answer(id uint32, op *Operation, payload []byte, err error, took time.Duration) error {
-	reply := Packet{Major: major, Minor: minor, ID: id}
+	reply := Packet{Major: major, Minor: minor, ID: id, Compact: compact(op)}
 	code := codeOf(err)
 	switch {
 	case code != 0:

@@ -178,7 +178,7 @@ func (s *session) send(op *Operation) (uint32, *call, error) {
 		id++
 	}
 	s.nextID = id + 1
-	p := Packet{Major: major, Minor: minor, ID: id, Operation: *op}
+	p := Packet{Major: major, Minor: minor, ID: id, Operation: *op, Compact: compact(op)}
 	seq, err := s.writer.add(&p, false)
 	if err != nil {
 		s.pool.Put(c)
