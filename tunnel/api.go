@@ -58,7 +58,7 @@ type Drainer interface {
 type Registration struct {
 	// Instance is random and the same for all sessions of one process.
 	Instance string
-	// Index numbers the sessions of one process to one set of edges, 0 to 3.
+	// Index numbers the sessions of one process, 0 to 255.
 	Index int
 	// Version is the connector's program version.
 	Version string

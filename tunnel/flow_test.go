@@ -415,8 +415,10 @@ func TestSlowReaders(t *testing.T) {
 // TestAllocations compares a flow with the bare stream below it: what this package adds to the QUIC library's own
 // allocations must be nothing.
 func TestAllocations(t *testing.T) {
+	runs := 2000
 	if raceEnabled {
 		t.Log("the race detector allocates; only the transfer is tested")
+		runs = 100
 	}
 	_, _, s := pair(t, accept(echo))
 	c := open(t, s, testFlow)
@@ -424,7 +426,7 @@ func TestAllocations(t *testing.T) {
 	c.SetDeadline(time.Time{})
 	buf := make([]byte, 100)
 	measure := func(rw io.ReadWriter) float64 {
-		return testing.AllocsPerRun(2000, func() {
+		return testing.AllocsPerRun(runs, func() {
 			rw.Write(buf)
 			if _, err := io.ReadFull(rw, buf); err != nil {
 				t.Fatal(err)

@@ -65,7 +65,7 @@ const (
 
 	maxInstanceLen = 64
 	maxTextLen     = 255
-	maxIndex       = 3
+	maxIndex       = 255
 )
 
 // beginFrame appends a frame's header; endFrame, given what beginFrame returned as start, fills in the length.

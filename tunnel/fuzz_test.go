@@ -160,13 +160,17 @@ func TestItemRules(t *testing.T) {
 		"control character": {join(base, item(tagVersion, "a\x1b[2J")), false},
 		"not UTF-8":         {join(base, item(tagVersion, "\xff")), false},
 		"index 0 written":   {join(base, []byte{tagIndex, 0, 1, 0}), false},
-		"index 4":           {join(base, []byte{tagIndex, 0, 1, 4}), false},
+		"greatest index":    {join(base, []byte{tagIndex, 0, 1, 255}), true},
+		"index of two":      {join(base, []byte{tagIndex, 0, 2, 1, 0}), false},
 		"no instance":       {[]byte{1}, false},
 		"no version":        {nil, false},
 	} {
 		if _, err := parseRegister(tt.payload); (err == nil) != tt.ok {
 			t.Errorf("%s: error %v, want ok = %v", name, err, tt.ok)
 		}
+	}
+	if _, err := appendRegister(nil, Registration{Instance: "i", Index: 256}); err == nil {
+		t.Error("an index above the limit was encoded")
 	}
 	big := make([]byte, maxFramePayload)
 	if _, err := appendRenew(nil, 1, big); err == nil {
