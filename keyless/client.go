@@ -165,7 +165,7 @@ const (
 //
 // An operation that never left is sent again over another connection. One that may have left is sent again only if
 // doing it twice does no harm: pings, signatures (FuncTLSSign too) and decryptions; never other custom functions, nor
-// sealing. Such an operation also moves on to another server when one answers CodeInternal. Do fails with
+// sealing. Such an operation also moves on to another server when one answers CodeInternal or CodeKeyNotFound. Do fails with
 // ErrUnavailable when no server can be reached, at once while all are known to be down; with ErrOverloaded when all
 // connections are full; with context.DeadlineExceeded when ctx or ClientConfig.Timeout ends first.
 func (c *Client) Do(ctx context.Context, op *Operation) ([]byte, error) {
@@ -196,6 +196,7 @@ func (c *Client) do(ctx context.Context, op *Operation, timeout time.Duration) (
 // attempts tries op on one connection after the other.
 func (c *Client) attempts(ctx context.Context, timeout <-chan time.Time, op *Operation, res *ClientResult) ([]byte, error) {
 	var avoid *remote
+	without := 0 // answers that there is no such key
 	for {
 		l, s, err := c.acquire(ctx, timeout, avoid)
 		if err != nil {
@@ -216,6 +217,10 @@ func (c *Client) attempts(ctx context.Context, timeout <-chan time.Time, op *Ope
 		case errors.Is(err, ErrInternal):
 			l.remote.ailing.Store(time.Now().Add(ailingTime).UnixNano())
 			again = repeatable(op) && len(c.servers) > 1
+		case errors.Is(err, ErrKeyNotFound):
+			// A server whose token is away does not know the token's keys.
+			without++
+			again = repeatable(op) && without < len(c.servers)
 		}
 		if !again || res.Attempts >= maxAttempts {
 			return nil, c.describe(op, res, err)

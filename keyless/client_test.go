@@ -228,6 +228,44 @@ func TestClientMovesOnFromInternalError(t *testing.T) {
 	}
 }
 
+// A server whose token is away does not know the token's keys: another one may. When none does, each was asked once.
+func TestClientMovesOnFromMissingKey(t *testing.T) {
+	var asked atomic.Int32
+	empty := handlerFunc(func(context.Context, *Request) ([]byte, error) {
+		asked.Add(1)
+		return nil, ErrKeyNotFound
+	})
+	first, _ := startServer(t, &Server{Handler: empty})
+	second, _ := startServer(t, &Server{Handler: empty})
+	full, _ := startServer(t, &Server{Handler: echo})
+	op := &Operation{Opcode: OpEd25519Sign, SKI: SKI{1}, Payload: []byte("m")}
+	connected := func(c *Client) {
+		eventually(t, "both are connected", func() bool { st := c.Stats(); return st.Servers[0].Conns == 2 && st.Servers[1].Conns == 2 })
+	}
+	c := startClient(t, ClientConfig{Servers: []string{first, full}})
+	connected(c)
+	for range 20 {
+		if _, err := c.Do(t.Context(), op); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if asked.Swap(0) == 0 {
+		t.Error("the server without the key was never asked, so nothing was proved")
+	}
+	c = startClient(t, ClientConfig{Servers: []string{first, second}})
+	connected(c)
+	_, err := c.Do(t.Context(), op)
+	wantErr(t, err, ErrKeyNotFound)
+	if n := asked.Swap(0); n != 2 {
+		t.Errorf("%d servers were asked, want each once", n)
+	}
+	_, err = c.Do(t.Context(), &Operation{Opcode: OpSeal, Payload: []byte("m")})
+	wantErr(t, err, ErrKeyNotFound)
+	if n := asked.Load(); n != 1 {
+		t.Errorf("sealing was asked for %d times, want once", n)
+	}
+}
+
 // While nothing can be reached, requests fail at once; when the server is back, they work again by themselves.
 func TestClientUnavailableAndBack(t *testing.T) {
 	ln := must(net.Listen("tcp", "127.0.0.1:0"))
