@@ -58,10 +58,13 @@ func (r *revocations) refresh() error {
 	return nil
 }
 
-// revokedID reports whether the identity of that text is revoked, or not readable as one.
+// revokedID reports whether the identity of that text is revoked, or not readable as one, or nobody can tell.
 func (r *revocations) revokedID(text string) bool {
 	if r == nil {
 		return false
+	}
+	if err := r.refresh(); err != nil {
+		return true
 	}
 	id, err := mtls.ParseIdentity(text)
 	return err != nil || r.list.Accept(id) != nil

@@ -2,6 +2,9 @@ package main
 
 import (
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -338,6 +341,17 @@ func TestRenew(t *testing.T) {
 	if err := connect(t, p, src.ClientConfig(mtls.ClientOptions{Expect: mtls.AcceptKinds(mtls.KindKeyServer)})); err != nil {
 		t.Errorf("with the new certificate: %v", err)
 	}
+	s.must("client", "revoke", "one", "--ca-dir", s.path("ca"))
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	csr, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = do(t, c, &keyless.Operation{Opcode: keyless.OpCustom, CustomFunc: keyless.FuncRenew, Payload: csr})
+	wantCode(t, err, keyless.CodeCrypto)
 	p.stop()
 }
 
