@@ -269,7 +269,7 @@ func (t *Token) checkTries() error {
 		return nil
 	}
 	t.failed = fmt.Errorf("token %s: %w: another wrong PIN would lock it: log in to it by other means with the right PIN, "+
-		"which gives it all its tries back, or allow the last try", t.name, ErrPINFinalTry)
+		"which gives it all its tries back, or set allow_final_try", t.name, ErrPINFinalTry)
 	t.log.Error("token has one PIN try left; it is not used", "err", t.failed)
 	return t.failed
 }
