@@ -141,7 +141,7 @@ func TestCommandLines(t *testing.T) {
 }
 
 var (
-	wholeName  = regexp.MustCompile(`"(keyhaven_[a-z0-9_]+)"`)
+	wholeName  = regexp.MustCompile(`"(keyhaven_[a-z0-9_]*[a-z0-9])"`)
 	threeParts = regexp.MustCompile(`Namespace: "(\w+)", Subsystem: "(\w+)", Name: "(\w+)"`)
 	connectors = regexp.MustCompile(`\bname\("(\w+)"\)`)
 	keyservers = regexp.MustCompile(`\bopts\("(\w+)"`)
