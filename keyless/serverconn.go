@@ -12,6 +12,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"golang.org/x/sync/semaphore"
 )
 
 const (
@@ -19,6 +21,9 @@ const (
 	keepWorkers = 64
 	// keepScratch is the largest buffer that a request keeps when it returns to the pool.
 	keepScratch = 4 << 10
+	// maxLarge is how many bytes the requests of one connection that are larger than keepScratch may hold while they are in
+	// flight; beyond it the connection is not read.
+	maxLarge = 4 << 20
 )
 
 // Causes with which a connection's context ends.
@@ -47,6 +52,7 @@ type serverConn struct {
 	running atomic.Int32 // workers
 	waiting atomic.Int32 // workers without work
 	busy    atomic.Int32 // operations in the handler or waiting for their reply to be queued
+	large   *semaphore.Weighted
 
 	badPackets int // the reader's own; the first is logged
 }
@@ -56,6 +62,7 @@ type request struct {
 	Request
 	id      uint32
 	scratch []byte
+	held    int64 // of serverConn.large
 }
 
 var requests = sync.Pool{New: func() any { return new(request) }}
@@ -82,6 +89,7 @@ func (l *serverLoop) serve(ctx context.Context, raw net.Conn) {
 		serverLoop: l, peer: peer, raw: raw, tls: conn,
 		reader: newFrameReader(conn),
 		writer: newBatchWriter(conn, l.write, serverPending),
+		large:  semaphore.NewWeighted(maxLarge),
 		work:   make(chan *request),
 		done:   make(chan struct{}),
 	}
@@ -218,6 +226,13 @@ func (c *serverConn) receive(h Header, body []byte) error {
 		return c.answer(h.ID, op, nil, err, 0)
 	}
 	r.id, r.Peer = h.ID, c.peer
+	if size := r.size(); size > keepScratch {
+		if err := c.large.Acquire(c.ctx, int64(size)); err != nil {
+			requests.Put(r)
+			return context.Cause(c.ctx)
+		}
+		r.held = int64(size)
+	}
 	r.keep()
 	c.dispatch(r)
 	return nil
@@ -241,13 +256,23 @@ func check(op *Operation) error {
 	return nil
 }
 
-// keep moves the slices of the operation out of the read buffer.
-func (r *request) keep() {
-	slices := [...]*[]byte{&r.Payload, &r.Extra, &r.TraceContext, &r.Context}
-	size := 0
-	for _, s := range slices {
+func (r *request) slices() [4]*[]byte {
+	return [...]*[]byte{&r.Payload, &r.Extra, &r.TraceContext, &r.Context}
+}
+
+// size is how many bytes keep needs; the operation's texts count as well.
+func (r *request) size() int {
+	size := len(r.SNI) + len(r.CertID) + len(r.CustomFunc)
+	for _, s := range r.slices() {
 		size += len(*s)
 	}
+	return size
+}
+
+// keep moves the slices of the operation out of the read buffer.
+func (r *request) keep() {
+	slices := r.slices()
+	size := r.size()
 	if cap(r.scratch) < size {
 		r.scratch = make([]byte, 0, max(size, 512))
 	}
@@ -315,6 +340,10 @@ func (c *serverConn) handle(r *request) {
 	c.busy.Add(-1)
 	if cap(r.scratch) > keepScratch {
 		r.scratch = nil
+	}
+	if r.held > 0 {
+		c.large.Release(r.held)
+		r.held = 0
 	}
 	requests.Put(r)
 }

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -100,6 +101,46 @@ func TestServerDeadlines(t *testing.T) {
 			})
 		})
 	}
+}
+
+// Large requests in flight are bounded by their bytes: beyond that the connection is not read, and small ones wait too.
+func TestServerBoundsLargeRequests(t *testing.T) {
+	prepare()
+	synctest.Test(t, func(t *testing.T) {
+		ln := newPipes()
+		var entered atomic.Int32
+		release := make(chan struct{})
+		serveOn(t, &Server{OpTimeout: time.Hour, Handler: handlerFunc(func(context.Context, *Request) ([]byte, error) {
+			entered.Add(1)
+			<-release
+			return nil, nil
+		})}, ln)
+		conn := tls.Client(must(ln.dial(t.Context(), "")), clientTLS(""))
+		if err := conn.Handshake(); err != nil {
+			t.Fatal(err)
+		}
+		const size, count = 60 << 10, 200
+		packet := must((&Packet{Major: 1, Operation: Operation{Opcode: OpSeal, Extra: make([]byte, size)}}).Append(nil))
+		var sender sync.WaitGroup
+		sender.Go(func() {
+			for range count {
+				if _, err := conn.Write(packet); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+		synctest.Wait()
+		if got := int(entered.Load()); got != maxLarge/size {
+			t.Errorf("%d requests of %d bytes are in flight, want %d", got, size, maxLarge/size)
+		}
+		close(release)
+		replies := must((&Packet{Major: 1, Operation: Operation{Opcode: OpResponse}}).Append(nil))
+		if _, err := io.ReadFull(conn, make([]byte, count*len(replies))); err != nil {
+			t.Errorf("not all were answered: %v", err)
+		}
+		sender.Wait()
+		conn.NetConn().Close()
+	})
 }
 
 // A connection that is kept busy ends with the certificate that let its peer in, and the peer comes back with a newer one.
