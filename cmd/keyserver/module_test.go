@@ -5,7 +5,9 @@ import (
 	"os"
 	"os/exec"
 	"strings"
+	"syscall"
 	"testing"
+	"time"
 
 	"github.com/keyhaven/keyhaven/internal/softhsm"
 )
@@ -60,6 +62,39 @@ func TestModuleHangs(t *testing.T) {
 		t.Errorf("the output does not name the cause: %s", s.output())
 	}
 	<-asked
+}
+
+// TestModuleHangsAtStart ends a server whose token never answers.
+func TestModuleHangsAtStart(t *testing.T) {
+	s := newSite(t)
+	tok := s.token("ec:p256")
+	tokens, hang, _ := s.misbehaving(tok)
+	s.write("hang", 0o600, "")
+	defer os.Remove(hang)
+	cmd := s.command(t.Context(), "run", "--config", s.write("ks.yaml", 0o600, s.config(tokens+"clients:"+rule("one", "sign"))))
+	cmd.Stdout, cmd.Stderr = s, s
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
+	eventually(t, "the test signature hangs", func() bool {
+		_, err := os.Stat(s.path("faults"))
+		return err == nil
+	})
+	if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-ended:
+	case <-time.After(patience):
+		cmd.Process.Kill()
+		<-ended
+		t.Error("the server did not end after SIGTERM")
+	}
+	if !strings.Contains(s.output(), "module hangs") {
+		t.Errorf("the output does not name the cause: %s", s.output())
+	}
 }
 
 // TestPINChanged changes the PIN on the token while the server runs. When the login is lost, the old PIN is tried once; SIGHUP

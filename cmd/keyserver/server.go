@@ -154,7 +154,12 @@ func (s *server) ready(ctx context.Context) error {
 // run serves until ctx ends and what is in flight then is done.
 func (s *server) run(ctx context.Context) (err error) {
 	hangups := cli.Hangups(ctx) // from the start, as an unexpected SIGHUP ends a process
-	if err := s.keys.start(ctx, s.current.Load().plan); err != nil {
+	plan := s.current.Load().plan
+	err = bounded(ctx, hangTimeout, func() error { return s.keys.start(ctx, plan) })
+	switch {
+	case errors.Is(err, errHangs):
+		return err
+	case err != nil:
 		return errors.Join(err, s.closeKeys())
 	}
 	defer func() {
@@ -200,21 +205,21 @@ func (s *server) run(ctx context.Context) (err error) {
 	g.Go(func() error { return s.keys.run(main) })
 	g.Go(func() error { return s.keepRenewed(main) })
 	g.Go(func() error { return s.reloads(main, hangups) })
-	err = s.wait(main, g)
+	err = bounded(main, s.current.Load().cfg.Timeouts.Drain+hangTimeout, g.Wait)
 	s.logger.Info("stopped")
 	return err
 }
 
-// wait waits for g, but not for ever once ctx has ended: a call into a module that hangs cannot be ended but with the process.
-func (s *server) wait(ctx context.Context, g *errgroup.Group) error {
+// bounded runs f, but waits for it no longer than limit once ctx has ended: a call into a module that hangs cannot be ended but
+// with the process.
+func bounded(ctx context.Context, limit time.Duration, f func() error) error {
 	ended := make(chan error, 1)
-	go func() { ended <- g.Wait() }()
+	go func() { ended <- f() }()
 	select {
 	case err := <-ended:
 		return err
 	case <-ctx.Done():
 	}
-	limit := s.current.Load().cfg.Timeouts.Drain + hangTimeout
 	select {
 	case err := <-ended:
 		return err
