@@ -26,16 +26,18 @@ func build(t *testing.T) string {
 	return bin
 }
 
-// commandLines returns the words of each command line in the code blocks of a page that runs one of the programs.
+// commandLines returns the words of each command line that runs one of the programs in the blocks of a page that are for
+// a shell or systemd.
 func commandLines(text string) (lines [][]string) {
-	fenced := false
+	fenced, shell := false, false
 	text = strings.ReplaceAll(text, "\\\n", " ")
 	for line := range strings.Lines(text) {
-		if strings.HasPrefix(strings.TrimSpace(line), "```") {
+		if info, ok := strings.CutPrefix(strings.TrimSpace(line), "```"); ok {
 			fenced = !fenced
+			shell = info == "sh" || info == "ini"
 			continue
 		}
-		if !fenced && !strings.HasPrefix(line, "    ") {
+		if fenced && !shell || !fenced && !strings.HasPrefix(line, "    ") {
 			continue
 		}
 		words := split(line)
@@ -134,7 +136,7 @@ func TestCommandLines(t *testing.T) {
 	}
 	// The check must be able to fail.
 	for _, bad := range []string{"keyhaven-edge nosuch", "keyhaven-edge tunnel nosuch x", "keyhaven-edge status --nosuch", "keyhaven-connector join --token=x"} {
-		if lines := commandLines("```\nrunuser -u x -- " + bad + "\n```\n"); len(lines) != 1 || verify(bin, lines[0]) == nil {
+		if lines := commandLines("```sh\nrunuser -u x -- " + bad + "\n```\n"); len(lines) != 1 || verify(bin, lines[0]) == nil {
 			t.Errorf("%q was found good", bad)
 		}
 	}
