@@ -133,6 +133,7 @@ func TestExitCodes(t *testing.T) {
 		{2, "config", []string{"key", "list", "--uri", "pkcs11:token=a", "--config", "x"}},
 		{2, "pin-file", []string{"key", "list", "--config", "x", "--pin-file", "/y"}},
 		{2, "pin-value", []string{"key", "list", "--uri", "pkcs11:token=a?pin-value=canary-wrong"}},
+		{3, "pin-value", []string{"key", "list", "--config", s.write("pin.yaml", 0o600, "tokens:\n  - uri: pkcs11:token=a?pin-value=canary-wrong\n")}},
 		{2, "accepts 1 arg", []string{"client", "add", "two", "extra", "--ca-dir", "x", "--out", "y"}},
 		{2, "Edge", []string{"client", "add", "Edge", "--ca-dir", s.path("ca"), "--out", s.path("x")}},
 		{3, "no such file", []string{"run", "--config", s.path("none.yaml")}},

@@ -99,7 +99,7 @@ func (f *tokenFlags) fromConfig() (pkcs11.Config, error) {
 	}
 	var fits []pkcs11.Config
 	for i, t := range cfg.Tokens {
-		uri, err := pkcs11.ParseURI(t.URI)
+		uri, err := t.parse()
 		if err != nil {
 			return pkcs11.Config{}, cli.ConfigError(file.Errorf(fmt.Sprintf("tokens[%d].uri", i), "%v", err))
 		}

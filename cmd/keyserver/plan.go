@@ -90,13 +90,7 @@ func (p *plan) loadPolicy() (errs conf.Errors) {
 func (p *plan) addToken(i int, logger *slog.Logger) (errs conf.Errors) {
 	c := p.cfg.Tokens[i]
 	key := func(name string) string { return fmt.Sprintf("tokens[%d].%s", i, name) }
-	if c.URI == "" {
-		return conf.Errors{p.file.Errorf(key("uri"), "is missing; write a PKCS#11 URI, such as pkcs11:token=site?pin-source=/etc/keyhaven/pin")}
-	}
-	if strings.Contains(c.URI, "pin-value") {
-		return conf.Errors{p.file.Errorf(key("uri"), "has a pin-value; a PIN has no place in a configuration: write it to a file of mode 600 and name that with pin-source")}
-	}
-	uri, err := pkcs11.ParseURI(c.URI)
+	uri, err := c.parse()
 	if err != nil {
 		return conf.Errors{p.file.Errorf(key("uri"), "%v", err)}
 	}
@@ -125,6 +119,17 @@ func (p *plan) addToken(i int, logger *slog.Logger) (errs conf.Errors) {
 	}
 	p.tokens = append(p.tokens, tc)
 	return errs
+}
+
+// parse reads the token's URI.
+func (c *TokenConfig) parse() (pkcs11.URI, error) {
+	switch {
+	case c.URI == "":
+		return pkcs11.URI{}, errors.New("is missing; write a PKCS#11 URI, such as pkcs11:token=site?pin-source=/etc/keyhaven/pin")
+	case strings.Contains(c.URI, "pin-value"):
+		return pkcs11.URI{}, errors.New("has a pin-value; a PIN has no place in a configuration: write it to a file of mode 600 and name that with pin-source")
+	}
+	return pkcs11.ParseURI(c.URI)
 }
 
 // apply passes on what the configuration says about the token beside its name.
