@@ -44,11 +44,18 @@ type Limits struct {
 	HeaderTimeout         time.Duration `mapstructure:"header_timeout"`          // for the whole header of a request
 	HeaderBytes           int           `mapstructure:"header_bytes"`            // of a request's header
 	IdleTimeout           time.Duration `mapstructure:"idle_timeout"`            // between requests of a connection
+	BodyIdleTimeout       time.Duration `mapstructure:"body_idle_timeout"`       // for a visitor to send the next part of a body, or to take that of a response; open streams may be silent
 	Streams               int           `mapstructure:"streams"`                 // concurrent requests on one HTTP/2 or HTTP/3 connection
 	OriginConnectTimeout  time.Duration `mapstructure:"origin_connect_timeout"`  // to reach an origin through the tunnel
 	OriginResponseTimeout time.Duration `mapstructure:"origin_response_timeout"` // for an origin's response header; zero: none
 	OriginConnections     int           `mapstructure:"origin_connections"`      // idle connections kept per origin
 	DrainTimeout          time.Duration `mapstructure:"drain_timeout"`           // for requests in flight when the edge stops
+}
+
+// Fixed returns the limits that a running server cannot change; the others, those towards origins, are zero.
+func (l Limits) Fixed() Limits {
+	l.OriginConnectTimeout, l.OriginResponseTimeout, l.OriginConnections = 0, 0, 0
+	return l
 }
 
 // Tickets governs session resumption.
@@ -96,6 +103,7 @@ func Defaults() Config {
 			HeaderTimeout:         10 * time.Second,
 			HeaderBytes:           64 << 10,
 			IdleTimeout:           2 * time.Minute,
+			BodyIdleTimeout:       time.Minute,
 			Streams:               250,
 			OriginConnectTimeout:  10 * time.Second,
 			OriginResponseTimeout: 100 * time.Second,
@@ -178,6 +186,7 @@ func (l *Limits) validate(errorf func(key, format string, args ...any)) {
 		value time.Duration
 	}{
 		{"handshake_timeout", l.HandshakeTimeout}, {"header_timeout", l.HeaderTimeout}, {"idle_timeout", l.IdleTimeout},
+		{"body_idle_timeout", l.BodyIdleTimeout},
 		{"origin_connect_timeout", l.OriginConnectTimeout}, {"drain_timeout", l.DrainTimeout},
 	} {
 		if d.value <= 0 {

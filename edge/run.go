@@ -125,7 +125,7 @@ func (s *Server) serveTLS(ctx context.Context, g *errgroup.Group, base context.C
 		ReadHeaderTimeout: lim.HeaderTimeout,
 		IdleTimeout:       lim.IdleTimeout,
 		MaxHeaderBytes:    lim.HeaderBytes,
-		HTTP2:             &http.HTTP2Config{MaxConcurrentStreams: lim.Streams},
+		HTTP2:             &http.HTTP2Config{MaxConcurrentStreams: lim.Streams, WriteByteTimeout: lim.BodyIdleTimeout},
 		ErrorLog:          s.serverLog(),
 		BaseContext:       func(net.Listener) context.Context { return base },
 	}

@@ -163,7 +163,7 @@ func (s *Server) install(cfg Config, zones []*zone.Zone) error {
 	next.quic = s.tlsFor("quic", zones, keys, quicProtocols, "h3")
 	next.proxy = proxy.New(proxy.Config{
 		Zones: next.table, Dialer: s.deps.Dialer,
-		ConnectTimeout: cfg.Limits.OriginConnectTimeout, ResponseTimeout: cfg.Limits.OriginResponseTimeout,
+		ConnectTimeout: cfg.Limits.OriginConnectTimeout, ResponseTimeout: cfg.Limits.OriginResponseTimeout, BodyIdleTimeout: s.cfg.Limits.BodyIdleTimeout,
 		IdleConns: cfg.Limits.OriginConnections, AltSvc: s.listeners.altSvc(s.cfg.Listen),
 		Logger: s.log, OnRequest: s.metrics.request,
 	})
@@ -208,8 +208,8 @@ func (s *Server) Reload(cfg Config) error {
 	if s.closed {
 		return net.ErrClosed
 	}
-	if !reflect.DeepEqual(cfg.Listen, s.cfg.Listen) || cfg.Tickets != s.cfg.Tickets {
-		s.log.Warn("listeners and ticket rotation changed in the configuration; they take effect with a restart")
+	if !reflect.DeepEqual(cfg.Listen, s.cfg.Listen) || cfg.Tickets != s.cfg.Tickets || cfg.Limits.Fixed() != s.cfg.Limits.Fixed() {
+		s.log.Warn("listeners, limits or ticket rotation changed in the configuration; they take effect with a restart")
 	}
 	if err := s.install(cfg, zones); err != nil {
 		return fmt.Errorf("edge: %w", err)

@@ -23,8 +23,8 @@ const (
 	envPrefix     = "KEYHAVEN_EDGE"
 )
 
-// config is the whole configuration. Only visitors, without visitors.listen and visitors.tickets,
-// can change while the edge runs.
+// config is the whole configuration. What can change while the edge runs are the zones, the key server groups and the
+// limits towards origins; [fixed] names the rest.
 type config struct {
 	State       stateConfig    `mapstructure:"state"`
 	Admin       adminConfig    `mapstructure:"admin"`
@@ -74,21 +74,18 @@ func defaults() *config {
 	}
 }
 
-// load reads and checks the configuration without touching the system beyond the files that it names. Warnings go to
-// log.
-func load(path string, log *slog.Logger) (*config, error) {
-	cfg := defaults()
+// load reads and checks the configuration without touching the system beyond the files that it names. The remarks are
+// for people, and stop nothing; [edge.New] and [edge.Server.Reload] log them themselves.
+func load(path string) (cfg *config, remarks []string, err error) {
+	cfg = defaults()
 	file, err := conf.Load(cfg, conf.Options{Path: path, EnvPrefix: envPrefix})
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	var errs conf.Errors
 	errorf := func(key, format string, args ...any) { errs = append(errs, file.Errorf(key, format, args...)) }
 	cfg.validate(errorf)
-	warnings := cfg.Visitors.Validate(func(key, format string, args ...any) { errorf("visitors."+key, format, args...) })
-	for _, w := range warnings {
-		log.Warn("remark on the configuration", "remark", w)
-	}
+	remarks = cfg.Visitors.Validate(func(key, format string, args ...any) { errorf("visitors."+key, format, args...) })
 	if _, err := openIdentities(cfg, nil); err != nil {
 		if e, ok := errors.AsType[*keyError](err); ok {
 			errorf(e.key, "%v", e.err)
@@ -97,9 +94,9 @@ func load(path string, log *slog.Logger) (*config, error) {
 		}
 	}
 	if err := errs.Err(); err != nil {
-		return nil, err
+		return nil, remarks, err
 	}
-	return cfg, nil
+	return cfg, remarks, nil
 }
 
 func (c *config) validate(errorf func(key, format string, args ...any)) {
@@ -170,6 +167,7 @@ func fixed(old, new *config) (changed []string) {
 		{"state", old.State, new.State}, {"admin", old.Admin, new.Admin}, {"identity", old.Identity, new.Identity},
 		{"key_identity", old.KeyIdentity, new.KeyIdentity}, {"tunnel", old.Tunnel, new.Tunnel}, {"ops", old.Ops, new.Ops},
 		{"visitors.listen", old.Visitors.Listen, new.Visitors.Listen}, {"visitors.tickets", old.Visitors.Tickets, new.Visitors.Tickets},
+		{"visitors.limits (but those of origins)", old.Visitors.Limits.Fixed(), new.Visitors.Limits.Fixed()},
 	} {
 		if !reflect.DeepEqual(s.old, s.new) {
 			changed = append(changed, s.name)

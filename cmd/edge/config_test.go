@@ -7,7 +7,6 @@ import (
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
-	"log/slog"
 	"math/big"
 	"os"
 	"os/exec"
@@ -93,8 +92,6 @@ func planted(t *testing.T, example string, edits ...string) string {
 	return file
 }
 
-var discard = slog.New(slog.DiscardHandler)
-
 func TestExamples(t *testing.T) {
 	files, err := os.ReadDir("../../examples/edge")
 	if err != nil || len(files) == 0 {
@@ -102,7 +99,7 @@ func TestExamples(t *testing.T) {
 	}
 	for _, f := range files {
 		t.Run(f.Name(), func(t *testing.T) {
-			cfg, err := load(planted(t, f.Name()), discard)
+			cfg, _, err := load(planted(t, f.Name()))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -139,7 +136,7 @@ func TestConfigErrors(t *testing.T) {
 		{"socket", []string{"socket: /run/keyhaven/edge.sock", `socket: ""`}, []string{"admin.socket"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			_, err := load(planted(t, "edge.yaml", tt.edit...), discard)
+			_, _, err := load(planted(t, "edge.yaml", tt.edit...))
 			if err == nil {
 				t.Fatal("the configuration was taken")
 			}
@@ -154,11 +151,11 @@ func TestConfigErrors(t *testing.T) {
 
 func TestFixedSections(t *testing.T) {
 	file := planted(t, "edge.yaml")
-	a, err := load(file, discard)
+	a, _, err := load(file)
 	if err != nil {
 		t.Fatal(err)
 	}
-	b, err := load(file, discard)
+	b, _, err := load(file)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -167,18 +164,20 @@ func TestFixedSections(t *testing.T) {
 	}
 	b.Visitors.Zones = nil
 	b.Visitors.KeyServers = nil
+	b.Visitors.Limits.OriginResponseTimeout = time.Hour
 	if got := fixed(a, b); len(got) != 0 {
 		t.Errorf("other zones: %v, want them to be reloadable", got)
 	}
 	b.Tunnel.Advertise = []string{"x:1"}
 	b.Visitors.Listen.TLS = []string{":444"}
-	if got := strings.Join(fixed(a, b), " "); got != "tunnel visitors.listen" {
-		t.Errorf("changed %q, want tunnel and visitors.listen", got)
+	b.Visitors.Limits.Streams++
+	if got := strings.Join(fixed(a, b), " "); got != "tunnel visitors.listen visitors.limits (but those of origins)" {
+		t.Errorf("changed %q, want tunnel, visitors.listen and visitors.limits", got)
 	}
 }
 
 func TestVNetUsers(t *testing.T) {
-	cfg, err := load(planted(t, "edge.yaml"), discard)
+	cfg, _, err := load(planted(t, "edge.yaml"))
 	if err != nil {
 		t.Fatal(err)
 	}

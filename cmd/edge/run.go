@@ -31,7 +31,7 @@ func newRun() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			cfg, err := load(path, log)
+			cfg, _, err := load(path)
 			if err != nil {
 				return cli.ConfigError(err)
 			}
@@ -39,7 +39,10 @@ func newRun() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			p.reload = func() (*config, error) { return load(path, log) }
+			p.reload = func() (*config, error) {
+				next, _, err := load(path)
+				return next, err
+			}
 			return p.serve(cmd.Context(), cli.Hangups(cmd.Context()))
 		},
 	}
@@ -58,7 +61,11 @@ func newCheck() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if _, err := load(path, log); err != nil {
+			_, remarks, err := load(path)
+			for _, r := range remarks {
+				log.Warn("configuration", "remark", r)
+			}
+			if err != nil {
 				return cli.ConfigError(err)
 			}
 			fmt.Fprintf(cmd.OutOrStdout(), "%s is good\n", path)
@@ -237,15 +244,18 @@ func (p *process) tryReload() error {
 	if changed := fixed(p.cfg, next); len(changed) > 0 {
 		return fmt.Errorf("%v cannot change while the edge runs: restart it, or put them back", changed)
 	}
-	// load has found the identities' files good.
 	if err := p.visitors.Reload(next.Visitors); err != nil {
 		return err
 	}
 	p.cfg = next
 	p.use(next)
+	// load found the identities' files good a moment ago. Where they are no longer, the certificates in use stay.
 	errs := []error{p.ids.own.Reload()}
 	if p.ids.key != nil {
 		errs = append(errs, p.ids.key.Reload())
 	}
-	return errors.Join(errs...)
+	if err := errors.Join(errs...); err != nil {
+		p.log.Warn("certificates not reread, the old ones stay", "err", err)
+	}
+	return nil
 }

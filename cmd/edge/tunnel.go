@@ -85,14 +85,14 @@ func tunnelGet() *cobra.Command {
 func tunnelPage(w io.Writer, t control.TunnelDetail) {
 	tunnelTable(w, t.TunnelView)
 	if len(t.ConnectorList) > 0 {
-		row(w, "")
+		fmt.Fprintln(w)
 		connectorTable(w, t.ConnectorList...)
 	}
 	first := true
 	for _, k := range t.ConnectorList {
 		for _, s := range k.Sessions {
 			if first {
-				row(w, "")
+				fmt.Fprintln(w)
 				row(w, "CONNECTOR", "CONN", "INSTANCE", "REMOTE", "FLOWS", "SINCE", "DRAINING", "VERSION")
 				first = false
 			}
@@ -100,7 +100,7 @@ func tunnelPage(w io.Writer, t control.TunnelDetail) {
 		}
 	}
 	if len(t.RouteList) > 0 {
-		row(w, "")
+		fmt.Fprintln(w)
 		routeTable(w, t.RouteList...)
 	}
 }

@@ -78,7 +78,7 @@ func vnetGet() *cobra.Command {
 				return cli.Show(cmd, v, func(w io.Writer) {
 					vnetTable(w, v.VNetView)
 					if len(v.RouteList) > 0 {
-						row(w, "")
+						fmt.Fprintln(w)
 						routeTable(w, v.RouteList...)
 					}
 				})

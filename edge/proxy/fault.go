@@ -37,6 +37,8 @@ var (
 	faultMethod   = fault{http.StatusMethodNotAllowed, "bad_method", "The method is not supported", "This is not a forward proxy."}
 	faultUpgrade  = fault{http.StatusBadRequest, "bad_upgrade", "The protocol is not supported", "Only WebSocket connections can be upgraded to."}
 	faultVersion  = fault{http.StatusHTTPVersionNotSupported, "bad_version", "The HTTP version is not supported", "This host is not served over the HTTP version of the request."}
+	faultBody     = fault{http.StatusBadRequest, "bad_body", "The request's body is not valid", "It broke off, or could not be understood."}
+	faultStalled  = fault{http.StatusRequestTimeout, "visitor_stalled", "The request did not arrive in full", "Its body stopped for too long."}
 	faultNoOrigin = fault{http.StatusNotFound, "no_origin", "No origin serves this path", "The host has no origin for the path asked for."}
 )
 

@@ -29,7 +29,7 @@ const pageText = "%[1]d %[4]s: %[2]s\n%[3]s\nrequest %[5]s\n"
 func (f fault) write(w http.ResponseWriter, r *http.Request, id string) {
 	h := w.Header()
 	clear(h)
-	if f.status == http.StatusBadRequest && r.ProtoMajor == 1 {
+	if (f.status == http.StatusBadRequest || f.status == http.StatusRequestTimeout) && r.ProtoMajor == 1 {
 		h.Set("Connection", "close") // what follows may not be what it seems
 	}
 	format, part, text := pageText, f.part, f.text

@@ -3,6 +3,7 @@ package proxy
 import (
 	"bufio"
 	"context"
+	"errors"
 	"io"
 	"log/slog"
 	"net"
@@ -29,6 +30,7 @@ type Config struct {
 	ConnectTimeout  time.Duration // to reach an origin; its TLS handshake may take as long again
 	ResponseTimeout time.Duration // for a response's header once the request is written; zero: none
 	IdleConns       int           // kept per origin; zero: net/http's default
+	BodyIdleTimeout time.Duration // for a visitor to send or to take the next part of a body that is due; zero: none
 	AltSvc          string        // value of Alt-Svc for zones with HTTP/3 on connections without; "" sends none
 	Logger          *slog.Logger  // nil discards
 	// OnRequest, if not nil, is told of each finished request: the zone ("" if none), the HTTP version ("1.1", "2", "3")
@@ -83,6 +85,7 @@ type visit struct {
 	target  target
 	url     *url.URL // for the origin
 	visitor netip.Addr
+	body    *visitorBody // nil if there is none
 }
 
 type visitKey struct{}
@@ -91,7 +94,8 @@ func visitOf(ctx context.Context) *visit { return ctx.Value(visitKey{}).(*visit)
 
 // ServeHTTP implements [http.Handler].
 func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	sw := &statusWriter{ResponseWriter: w}
+	sw := newStatusWriter(w, r, h.cfg.BodyIdleTimeout)
+	defer sw.end()
 	v := &visit{in: r}
 	if h.cfg.OnRequest != nil {
 		defer func() {
@@ -111,9 +115,21 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	if r.ProtoMajor == 1 {
 		// Without this net/http swallows the rest of a request's body once a response begins. HTTP/2 and 3 have it anyway.
-		_ = http.NewResponseController(w).EnableFullDuplex()
+		_ = sw.control.EnableFullDuplex()
 	}
-	v.origin.proxy.ServeHTTP(sw, r.WithContext(context.WithValue(r.Context(), visitKey{}, v)))
+	out := r.WithContext(context.WithValue(r.Context(), visitKey{}, v))
+	if r.ContentLength != 0 {
+		v.body = newVisitorBody(w, r, h.cfg.BodyIdleTimeout)
+		defer v.body.guard.done()
+		out.Body = v.body
+		if r.ProtoMajor == 3 && r.ContentLength < 0 {
+			if err := v.body.settleEmpty(out); err != nil {
+				h.roundTripFailed(sw, out, err)
+				return
+			}
+		}
+	}
+	v.origin.proxy.ServeHTTP(sw, out)
 }
 
 // admit decides where a request goes, or why it goes nowhere. The zone is that of the connection's SNI, and the Host must
@@ -213,8 +229,11 @@ func (b *trailerBody) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// cleanResponse removes what only the edge may say to visitors.
+// cleanResponse removes what only the edge may say to visitors. From here on the response has begun.
 func (h *Handler) cleanResponse(res *http.Response) error {
+	if v := visitOf(res.Request.Context()); v.body != nil {
+		v.body.relax()
+	}
 	res.Header.Del("Alt-Svc")
 	return nil
 }
@@ -222,6 +241,14 @@ func (h *Handler) cleanResponse(res *http.Response) error {
 // roundTripFailed answers when there is no response to pass on.
 func (h *Handler) roundTripFailed(w http.ResponseWriter, r *http.Request, err error) {
 	v := visitOf(r.Context())
+	switch {
+	case v.body != nil && v.body.stalled.Load(): // net/http may have ended the context at the deadline, but the visitor is there
+		h.refuse(w, v.in, faultStalled)
+		return
+	case errors.Is(err, errBody):
+		h.refuse(w, v.in, faultBody)
+		return
+	}
 	if v.in.Context().Err() != nil {
 		panic(http.ErrAbortHandler) // the visitor has left, or the edge stops: there is nobody to tell
 	}
@@ -246,11 +273,33 @@ func versionOf(r *http.Request) string {
 // A statusWriter remembers the status, and passes on each write at once. httputil does so for bodies of unknown length. Here
 // it is done for those of known length, except for the last write, which leaves with the end of the stream. A response
 // without a body must not be flushed: its header would leave ahead of the end of the stream, and for gRPC a status in
-// the header counts only if the two are one. net/http reaches what is below through Unwrap.
+// the header counts only if the two are one. net/http reaches what is below through Unwrap. A visitor who does not take a
+// write within the limit is cut.
 type statusWriter struct {
 	http.ResponseWriter
-	status int
-	left   int64 // bytes of a body of known length that are still to come
+	guard   guard
+	control *http.ResponseController
+	http1   bool
+	status  int
+	left    int64 // bytes of a body of known length that are still to come
+}
+
+func newStatusWriter(w http.ResponseWriter, r *http.Request, limit time.Duration) *statusWriter {
+	s := &statusWriter{ResponseWriter: w, control: http.NewResponseController(w), http1: r.ProtoMajor == 1}
+	s.guard.limit = limit
+	s.guard.cut = func() { _ = s.control.SetWriteDeadline(aMomentAgo) }
+	if s.http1 && limit > 0 {
+		_ = s.control.SetWriteDeadline(time.Time{}) // that of the request before
+	}
+	return s
+}
+
+// end is called when the request is over. What net/http has buffered over HTTP/1.1 leaves after that.
+func (w *statusWriter) end() {
+	w.guard.done()
+	if w.http1 && w.guard.limit > 0 && w.status != http.StatusSwitchingProtocols {
+		_ = w.control.SetWriteDeadline(time.Now().Add(w.guard.limit))
+	}
 }
 
 func (w *statusWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
@@ -266,17 +315,26 @@ func (w *statusWriter) WriteHeader(status int) {
 }
 
 func (w *statusWriter) Write(p []byte) (int, error) {
+	w.guard.begin()
+	defer w.guard.done()
 	n, err := w.ResponseWriter.Write(p)
 	if w.left -= int64(n); w.left > 0 && err == nil {
-		err = http.NewResponseController(w.ResponseWriter).Flush()
+		err = w.control.Flush()
 	}
 	return n, err
+}
+
+// FlushError implements what [http.ResponseController] flushes with.
+func (w *statusWriter) FlushError() error {
+	w.guard.begin()
+	defer w.guard.done()
+	return w.control.Flush()
 }
 
 // Hijack is what a WebSocket takes.
 func (w *statusWriter) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	w.status = http.StatusSwitchingProtocols
-	return http.NewResponseController(w.ResponseWriter).Hijack()
+	return w.control.Hijack()
 }
 
 func (w *statusWriter) statusOr(none int) int {
