@@ -70,7 +70,8 @@ type Registration struct {
 type Limits struct {
 	// IdleTimeout is how long a silent peer is believed to live. If zero, 12s.
 	IdleTimeout time.Duration
-	// KeepAlive is how often the connector sends something on an idle session. If zero, 5s. Edges do not send any.
+	// KeepAlive is how often the connector sends something, so that idle sessions stay and an edge that was killed and is
+	// up again is noticed. If zero, 5s. Edges do not send any.
 	KeepAlive time.Duration
 	// MaxFlows is how many flows a session carries at a time. If zero, 16384.
 	MaxFlows int

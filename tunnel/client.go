@@ -153,6 +153,7 @@ func (c *ClientSession) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	wg.Go(c.writeControl)
 	wg.Go(func() { c.readControl(c.handleFrame) })
+	wg.Go(c.ping)
 	flowCtx, cancel := context.WithCancel(context.WithoutCancel(ctx)) // handlers see the session end first
 	wg.Go(func() { c.acceptFlows(flowCtx, &wg) })
 
@@ -171,6 +172,23 @@ func (c *ClientSession) Run(ctx context.Context) error {
 		return cause
 	}
 	return c.ended()
+}
+
+// ping sends something now and then. The carrier's own keep-alives would do to keep the session, but an edge that was
+// started anew does not answer packets as small as those of QUIC; see SPEC.md, "Ping".
+func (c *ClientSession) ping() {
+	b := byteFrame(framePing, make([]byte, pingLen)...)
+	b[1] = flagSkippable
+	tick := time.NewTicker(c.limits.KeepAlive)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+			c.send(context.Background(), b) //nolint:errcheck // the session has ended, then
+		case <-c.Done():
+			return
+		}
+	}
 }
 
 func (c *ClientSession) acceptFlows(ctx context.Context, wg *sync.WaitGroup) {

@@ -24,6 +24,9 @@ const (
 	protocolVersion = 1
 
 	flagSkippable = 0x01
+
+	// pingLen makes the packet of a ping larger than a stateless reset.
+	pingLen = 32
 )
 
 type frameType byte
@@ -36,6 +39,7 @@ const (
 	frameGoodbye    frameType = 0x05 // u8 close reason
 	frameRenew      frameType = 0x06 // u32 id, items
 	frameRenewed    frameType = 0x07 // u32 id, u8 refusal code or 0, items
+	framePing       frameType = 0x08 // anything; skippable
 	frameJoin       frameType = 0x10 // u8 version, items
 	frameJoined     frameType = 0x11 // u8 version, items
 )

@@ -178,7 +178,7 @@ func (s *session) writeControl() {
 func (s *session) writeFrame(b []byte) error {
 	s.control.SetWriteDeadline(time.Now().Add(controlWriteTimeout)) //nolint:errcheck // Write would fail too
 	_, err := s.control.Write(b)
-	if err != nil && s.Err() != nil {
+	if errors.Is(err, ErrSessionLost) {
 		return nil // the session's end is no failure of the stream
 	}
 	return err
@@ -220,7 +220,8 @@ func (s *session) readControl(handle func(frame) error) {
 		if err == nil {
 			continue
 		}
-		if s.Err() == nil {
+		// Streams end a little before their session is over.
+		if !errors.Is(err, ErrSessionLost) && s.Err() == nil {
 			if err == io.EOF {
 				err = io.ErrUnexpectedEOF // control must outlive everything else
 			}

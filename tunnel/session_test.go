@@ -496,14 +496,16 @@ func TestPeerKilled(t *testing.T) {
 // stateless reset, long before its idle timeout.
 func TestEdgeRestarted(t *testing.T) {
 	p := newPKI(t)
-	cfg := ListenConfig{Identity: p.source(mtls.KindEdge, "e1", 0), Admit: admitAll}
+	cfg := ListenConfig{Identity: p.source(mtls.KindEdge, "e1", 0), Admit: admitAll, Limits: Limits{IdleTimeout: time.Hour}}
 	e := startEdge(t, cfg)
 	cfg.Addr = e.ln.Addr().String()
 	dc := dialConfig(e, p.source(mtls.KindConnector, "c1", 0), accept(echo))
 	dc.Limits = Limits{IdleTimeout: time.Hour, KeepAlive: 200 * time.Millisecond}
-	cfg.Limits.IdleTimeout = time.Hour
 	c := startConnector(t, dc)
-	e.session()
+	flow := open(t, e.session(), testFlow)
+	checkEcho(t, flow, strings.Repeat("x", 1<<20)) // the path's packet size is known then
+	flow.Close()
+	time.Sleep(time.Second) // what that leaves to send is sent
 	e.ln.udp.Close()
 	e.stop()
 	startEdge(t, cfg)
