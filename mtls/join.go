@@ -70,7 +70,7 @@ func (s Secret) Equal(o Secret) bool {
 // Format implements fmt.Formatter for every verb.
 func (s Secret) Format(f fmt.State, _ rune) { fmt.Fprint(f, redacted) }
 
-// String, GoString, LogValue and MarshalText return no more than that there is a secret.
+// String returns no more than that there is a secret, and so do GoString, LogValue and MarshalText.
 func (s Secret) String() string { return redacted }
 
 // GoString is String.
