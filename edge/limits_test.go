@@ -62,6 +62,40 @@ func TestConnectionsPerAddress(t *testing.T) {
 	}
 }
 
+// Whoever holds every place of the redirect must not use up the descriptors of the edge.
+func TestRedirectConnectionsPerAddress(t *testing.T) {
+	w := newWorld(t)
+	w.addZone("a", "p256", echoOrigin(t), "a.test")
+	w.cfg.Listen.Redirect = []string{"127.0.0.1:0"}
+	w.cfg.Limits.ConnectionsPerAddress = 3
+	w.start()
+	dial := func() net.Conn {
+		c, err := net.Dial("tcp", w.server.RedirectAddrs()[0].String())
+		must(t, err)
+		must(t, c.SetDeadline(time.Now().Add(20*time.Second)))
+		return c
+	}
+	var held []net.Conn
+	for range 3 {
+		held = append(held, dial())
+	}
+	c := dial()
+	if n, err := c.Read(make([]byte, 1)); n != 0 || (err != io.EOF && !isReset(err)) {
+		t.Errorf("the fourth connection: %d, %v", n, err)
+	}
+	_ = c.Close()
+	for _, c := range held {
+		_ = c.Close()
+	}
+	eventually(t, "the places are free again", func() bool {
+		c := dial()
+		defer c.Close()
+		_, _ = io.WriteString(c, "GET / HTTP/1.1\r\nHost: a.test\r\n\r\n")
+		n, _ := c.Read(make([]byte, 12))
+		return n == 12
+	})
+}
+
 func isReset(err error) bool {
 	_, ok := err.(*net.OpError)
 	return ok

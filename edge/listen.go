@@ -217,6 +217,27 @@ func (c *countedConn) Close() error {
 	return err
 }
 
+// A limitedListener closes connections beyond the limits of its census.
+type limitedListener struct {
+	net.Listener
+	census *census
+}
+
+// Accept returns the next connection within the limits.
+func (l *limitedListener) Accept() (net.Conn, error) {
+	for {
+		conn, err := l.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		from := addrOf(conn.RemoteAddr())
+		if l.census.enter(from) {
+			return &countedConn{Conn: conn, closed: sync.OnceFunc(func() { l.census.leave(from) })}, nil
+		}
+		_ = conn.Close()
+	}
+}
+
 // A census counts connections by address and in all.
 type census struct {
 	limit, perAddress int

@@ -238,7 +238,9 @@ func (s *Server) serveRedirect(g *errgroup.Group, ln net.Listener) func(context.
 		MaxHeaderBytes: redirectHeader,
 		ErrorLog:       s.serverLog(),
 	}
-	g.Go(func() error { return ignoreServerClosed(srv.Serve(ln)) })
+	lim := s.cfg.Limits
+	few := &limitedListener{ln, newCensus(lim.Connections, lim.ConnectionsPerAddress)}
+	g.Go(func() error { return ignoreServerClosed(srv.Serve(few)) })
 	return func(ctx context.Context) {
 		if srv.Shutdown(ctx) != nil {
 			_ = srv.Close()

@@ -30,7 +30,7 @@ type Config struct {
 	Edges []string
 	// ConnectorLifetime is the validity of connectors' certificates. If zero, 24h.
 	ConnectorLifetime time.Duration
-	// DialTimeout bounds a flow's opening if the caller's context has no earlier deadline. If zero, 10s.
+	// DialTimeout bounds a flow's opening if the caller's context has no deadline. If zero, 10s.
 	DialTimeout time.Duration
 	// Registry gets the metrics. If nil, there are none.
 	Registry prometheus.Registerer

@@ -31,8 +31,11 @@ func (c *Control) dial(ctx context.Context, ref, host string, port uint16, visit
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, c.cfg.DialTimeout)
-	defer cancel()
+	if _, has := ctx.Deadline(); !has {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, c.cfg.DialTimeout)
+		defer cancel()
+	}
 	var failed error
 	var tried [maxAttempts]*live
 	for n := range maxAttempts {

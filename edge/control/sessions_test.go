@@ -536,6 +536,23 @@ func TestDialContextEnds(t *testing.T) {
 	}
 }
 
+// The caller's deadline holds where there is one, also if it is later than the default.
+func TestDialTimeout(t *testing.T) {
+	e := newBed(t).edge()
+	e.cfg.DialTimeout = 100 * time.Millisecond
+	e.site("plant", "")
+	e.link(e.enrol("plant", "p1"), "i1", 0, func(ctx context.Context, in *tunnel.Incoming) {
+		time.Sleep(500 * time.Millisecond) // a slow origin
+		saying("p1")(ctx, in)
+	})
+	if _, err := e.DialContext(context.Background(), "", "10.1.2.3", 443, netip.AddrPort{}); err == nil {
+		t.Error("without a deadline: the flow was waited for")
+	}
+	if got, err := e.ask("", "10.1.2.3"); err != nil || !strings.HasPrefix(got, "p1 ") {
+		t.Errorf("with a deadline of %v: %q, %v", patience, got, err)
+	}
+}
+
 // A connector that was killed and started again gets the flows at once, not when its old sessions have timed out.
 func TestSuccessorTakesOver(t *testing.T) {
 	e := newBed(t).edge()

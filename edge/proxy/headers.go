@@ -17,13 +17,13 @@ var identityHeaders = map[string]bool{
 	"do-connecting-ip": true, "oxygen-connecting-ip": true, "akamai-client-ip": true, "incap-client-ip": true,
 	"x-envoy-external-address": true, "x-azure-clientip": true, "x-azure-socketip": true, "x-appengine-user-ip": true,
 	"x-nf-client-connection-ip": true, "x-vercel-forwarded-for": true, "proxy-client-ip": true, "wl-proxy-client-ip": true,
-	"x-original-host": true, "x-host": true, "x-original-url": true, "x-rewrite-url": true,
+	"x-original-host": true, "x-host": true, "x-original-url": true, "x-original-uri": true, "x-envoy-original-path": true, "x-rewrite-url": true,
 	"front-end-https": true, "x-url-scheme": true, "x-scheme": true, "proxy": true,
 	"x-client-cert": true, "x-ssl-client-cert": true, "ssl-client-cert": true, "client-cert": true, "client-cert-chain": true,
 }
 
 // identityPrefixes are families of such headers.
-var identityPrefixes = []string{"x-forwarded-"}
+var identityPrefixes = []string{"x-forwarded-", "x-ssl-client-", "ssl-client-", "x-client-cert-"}
 
 // stripIdentity removes every header that could tell an origin something about the visitor that only the edge may say.
 func stripIdentity(h http.Header) {
