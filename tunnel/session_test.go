@@ -495,6 +495,7 @@ func TestPeerKilled(t *testing.T) {
 // TestEdgeRestarted kills an edge without a word and starts it anew at its address: a connector must notice by the
 // stateless reset, long before its idle timeout.
 func TestEdgeRestarted(t *testing.T) {
+	t.Parallel()
 	p := newPKI(t)
 	cfg := ListenConfig{Identity: p.source(mtls.KindEdge, "e1", 0), Admit: admitAll, Limits: Limits{IdleTimeout: time.Hour}}
 	e := startEdge(t, cfg)
