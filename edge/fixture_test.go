@@ -251,6 +251,7 @@ type world struct {
 	keyAddr  string
 	cfg      Config
 	registry *prometheus.Registry
+	dialer   Dialer // loop, unless a test replaces it
 
 	server *Server
 	stop   func() // ends the server and waits
@@ -259,6 +260,7 @@ type world struct {
 func newWorld(t testing.TB) *world {
 	t.Helper()
 	w := &world{t: t, dir: t.TempDir(), ca: newAuthority(t), loop: newLoopback(), registry: prometheus.NewRegistry()}
+	w.dialer = w.loop
 	w.vault = &vault{keys: map[keyless.SKI]crypto.Signer{}}
 	owner, err := mtls.InitAuthority(filepath.Join(w.dir, "owner"), "owner.test")
 	must(t, err)
@@ -317,7 +319,7 @@ func (w *world) addZone(name, kind, origin string, hosts ...string) *zone.Config
 }
 
 func (w *world) deps(store state.Store) Deps {
-	return Deps{Dialer: w.loop, Store: store, KeyIdentity: w.identity, Logger: slog.New(slog.DiscardHandler), Registry: w.registry}
+	return Deps{Dialer: w.dialer, Store: store, KeyIdentity: w.identity, Logger: slog.New(slog.DiscardHandler), Registry: w.registry}
 }
 
 // start runs the edge until the test ends or stop is called.
