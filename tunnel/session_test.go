@@ -507,8 +507,7 @@ func TestEdgeRestarted(t *testing.T) {
 	checkEcho(t, flow, strings.Repeat("x", 1<<20)) // the path's packet size is known then
 	flow.Close()
 	time.Sleep(time.Second) // what that leaves to send is sent
-	e.ln.udp.Close()
-	e.stop()
+	e.kill()
 	startEdge(t, cfg)
 	if err := c.wait(t); !errors.Is(err, ErrPeerLost) {
 		t.Errorf("Run: %v, want ErrPeerLost", err)

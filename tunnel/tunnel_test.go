@@ -69,6 +69,14 @@ type edgeFixture struct {
 	ln       *Listener
 	sessions chan *Session
 	stop     func() error // ends Serve and waits for it; may be called again
+	killed   bool         // Serve may fail
+}
+
+// kill ends the edge without a word to anybody.
+func (e *edgeFixture) kill() {
+	e.killed = true
+	e.ln.udp.Close()
+	e.stop()
 }
 
 func startEdge(tb testing.TB, cfg ListenConfig) *edgeFixture {
@@ -104,7 +112,7 @@ func startEdge(tb testing.TB, cfg ListenConfig) *edgeFixture {
 		}
 	})
 	tb.Cleanup(func() {
-		if err := e.stop(); err != nil {
+		if err := e.stop(); err != nil && !e.killed {
 			tb.Errorf("Serve: %v", err)
 		}
 	})
