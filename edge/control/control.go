@@ -50,6 +50,7 @@ type Control struct {
 	log     *slog.Logger
 	model   *model
 	reg     *registry
+	flows   flows
 	started time.Time
 	users   atomic.Pointer[func(name, id string) []string]
 
@@ -178,6 +179,7 @@ func (f *follower) reset(entries []state.Entry, _ state.Revision) error {
 	bad := f.c.model.load(entries)
 	f.c.complain(bad)
 	f.c.sweep()
+	f.c.reroute()
 	select {
 	case f.ready <- errors.Join(bad...):
 	default:
@@ -198,6 +200,9 @@ func (f *follower) apply(e state.Event) error {
 		if slices.ContainsFunc(f.pending, permits) {
 			f.c.sweep()
 		}
+		if slices.ContainsFunc(f.pending, routes) {
+			f.c.reroute()
+		}
 		f.pending = nil
 	case strings.HasPrefix(e.Key, prefixSeen):
 		f.c.complain(f.c.model.apply([]delta{d}, 0))
@@ -210,6 +215,11 @@ func (f *follower) apply(e state.Event) error {
 // permits reports whether a record decides on who may come in.
 func permits(d delta) bool {
 	return strings.HasPrefix(d.key, prefixConn) || strings.HasPrefix(d.key, prefixTunnel)
+}
+
+// routes reports whether a record decides on where flows go.
+func routes(d delta) bool {
+	return strings.HasPrefix(d.key, prefixRoute) || strings.HasPrefix(d.key, prefixVNet) || d.key == keyDefaultVNet
 }
 
 func (c *Control) complain(bad []error) {

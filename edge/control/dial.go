@@ -17,7 +17,8 @@ const maxAttempts = 4
 
 // DialContext opens a TCP flow to host, an address or a name, and port, in the network ref (name or id; empty is the
 // default), for visitor, which may be zero. The flow goes over the session of the route's tunnel that has the fewest
-// flows; if it cannot be opened there before the connector has accepted it, over another. Errors are [ErrNotFound] (no
+// flows; if it cannot be opened there before the connector has accepted it, over another. When the routes change, flows
+// that they would send elsewhere or nowhere go on, and are [tunnel.Drainer]s that ask to leave. Errors are [ErrNotFound] (no
 // such network), [ErrInvalid], [ErrNoRoute], [ErrTunnelDown], the context's, or a [*tunnel.FlowError]. The connection is
 // a [tunnel.Conn].
 func (c *Control) DialContext(ctx context.Context, ref, host string, port uint16, visitor netip.AddrPort) (net.Conn, error) {
@@ -46,7 +47,11 @@ func (c *Control) dial(ctx context.Context, ref, host string, port uint16, visit
 		tried[n] = l
 		conn, err := c.open(ctx, l, v, host, port, visitor)
 		if err == nil {
-			return conn, nil
+			f := c.flows.add(conn, ref, host, tunnelID)
+			if _, now, _, err := c.resolve(ref, host); err != nil || now != tunnelID { // changed before reroute could see it
+				f.expel()
+			}
+			return f, nil
 		}
 		failed = err
 		if !elsewhere(ctx, err) {
@@ -60,7 +65,7 @@ func (c *Control) dial(ctx context.Context, ref, host string, port uint16, visit
 	return nil, c.down(tunnelID)
 }
 
-func (c *Control) open(ctx context.Context, l *live, v vnet.ID, host string, port uint16, visitor netip.AddrPort) (net.Conn, error) {
+func (c *Control) open(ctx context.Context, l *live, v vnet.ID, host string, port uint16, visitor netip.AddrPort) (tunnel.Conn, error) {
 	f := tunnel.Flow{Kind: tunnel.KindTCP, VNet: v, Host: host, Port: port, Visitor: visitor}
 	if t, ok := ctx.Deadline(); ok {
 		f.Deadline = max(time.Until(t), time.Millisecond)
