@@ -39,6 +39,8 @@ unit: ## the tests that need no namespaces
 	$(GO) test -race ./...
 
 netns: ## the tests over network namespaces (as root, or in a user namespace)
+	@$(GO) build -race -o /dev/null ./cmd/keyserver ./cmd/connector ./cmd/edge ./demo # fetches what the namespace cannot
+	@$(GO) test -race -tags netns -run '^$$' ./internal/testnet ./integration >/dev/null
 	./scripts/rootless $(GO) test -race -count=1 -tags netns ./internal/testnet ./integration
 
 browser: ## the tests with a real browser, over HTTP/2 and HTTP/3 (installs Chromium)

@@ -24,6 +24,9 @@ import (
 // SessionsPerEdge is how many sessions are kept to each entry of Config.Edges.
 const SessionsPerEdge = 4
 
+// maxEdges is how many entries' sessions the indexes of a registration can tell apart.
+const maxEdges = 256 / SessionsPerEdge
+
 // renewTimeout bounds one edge's answer to a certificate request; edges give up earlier.
 const renewTimeout = 45 * time.Second
 
@@ -32,7 +35,7 @@ type Config struct {
 	// Identity is the connector's certificate, which Run keeps renewed. Required.
 	Identity *mtls.Source
 	// Edges are the edges to dial, as host:port; a missing port is 7844. A name may have several addresses: the
-	// sessions spread over them. At least one.
+	// sessions spread over them. At least one, at most 64.
 	Edges []string
 	// Allow is what may be dialled. Nil permits nothing.
 	Allow *Allow
@@ -108,6 +111,9 @@ func New(cfg Config) (*Connector, error) {
 	if len(cfg.Edges) == 0 {
 		return nil, errors.New("connector: no edge to dial")
 	}
+	if len(cfg.Edges) > maxEdges {
+		return nil, fmt.Errorf("connector: %d edges to dial, at most %d allowed; give those of one name one entry", len(cfg.Edges), maxEdges)
+	}
 	for _, d := range []*time.Duration{&cfg.DialTimeout, &cfg.DrainTimeout} {
 		if *d < 0 {
 			return nil, errors.New("connector: a timeout is negative")
@@ -143,7 +149,6 @@ func New(cfg Config) (*Connector, error) {
 		hostname = "unknown"
 	}
 	reg := tunnel.Registration{Instance: rand.Text(), Version: cfg.Version, Hostname: hostname, Arch: runtime.GOOS + "/" + runtime.GOARCH}
-	instance := reg.Instance
 	seen := map[string]bool{}
 	for n, e := range cfg.Edges {
 		host, port, err := ParseEdge(e)
@@ -155,11 +160,9 @@ func New(cfg Config) (*Connector, error) {
 		} else {
 			seen[addr] = true
 		}
-		if n > 0 { // two entries may lead to one edge, which tells sessions apart by instance and index
-			reg.Instance = fmt.Sprintf("%s.%d", instance, n)
-		}
 		for i := range SessionsPerEdge {
-			reg.Index = i
+			// Two entries may lead to one edge, which tells processes apart by instance and their sessions by index.
+			reg.Index = n*SessionsPerEdge + i
 			c.lines = append(c.lines, &line{c: c, edge: e, host: host, port: port, reg: reg})
 		}
 	}
@@ -286,7 +289,7 @@ func (c *Connector) Ready(context.Context) error {
 	return last
 }
 
-// Status returns the state of every session, in the order of Config.Edges and index.
+// Status returns the state of every session, in the order of their indexes: four for each of Config.Edges.
 func (c *Connector) Status() []SessionStatus {
 	list := make([]SessionStatus, 0, len(c.lines))
 	for _, l := range c.lines {

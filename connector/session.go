@@ -35,7 +35,7 @@ const (
 // A SessionStatus describes one of the sessions that a connector keeps.
 type SessionStatus struct {
 	Edge   string // as configured
-	Index  int
+	Index  int    // among all sessions of the connector
 	State  SessionState
 	Since  time.Time      // when the state began
 	Remote netip.AddrPort // of the edge, while connected

@@ -429,6 +429,28 @@ func TestEdgeDrains(t *testing.T) {
 	})
 }
 
+// TestIndexes has several entries, which may lead to one edge: an edge ends the older of two sessions with the same
+// instance and index, and retires those of other instances.
+func TestIndexes(t *testing.T) {
+	d := &dials{answer: func(tunnel.DialConfig) (session, error) { return newFake(), nil }}
+	bubble(t, d, Config{Edges: []string{"192.0.2.1", "192.0.2.2", "192.0.2.3"}}, func(c *Connector, _ func()) {
+		synctest.Wait()
+		if got := len(c.Status()); got != 12 {
+			t.Errorf("%d sessions, want 12", got)
+		}
+		for i := range 12 {
+			first := d.of(0)[0].reg.Instance
+			if list := d.of(i); len(list) != 1 || list[0].reg.Instance != first || list[0].addr != fmt.Sprintf("192.0.2.%d:7844", 1+i/4) {
+				t.Errorf("index %d: %+v, want one session of instance %s", i, list, first)
+			}
+		}
+	})
+	_, _, identity := identities(t)
+	if _, err := New(Config{Identity: identity, Edges: make([]string, 65)}); err == nil || !strings.Contains(err.Error(), "at most 64") {
+		t.Errorf("65 edges: %v, want an error that names the limit", err)
+	}
+}
+
 // TestRenewUnanswered: edges that do not answer do not keep the connector from asking another.
 func TestRenewUnanswered(t *testing.T) {
 	d := &dials{answer: func(c tunnel.DialConfig) (session, error) {

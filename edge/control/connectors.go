@@ -12,11 +12,13 @@ import (
 	"github.com/keyhaven/keyhaven/tunnel"
 )
 
-// sessionsPerInstance is how many sessions a healthy connector process has, with the indices from 0.
-const sessionsPerInstance = 4
+// sessionsPerEdge is how many sessions a healthy connector process has to each edge that it knows, with consecutive
+// indexes from a multiple of it. An edge that a connector knows by two addresses sees two such groups.
+const sessionsPerEdge = 4
 
-// maxSessionsPerConnector bounds the sessions of one identity: two processes, and room for reconnecting.
-const maxSessionsPerConnector = 4 * sessionsPerInstance
+// maxSessionsPerConnector bounds the sessions of one identity: two processes with a few groups each, and room for
+// reconnecting.
+const maxSessionsPerConnector = 16 * sessionsPerEdge
 
 // statusRevoked is the status of a connector that may not come in.
 const statusRevoked = "revoked"
@@ -31,9 +33,6 @@ func (c *Control) Admit(_ context.Context, peer mtls.Identity, cert *x509.Certif
 	}
 	if cert.NotBefore.Before(k.ValidFrom) {
 		return fmt.Errorf("control: the certificate of %s is from an earlier enrolment: %w", peer, tunnel.ErrRevoked)
-	}
-	if reg.Index < 0 || reg.Index >= sessionsPerInstance {
-		return fmt.Errorf("control: %s: index %d: %w", peer, reg.Index, tunnel.ErrBadRequest)
 	}
 	if n := c.reg.countOf(k.Tunnel, k.ID); n >= maxSessionsPerConnector {
 		return fmt.Errorf("control: %s has %d sessions, which is the limit: %w", peer, n, tunnel.ErrBusy)
@@ -135,17 +134,22 @@ func (c *Control) connectorViewLocked(k Connector) ConnectorView {
 	return v
 }
 
-// complete reports whether every process among the sessions has all of its connections, none of them draining.
+// complete reports whether every process among the sessions has all of its connections to each edge that it knows here,
+// none of them draining.
 func complete(sessions []SessionView) bool {
-	have := map[string]int{}
+	type group struct {
+		instance string
+		edge     int
+	}
+	have := map[group]int{}
 	for _, s := range sessions {
 		if s.Draining {
 			return false
 		}
-		have[s.Instance] |= 1 << s.Index
+		have[group{s.Instance, s.Index / sessionsPerEdge}] |= 1 << (s.Index % sessionsPerEdge)
 	}
 	for _, bits := range have {
-		if bits != 1<<sessionsPerInstance-1 {
+		if bits != 1<<sessionsPerEdge-1 {
 			return false
 		}
 	}
