@@ -3,7 +3,9 @@ package conf
 import (
 	"encoding"
 	"fmt"
+	"maps"
 	"reflect"
+	"slices"
 	"sort"
 	"strings"
 	"time"
@@ -229,19 +231,29 @@ func leafAt(t reflect.Type, key string) reflect.Type {
 
 // suggest names the known key that is nearest to an unknown one, or all of them if none is near.
 func suggest(name string, known map[string]reflect.Type) string {
-	names := make([]string, 0, len(known))
+	if best := nearest(strings.ToLower(name), known); best != "" {
+		return fmt.Sprintf("; did you mean %s?", best)
+	}
+	return "; known here: " + strings.Join(slices.Sorted(maps.Keys(known)), ", ")
+}
+
+// suggestEnv is suggest for variables, which are too many to list them all.
+func suggestEnv(name string, known map[string]reflect.Type) string {
+	if best := nearest(name, known); best != "" {
+		return fmt.Sprintf("; did you mean %s?", best)
+	}
+	return ""
+}
+
+// nearest returns the known name that differs from name in one or two letters, or "" if there is none.
+func nearest(name string, known map[string]reflect.Type) string {
 	best, dist := "", 3
 	for k := range known {
-		names = append(names, k)
-		if d := distance(strings.ToLower(name), k); d < dist || d == dist && k < best {
+		if d := distance(name, k); d < dist || d == dist && k < best {
 			best, dist = k, d
 		}
 	}
-	if best != "" {
-		return fmt.Sprintf("; did you mean %s?", best)
-	}
-	sort.Strings(names)
-	return "; known here: " + strings.Join(names, ", ")
+	return best
 }
 
 // distance is the Levenshtein distance of two short names.

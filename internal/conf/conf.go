@@ -6,9 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"reflect"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -29,6 +31,9 @@ type Options struct {
 	// EnvPrefix, such as "KEYHAVEN_EDGE", makes the key tls.min_version also KEYHAVEN_EDGE_TLS_MIN_VERSION. Only
 	// single values and lists of strings (comma-separated) can come from the environment. If empty, none do.
 	EnvPrefix string
+	// EnvOthers are names with the prefix that are no keys, such as those that the program reads elsewhere. If it is not
+	// nil, any other name with the prefix that is no key is an error; if it is nil, such names pass.
+	EnvOthers []string
 	// Flags that were set on the command line overlay the keys that FlagKeys maps their names to.
 	Flags    *pflag.FlagSet
 	FlagKeys map[string]string
@@ -149,7 +154,7 @@ func overlay(v *viper.Viper, t reflect.Type, o Options) error {
 	var errs Errors
 	if o.EnvPrefix != "" {
 		for _, l := range leaves(t, "") {
-			name := o.EnvPrefix + "_" + strings.ToUpper(strings.ReplaceAll(l.key, ".", "_"))
+			name := envName(o.EnvPrefix, l.key)
 			s, ok := os.LookupEnv(name)
 			if !ok {
 				continue
@@ -160,6 +165,9 @@ func overlay(v *viper.Viper, t reflect.Type, o Options) error {
 				continue
 			}
 			v.Set(l.key, val)
+		}
+		if o.EnvOthers != nil {
+			errs = append(errs, unknownEnv(t, o)...)
 		}
 	}
 	for flag, key := range o.FlagKeys {
@@ -188,13 +196,38 @@ func overlay(v *viper.Viper, t reflect.Type, o Options) error {
 	return errs.Err()
 }
 
+func envName(prefix, key string) string {
+	return prefix + "_" + strings.ToUpper(strings.ReplaceAll(key, ".", "_"))
+}
+
+// unknownEnv finds variables with the prefix that stand for nothing. Their values are not shown: they may be secrets in
+// the wrong place.
+func unknownEnv(t reflect.Type, o Options) (errs Errors) {
+	known := map[string]reflect.Type{}
+	for _, l := range leaves(t, "") {
+		known[envName(o.EnvPrefix, l.key)] = l.typ
+	}
+	for _, name := range o.EnvOthers {
+		known[name] = nil
+	}
+	names := os.Environ()
+	slices.Sort(names)
+	for _, name := range names {
+		name, _, _ = strings.Cut(name, "=")
+		if _, ok := known[name]; !ok && strings.HasPrefix(name, o.EnvPrefix+"_") {
+			errs = append(errs, &Error{Msg: fmt.Sprintf("environment variable %s: stands for no key; correct or unset it%s", name, suggestEnv(name, known))})
+		}
+	}
+	return errs
+}
+
 var yamlLine = regexp.MustCompile(`line (\d+): (.*)`)
 
 // read parses the file and checks it against t.
 func (f *File) read(t reflect.Type) (map[string]any, error) {
 	in, err := os.Open(f.path)
 	if err != nil {
-		return nil, Errors{fmt.Errorf("configuration file: %w: create it, or name another with --config", err)}
+		return nil, Errors{fmt.Errorf("configuration file: %w: %s", err, openRemedy(err))}
 	}
 	defer in.Close()
 	b, err := io.ReadAll(io.LimitReader(in, maxSize+1))
@@ -230,6 +263,17 @@ func (f *File) read(t reflect.Type) (map[string]any, error) {
 		return nil, Errors{f.Errorf("", "%v", err)}
 	}
 	return m, nil
+}
+
+// openRemedy says what to do about a file that does not open.
+func openRemedy(err error) string {
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return "create it, or name another with --config"
+	case errors.Is(err, fs.ErrPermission):
+		return fmt.Sprintf("the user with id %d may not read it; run as the program's own user, or let this one read the file and enter its directories", os.Geteuid())
+	}
+	return "correct the path, or name another with --config"
 }
 
 // fromString parses a value that came as text.

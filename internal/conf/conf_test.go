@@ -2,10 +2,12 @@ package conf
 
 import (
 	"errors"
+	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -136,6 +138,32 @@ func TestErrors(t *testing.T) {
 			t.Errorf("got %v", err)
 		}
 	})
+}
+
+// A file that is there and cannot be read needs another remedy than one that is not there.
+func TestUnreadable(t *testing.T) {
+	if got := openRemedy(fmt.Errorf("open: %w", syscall.EACCES)); !strings.Contains(got, "may not read") || strings.Contains(got, "create") {
+		t.Errorf("got %q", got)
+	}
+	if got := openRemedy(fmt.Errorf("open: %w", syscall.ENOTDIR)); strings.Contains(got, "create") {
+		t.Errorf("got %q", got)
+	}
+}
+
+func TestUnknownEnvironment(t *testing.T) {
+	t.Setenv("T_SOCKET", "/s")
+	t.Setenv("T_LISEN", "secret")
+	t.Setenv("T_TLS_NOTHING_LIKE_IT", "x")
+	t.Setenv("TT_LISTEN", "x")
+	if _, err := Load(&sample{}, Options{EnvPrefix: "T"}); err != nil {
+		t.Errorf("without a list: %v", err)
+	}
+	_, err := Load(&sample{}, Options{EnvPrefix: "T", EnvOthers: []string{"T_SOCKET"}})
+	const want = "environment variable T_LISEN: stands for no key; correct or unset it; did you mean T_LISTEN?\n" +
+		"environment variable T_TLS_NOTHING_LIKE_IT: stands for no key; correct or unset it"
+	if err == nil || err.Error() != want {
+		t.Errorf("got %v, want %s", err, want)
+	}
 }
 
 func FuzzLoad(f *testing.F) {
