@@ -79,7 +79,7 @@ func load(cmd *cobra.Command) (*settings, error) {
 		return nil, err
 	}
 	c := defaults()
-	file, err := conf.Load(c, conf.Options{Path: path, EnvPrefix: "KEYHAVEN_CONNECTOR"})
+	file, err := conf.Load(c, conf.Options{Path: path, EnvPrefix: "KEYHAVEN_CONNECTOR", EnvOthers: []string{}})
 	if err != nil {
 		return nil, cli.ConfigError(err)
 	}

@@ -89,7 +89,7 @@ func join(cmd *cobra.Command, tokenFile, dir, name string) error {
 	if err := os.WriteFile(filepath.Join(dir, joinedFile), append(b, '\n'), 0o600); err != nil {
 		return fmt.Errorf("joined, but: %w; list the edges %v in the configuration", err, edges)
 	}
-	fmt.Fprintf(cmd.OutOrStdout(), "joined as %s, tunnel %s, edges %s\nidentity in %s; next: keyhaven-connector run --config FILE\n",
+	fmt.Fprintf(cmd.OutOrStdout(), "joined as %s, tunnel %s, edges %s\nidentity in %s; next: keyhaven-connector run\n",
 		reply.Identity, reply.Tunnel, strings.Join(edges, " "), dir)
 	return nil
 }

@@ -19,7 +19,7 @@ import (
 )
 
 // asProgram makes the test's binary the program, so that tests run it as a process, with its signals and exit codes.
-const asProgram = "KEYHAVEN_CONNECTOR_TEST_AS_PROGRAM"
+const asProgram = "KEYHAVEN_TEST_AS_CONNECTOR"
 
 func TestMain(m *testing.M) {
 	if os.Getenv(asProgram) != "" {
@@ -70,8 +70,8 @@ func TestUsage(t *testing.T) {
 		{nil, 0, "join"},
 		{[]string{"--version"}, 0, "go1."},
 		{[]string{"walk"}, 2, "walk"},
-		{[]string{"run"}, 2, "config"},
-		{[]string{"check"}, 2, "config"},
+		{[]string{"run"}, 3, "/etc/keyhaven/connector.yaml"},
+		{[]string{"check"}, 3, "/etc/keyhaven/connector.yaml"},
 		{[]string{"check", "--config", "x", "extra"}, 2, "extra"},
 		{[]string{"run", "--nonsense"}, 2, "nonsense"},
 		{[]string{"run", "--config", "/nonexistent.yaml"}, 3, "/nonexistent.yaml"},
@@ -84,6 +84,16 @@ func TestUsage(t *testing.T) {
 				t.Errorf("exit code %d, output %q, want %d and %q", code, out, tt.code, tt.says)
 			}
 		})
+	}
+}
+
+func TestUnknownEnvironment(t *testing.T) {
+	t.Parallel()
+	cmd := program("check", "--config", write(t, filepath.Join(t.TempDir(), "c.yaml"), "allow: []\n"))
+	cmd.Env = append(cmd.Env, "KEYHAVEN_CONNECTOR_IDENTITY_DIRR=/x")
+	out, err := cmd.CombinedOutput()
+	if err == nil || cmd.ProcessState.ExitCode() != 3 || !strings.Contains(string(out), "did you mean KEYHAVEN_CONNECTOR_IDENTITY_DIR?") {
+		t.Errorf("got %v, %s", err, out)
 	}
 }
 
@@ -198,7 +208,7 @@ func TestRunAway(t *testing.T) {
 	}
 	defer ln.Close()
 	write(t, path, fmt.Sprintf("identity:\n  dir: %s\nallow: []\nops:\n  listen: %s\n", dir, ln.Addr()))
-	if out, code := runProgram(t, "", "run", "--config", path); code != 1 || !strings.Contains(out, "address already in use") {
+	if out, code := runProgram(t, "", "run", "--config", path); code != 1 || !strings.Contains(out, "address already in use: another program") {
 		t.Errorf("with the ops address taken: exit code %d, %s, want 1", code, out)
 	}
 }

@@ -18,25 +18,27 @@ import (
 	"github.com/keyhaven/keyhaven/mtls"
 )
 
-const configHelp = "the YAML configuration file"
+const (
+	defaultConfig = "/etc/keyhaven/connector.yaml"
+	configHelp    = "the YAML configuration file"
+)
 
 func runCommand() *cobra.Command {
 	cmd := &cobra.Command{
-		Use:   "run --config FILE",
+		Use:   "run",
 		Short: "Keep sessions to the edges and serve their flows",
 		Long: `Run keeps four sessions to each edge and serves flows until it gets SIGINT or SIGTERM. Then it tells the edges,
 waits for open flows for drain.grace at most, and exits; a second signal ends it at once. SIGHUP reads the allow-list,
 limits.max_flows and the certificate again: open flows that are no longer permitted are cut.`,
 		RunE: func(cmd *cobra.Command, _ []string) error { return run(cmd) },
 	}
-	cmd.Flags().String("config", "", configHelp)
-	must(cmd.MarkFlagRequired("config"))
+	cmd.Flags().String("config", defaultConfig, configHelp)
 	return cmd
 }
 
 func checkCommand() *cobra.Command {
 	cmd := &cobra.Command{
-		Use:   "check --config FILE",
+		Use:   "check",
 		Short: "Say what is wrong with a configuration",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			s, err := load(cmd)
@@ -61,16 +63,8 @@ func checkCommand() *cobra.Command {
 			return nil
 		},
 	}
-	cmd.Flags().String("config", "", configHelp)
-	must(cmd.MarkFlagRequired("config"))
+	cmd.Flags().String("config", defaultConfig, configHelp)
 	return cmd
-}
-
-// must is for mistakes in the program itself.
-func must(err error) {
-	if err != nil {
-		panic(err)
-	}
 }
 
 func run(cmd *cobra.Command) error {
@@ -112,7 +106,7 @@ func serve(cmd *cobra.Command, s *settings, log *slog.Logger, src *mtls.Source, 
 	var wg sync.WaitGroup
 	var sideErr error
 	wg.Go(func() {
-		if sideErr = side.Run(sideCtx); sideErr != nil {
+		if sideErr = cli.ListenError(side.Run(sideCtx)); sideErr != nil {
 			stop()
 		}
 	})

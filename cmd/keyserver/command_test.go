@@ -128,8 +128,9 @@ func TestExitCodes(t *testing.T) {
 		{0, "keyhaven-keyserver version", []string{"--version"}},
 		{2, "unknown command", []string{"serve"}},
 		{2, "unknown flag", []string{"run", "--fast"}},
-		{2, "config", []string{"run"}},
-		{2, "uri", []string{"key", "list"}},
+		{3, "/etc/keyhaven/keyserver.yaml", []string{"run"}},
+		{3, "/etc/keyhaven/keyserver.yaml: no such file or directory", []string{"key", "list"}},
+		{3, "--uri", []string{"key", "list"}},
 		{2, "config", []string{"key", "list", "--uri", "pkcs11:token=a", "--config", "x"}},
 		{2, "pin-file", []string{"key", "list", "--config", "x", "--pin-file", "/y"}},
 		{2, "pin-value", []string{"key", "list", "--uri", "pkcs11:token=a?pin-value=canary-wrong"}},
@@ -137,7 +138,7 @@ func TestExitCodes(t *testing.T) {
 		{2, "accepts 1 arg", []string{"client", "add", "two", "extra", "--ca-dir", "x", "--out", "y"}},
 		{2, "Edge", []string{"client", "add", "Edge", "--ca-dir", s.path("ca"), "--out", s.path("x")}},
 		{3, "no such file", []string{"run", "--config", s.path("none.yaml")}},
-		{1, "address already in use", []string{"run", "--config", s.path("ks.yaml"), "--listen", busy.addr()}},
+		{1, "address already in use: another program", []string{"run", "--config", s.path("ks.yaml"), "--listen", busy.addr()}},
 		{3, "ops", []string{"check", "--config", s.path("ks.yaml"), "--ops", "10.0.0.1:1"}},
 		{1, "exists", []string{"ca", "init", "--ca-dir", s.path("ca"), "--trust-domain", "keys.example"}},
 		{1, "--replace", []string{"client", "add", "one", "--ca-dir", s.path("ca"), "--out", s.path("one")}},
@@ -149,6 +150,18 @@ func TestExitCodes(t *testing.T) {
 		}
 	}
 	busy.stop()
+}
+
+// TestEnvironment holds a misspelt variable to be a fault, as a misspelt key is.
+func TestEnvironment(t *testing.T) {
+	s := newSite(t)
+	cfg := s.write("ks.yaml", 0o600, s.config("clients:"+rule("one", "sign")))
+	s.env = []string{"KEYHAVEN_KEYSERVER_LISEN=127.0.0.1:1"}
+	if code, out := s.try("check", "--config", cfg); code != 3 || !strings.Contains(out, "did you mean KEYHAVEN_KEYSERVER_LISTEN?") {
+		t.Errorf("got %d, %s", code, out)
+	}
+	s.env = []string{"KEYHAVEN_KEYSERVER_LISTEN=127.0.0.1:1"}
+	s.must("check", "--config", cfg)
 }
 
 // TestKeyCommands goes the whole way of a key: made, listed, certified, served.

@@ -96,7 +96,7 @@ func optionsOf(cmd *cobra.Command) loadOptions {
 // read decodes the configuration and checks what can be checked without opening anything that it names.
 func read(o loadOptions) (Config, *conf.File, error) {
 	cfg := defaults()
-	c := conf.Options{Path: o.path, EnvPrefix: envPrefix}
+	c := conf.Options{Path: o.path, EnvPrefix: envPrefix, EnvOthers: []string{}}
 	if o.flags != nil {
 		c.Flags, c.FlagKeys = o.flags, map[string]string{"listen": "listen", "ops": "ops.listen"}
 	}

@@ -36,7 +36,7 @@ type tokenFlags struct {
 
 func (f *tokenFlags) add(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&f.uri, "uri", "", "PKCS#11 URI of the token, such as 'pkcs11:token=site?module-path=/usr/lib/softhsm/libsofthsm2.so'")
-	cmd.Flags().StringVarP(&f.config, "config", "c", "", "take the token from this configuration")
+	cmd.Flags().StringVarP(&f.config, "config", "c", defaultConfig, "without --uri, take the token from this configuration")
 	cmd.Flags().StringVar(&f.token, "token", "", "label or serial of the token, if the configuration has several")
 	cmd.Flags().StringVar(&f.module, "module", "", "path of the PKCS#11 module, if the URI has none")
 	cmd.Flags().StringVar(&f.pinFile, "pin-file", "", "file of mode 600 that holds the PIN, if the URI has no pin-source; without either the terminal is asked")
@@ -49,7 +49,7 @@ func (f *tokenFlags) with(cmd *cobra.Command, work func(ctx context.Context, t *
 	if err != nil {
 		return err
 	}
-	c, err := f.tokenConfig(cmd.Context())
+	c, err := f.tokenConfig(cmd.Context(), cmd.Flags().Changed("config"))
 	if err != nil {
 		return err
 	}
@@ -62,13 +62,13 @@ func (f *tokenFlags) with(cmd *cobra.Command, work func(ctx context.Context, t *
 	return work(cmd.Context(), t)
 }
 
-func (f *tokenFlags) tokenConfig(ctx context.Context) (pkcs11.Config, error) {
+func (f *tokenFlags) tokenConfig(ctx context.Context, configGiven bool) (pkcs11.Config, error) {
 	switch {
-	case (f.uri == "") == (f.config == ""):
-		return pkcs11.Config{}, cli.UsageError("name the token with one of --uri and --config")
-	case f.config != "" && f.pinFile+f.module != "":
-		return pkcs11.Config{}, cli.UsageError("with --config the configuration names module and PIN; leave --module and --pin-file out")
-	case f.config != "":
+	case f.uri != "" && configGiven:
+		return pkcs11.Config{}, cli.UsageError("--uri and --config both name a token; keep one")
+	case f.uri == "" && f.pinFile+f.module != "":
+		return pkcs11.Config{}, cli.UsageError("without --uri the configuration names module and PIN; leave --module and --pin-file out")
+	case f.uri == "":
 		return f.fromConfig()
 	}
 	if strings.Contains(f.uri, "pin-value") {
@@ -95,7 +95,7 @@ func (f *tokenFlags) tokenConfig(ctx context.Context) (pkcs11.Config, error) {
 func (f *tokenFlags) fromConfig() (pkcs11.Config, error) {
 	cfg, file, err := read(loadOptions{path: f.config})
 	if file == nil {
-		return pkcs11.Config{}, cli.ConfigError(err)
+		return pkcs11.Config{}, cli.ConfigError(fmt.Errorf("%w (--uri names a token without a configuration)", err))
 	}
 	var fits []pkcs11.Config
 	for i, t := range cfg.Tokens {

@@ -14,7 +14,10 @@ import (
 	"github.com/keyhaven/keyhaven/internal/cli"
 )
 
-const envPrefix = "KEYHAVEN_KEYSERVER"
+const (
+	envPrefix     = "KEYHAVEN_KEYSERVER"
+	defaultConfig = "/etc/keyhaven/keyserver.yaml"
+)
 
 func main() {
 	ctx, stop := cli.SignalContext()
@@ -31,17 +34,14 @@ func newRoot() *cobra.Command {
 
 // configFlags adds the flags that name a configuration and overlay it.
 func configFlags(cmd *cobra.Command) {
-	cmd.Flags().StringP("config", "c", "", "configuration file (YAML)")
+	cmd.Flags().StringP("config", "c", defaultConfig, "configuration file (YAML)")
 	cmd.Flags().String("listen", "", "address to serve clients on, in place of the configuration's listen")
 	cmd.Flags().String("ops", "", "loopback address for /healthz, /readyz and /metrics, in place of the configuration's ops.listen")
-	if err := cmd.MarkFlagRequired("config"); err != nil {
-		panic(err)
-	}
 }
 
 func newRun() *cobra.Command {
 	cmd := &cobra.Command{
-		Use:   "run --config FILE",
+		Use:   "run",
 		Short: "Serve clients until SIGTERM; SIGHUP reloads keys, policy and certificates",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			logger, err := cli.Logger(cmd)
@@ -57,7 +57,7 @@ func newRun() *cobra.Command {
 
 func newCheck() *cobra.Command {
 	cmd := &cobra.Command{
-		Use:   "check --config FILE",
+		Use:   "check",
 		Short: "Say file, line and key of whatever is wrong with a configuration",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			logger, err := cli.Logger(cmd)

@@ -184,7 +184,7 @@ func (s *server) run(ctx context.Context) (err error) {
 	s.warnAboutPolicy()
 	ln, err := (&net.ListenConfig{}).Listen(ctx, "tcp", s.current.Load().cfg.Listen)
 	if err != nil {
-		return fmt.Errorf("listen: %w", err)
+		return cli.ListenError(fmt.Errorf("listen: %w", err))
 	}
 	s.logger.Info("serving", "addr", ln.Addr().String(), "identity", s.current.Load().source.Identity().String(), "keys", len(s.keys.registry.Entries()))
 
@@ -201,7 +201,7 @@ func (s *server) run(ctx context.Context) (err error) {
 		defer endSide()
 		return s.keyless.Serve(main, ln)
 	})
-	g.Go(func() error { return s.ops.Run(side) })
+	g.Go(func() error { return cli.ListenError(s.ops.Run(side)) })
 	g.Go(func() error { return s.keys.run(main) })
 	g.Go(func() error { return s.keepRenewed(main) })
 	g.Go(func() error { return s.reloads(main, hangups) })
