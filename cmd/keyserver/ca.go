@@ -146,7 +146,11 @@ func newClientAdd() *cobra.Command {
 			if err := recordClient(f.caDir, id, chain); err != nil {
 				return err
 			}
-			fmt.Fprintf(cmd.OutOrStdout(), "issued %s in %s; now write a rule for it under clients in the configuration\n", id, f.out)
+			hint := "; now write a rule for it under clients in the configuration"
+			if f.replace { // it has one
+				hint = ""
+			}
+			fmt.Fprintf(cmd.OutOrStdout(), "issued %s in %s%s\n", id, f.out, hint)
 			return nil
 		},
 	}

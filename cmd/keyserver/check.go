@@ -9,6 +9,7 @@ import (
 
 	"github.com/keyhaven/keyhaven/internal/cli"
 	"github.com/keyhaven/keyhaven/internal/conf"
+	"github.com/keyhaven/keyhaven/pkcs11"
 )
 
 // check validates a configuration and, online, opens the tokens and looks for the keys that it names.
@@ -21,7 +22,7 @@ func check(ctx context.Context, o loadOptions, online bool, logger *slog.Logger,
 		return cli.ConfigError(p.file.Errorf("tls.cert", "%v", err))
 	}
 	if online {
-		if err := checkOnline(ctx, p, logger, out); err != nil {
+		if err := checkOnline(ctx, p, out); err != nil {
 			return err
 		}
 	}
@@ -30,20 +31,25 @@ func check(ctx context.Context, o loadOptions, online bool, logger *slog.Logger,
 	return nil
 }
 
-func checkOnline(ctx context.Context, p *plan, logger *slog.Logger, out io.Writer) (err error) {
-	keys := newKeyring(logger)
+func checkOnline(ctx context.Context, p *plan, out io.Writer) (err error) {
+	keys := newKeyring(slog.New(slog.DiscardHandler)) // what it would log is returned
 	defer func() { err = errors.Join(err, keys.close()) }()
 	if err := keys.start(ctx, p); err != nil {
 		return err
 	}
 	var errs conf.Errors
+	ours := false
 	for i, s := range keys.present() {
 		if s.err != nil {
 			errs = append(errs, p.file.Errorf(fmt.Sprintf("tokens[%d].uri", i), "%v", s.err))
+			ours = ours || configured(s.err)
 		}
 	}
-	if err := errs.Err(); err != nil {
-		return err // what is missing then follows from it
+	switch err := errs.Err(); { // what is missing then follows from it
+	case ours:
+		return cli.ConfigError(err)
+	case err != nil:
+		return err
 	}
 	for _, e := range keys.registry.Entries() {
 		fmt.Fprintf(out, "key %v in %d homes\n", e, len(e.Homes))
@@ -69,4 +75,10 @@ func checkOnline(ctx context.Context, p *plan, logger *slog.Logger, out io.Write
 		}
 	}
 	return cli.ConfigError(errs.Err())
+}
+
+// configured reports whether a token does not open because of what the configuration, or the PIN's file, says of it.
+// The other reasons are the token's: it is locked, away or broken.
+func configured(err error) bool {
+	return isAny(err, pkcs11.ErrPINIncorrect, pkcs11.ErrTokenNotFound, pkcs11.ErrAmbiguous, pkcs11.ErrModuleNotAllowed, pkcs11.ErrExtractable)
 }

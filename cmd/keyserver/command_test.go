@@ -144,6 +144,8 @@ func TestExitCodes(t *testing.T) {
 		{1, "--replace", []string{"client", "add", "one", "--ca-dir", s.path("ca"), "--out", s.path("one")}},
 		{1, "--replace", []string{"ca", "issue", "hsm", "--ca-dir", s.path("ca"), "--out", s.path("tls")}},
 		{0, "issued", []string{"ca", "issue", "hsm", "--ca-dir", s.path("ca"), "--out", s.path("tls"), "--replace"}},
+		{0, "write a rule", []string{"client", "add", "two", "--ca-dir", s.path("ca"), "--out", s.path("two")}},
+		{0, "edge/two in " + s.path("two") + "\n", []string{"client", "add", "two", "--ca-dir", s.path("ca"), "--out", s.path("two"), "--replace"}},
 	} {
 		if code, out := s.try(tt.args...); code != tt.code || !strings.Contains(out, tt.want) {
 			t.Errorf("%v: got %d, %s; want %d with %q", tt.args, code, out, tt.code, tt.want)
@@ -169,6 +171,12 @@ func TestKeyCommands(t *testing.T) {
 	s := newSite(t)
 	tok := s.token()
 	bare := fmt.Sprintf("pkcs11:token=%s?module-path=%s", tok.Label, tok.Module)
+	if out := s.must("key", "list", "--uri", tok.URI()); strings.Contains(out, "level=") {
+		t.Errorf("the list comes with a log: %s", out)
+	}
+	if out := s.must("key", "list", "--uri", tok.URI(), "--log-level", "debug"); !strings.Contains(out, "logged in to token") {
+		t.Errorf("the log for debugging lacks the login: %s", out)
+	}
 	for _, typ := range []string{"p256", "p384", "rsa2048", "ed25519"} {
 		out := s.must("key", "generate", "--uri", bare, "--pin-file", tok.PINFile, "--label", "key-"+typ, "--type", typ)
 		if !regexp.MustCompile(`(?m)^[0-9a-f]{40} .*key-` + typ + ` .* never +yes `).MatchString(out) {

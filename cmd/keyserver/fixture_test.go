@@ -246,6 +246,17 @@ func (p *program) count(msg string) (n int) {
 	return n
 }
 
+// text returns all lines that the server wrote so far.
+func (p *program) text() string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var b strings.Builder
+	for _, l := range p.lines {
+		fmt.Fprintln(&b, l)
+	}
+	return b.String()
+}
+
 // wait returns the first line with the message, when there is one.
 func (p *program) wait(msg string) map[string]any {
 	p.s.t.Helper()

@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"os"
 	"strings"
@@ -53,12 +54,14 @@ func (f *tokenFlags) with(cmd *cobra.Command, work func(ctx context.Context, t *
 	if err != nil {
 		return err
 	}
-	c.Logger = logger
+	l, quiet := tokenLogger(logger, slog.LevelDebug)
+	quiet.Store(true) // the error ends the command, and says it
+	c.Logger = l
 	t, err := pkcs11.Open(cmd.Context(), c)
 	if err != nil {
-		return err
+		return plain(err)
 	}
-	defer func() { err = errors.Join(err, t.Close()) }()
+	defer func() { err = plain(errors.Join(err, t.Close())) }()
 	return work(cmd.Context(), t)
 }
 

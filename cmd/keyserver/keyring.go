@@ -99,13 +99,17 @@ func openSlot(ctx context.Context, conf TokenConfig, open pkcs11.Config) *slot {
 	s := &slot{conf: conf, open: open, name: open.URI.String(), probe: new(probe)}
 	ctx, cancel := context.WithTimeout(ctx, openTimeout)
 	defer cancel()
+	logger, quiet := tokenLogger(open.Logger, slog.LevelInfo)
+	open.Logger = logger // in this copy alone, which the slot does not keep
+	quiet.Store(true)
+	defer quiet.Store(false)
 	token, err := pkcs11.Open(ctx, open)
 	if err != nil {
-		s.err = err
+		s.err = plain(err)
 		return s
 	}
 	if s.keys, s.err = homesOf(ctx, token, conf); s.err != nil {
-		s.err = errors.Join(s.err, token.Close())
+		s.err = plain(errors.Join(s.err, token.Close()))
 		return s
 	}
 	s.token = token
@@ -282,7 +286,7 @@ func (r *keyring) replace(ctx context.Context, p *plan, before func()) error {
 		// Operations in progress are waited for, perhaps for long: the rest of a new configuration must not be.
 		r.closing.Go(func() {
 			if err := s.close(); err != nil {
-				r.logger.Warn("closing a token failed", "token", s.name, "err", err)
+				r.logger.Warn("closing a token failed", "token", s.name, "err", plain(err))
 			}
 		})
 	}
@@ -318,7 +322,9 @@ func (r *keyring) nextSlot(ctx context.Context, conf TokenConfig, open pkcs11.Co
 	}
 	if err != nil {
 		// The token is in trouble, which is not the new configuration's fault: the keys known so far recover when it does.
-		r.logger.Warn("token does not list its keys; those known stay", "token", old.name, "err", err)
+		if !refusesPIN(err) { // which the token has said
+			r.logger.Warn("token does not list its keys; those known stay", "token", old.name, "err", plain(err))
+		}
 		keys = slices.Clone(old.keys)
 		for i := range keys {
 			keys[i].Decrypt = namesKey(conf.Decrypt, keys[i].Key.Info())
@@ -358,7 +364,7 @@ func (r *keyring) check(ctx context.Context) error {
 	for _, s := range r.present() {
 		err := s.err
 		if s.token != nil {
-			err = s.probe.ask(ctx, s.token.Check)
+			err = plain(s.probe.ask(ctx, s.token.Check))
 		}
 		if err != nil {
 			errs = append(errs, fmt.Errorf("token %s: %w", s.name, err))

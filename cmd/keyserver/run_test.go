@@ -193,9 +193,15 @@ func TestWrongPIN(t *testing.T) {
 		t.Errorf("offline check: got %d, %s", code, out)
 	}
 	code, out = s.try("check", "--online", "--config", cfg)
-	if code == 0 || !strings.Contains(out, "ks.yaml:11: tokens[0].uri") || !strings.Contains(out, "PIN refused") || !strings.Contains(out, "correct it") {
+	if code != 3 || !strings.Contains(out, "ks.yaml:11: tokens[0].uri") || !strings.Contains(out, "correct it") {
 		t.Errorf("online check: got %d, %s", code, out)
 	}
+	saidOnce(t, "online check", out)
+	code, out = s.try("key", "list", "--config", cfg)
+	if code != 1 {
+		t.Errorf("key list: got %d, %s", code, out)
+	}
+	saidOnce(t, "key list", out)
 
 	p := s.start(cfg)
 	const failed = "token cannot be used; correct the cause, then send SIGHUP"
@@ -215,6 +221,8 @@ func TestWrongPIN(t *testing.T) {
 	_, err = do(t, c, signOp(skiOf(t, list, "ec")))
 	wantCode(t, err, keyless.CodeKeyNotFound)
 
+	saidOnce(t, "run", p.text())
+
 	p.reload(reloaded) // tries the PIN once more
 	if err := os.WriteFile(tok.PINFile, pin, 0o600); err != nil {
 		t.Fatal(err)
@@ -232,6 +240,19 @@ func TestWrongPIN(t *testing.T) {
 	p.stop()
 }
 
+// saidOnce holds output to tell of a refused PIN once, without repeating itself within the line.
+func saidOnce(t *testing.T, what, out string) {
+	t.Helper()
+	if n := strings.Count(out, "PIN refused"); n != 1 {
+		t.Errorf("%s: the refused PIN is told %d times, want once: %s", what, n, out)
+	}
+	for line := range strings.Lines(out) {
+		if strings.Count(line, "pkcs11: ") > 1 {
+			t.Errorf("%s: a prefix is repeated: %s", what, line)
+		}
+	}
+}
+
 // TestAbsentToken starts without the token, which comes by itself later.
 func TestAbsentToken(t *testing.T) {
 	s := newSite(t)
@@ -246,6 +267,9 @@ func TestAbsentToken(t *testing.T) {
 	}
 	file := s.writeKey("filekey.pem")
 	cfg := s.write("ks.yaml", 0o600, s.config(fmt.Sprintf("tokens:\n  - uri: %q\nclients:", tok.URI())+rule("one", "sign")))
+	if code, out := s.try("check", "--online", "--config", cfg); code != 3 || !strings.Contains(out, "token not found") {
+		t.Errorf("online check: got %d, %s", code, out)
+	}
 	p := s.start(cfg)
 	if l := p.wait("token is away; it is tried again"); !strings.Contains(fmt.Sprint(l["err"]), "token not found") {
 		t.Errorf("got %v", l)

@@ -50,7 +50,7 @@ func newServer(p *plan, o loadOptions, logger *slog.Logger) *server {
 	s := &server{options: o, logger: logger, keys: newKeyring(logger), renewals: make(chan struct{}, 1)}
 	metrics := ops.NewRegistry()
 	metrics.MustRegister(s.keys, s.certificateExpiry())
-	s.records = signer.NewQueue(signer.LogRecorder(logger), recordQueue)
+	s.records = signer.NewQueue(plainReasons{signer.LogRecorder(logger)}, recordQueue)
 	s.service = signer.NewService(signer.ServiceConfig{
 		Registry: s.keys.registry, Policy: p.policy, Sealer: p.sealer, Renew: s.renewClient,
 		Recorder: signer.Recorders{s.records, signer.NewMetrics(metrics, s.keys.registry)},
