@@ -60,6 +60,11 @@ type Server struct {
 	TLS *tls.Config
 	// Identify names the peer or refuses it. If nil, the name is the only URI SAN of the leaf.
 	Identify func(tls.ConnectionState) (string, error)
+	// Refused is told of each connection whose handshake failed or whom Identify refused, with what the handshake came
+	// to: certificates in it need not have been verified, nor need the peer have proved that it has their keys. It is
+	// called from many goroutines and decides what of this is logged. If nil, failed handshakes are logged for debugging,
+	// and those whom Identify refused as warnings.
+	Refused func(addr net.Addr, state tls.ConnectionState, err error)
 
 	HandshakeTimeout time.Duration // 5s
 	IdleTimeout      time.Duration // 60s without a request; clients ping more often than each 30s
@@ -211,6 +216,7 @@ type serverLoop struct {
 	handler                           Handler
 	tls                               *tls.Config
 	identify                          func(tls.ConnectionState) (string, error)
+	onRefused                         func(net.Addr, tls.ConnectionState, error)
 	handshake, idle, header, body     time.Duration
 	write, op, drain                  time.Duration
 	maxInFlight, maxConns, maxPerPeer int
@@ -229,6 +235,7 @@ func (s *Server) prepare() (*serverLoop, error) {
 	l := &serverLoop{
 		server: s, handler: s.Handler, tls: cfg,
 		identify:    s.Identify,
+		onRefused:   s.Refused,
 		handshake:   orDefault(s.HandshakeTimeout, 5*time.Second),
 		idle:        orDefault(s.IdleTimeout, time.Minute),
 		header:      orDefault(s.HeaderTimeout, 5*time.Second),
@@ -247,6 +254,9 @@ func (s *Server) prepare() (*serverLoop, error) {
 	}
 	if l.log == nil {
 		l.log = slog.New(slog.DiscardHandler)
+	}
+	if l.onRefused == nil {
+		l.onRefused = l.logRefused
 	}
 	return l, nil
 }

@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/netip"
 	"os"
@@ -76,13 +77,15 @@ func (l *serverLoop) serve(ctx context.Context, raw net.Conn) {
 	cancel()
 	if err != nil {
 		l.refused("handshake")
-		l.log.Debug("TLS handshake failed", "conn", raw.RemoteAddr(), "err", err)
+		if ctx.Err() == nil { // else it is the server that ends
+			l.onRefused(raw.RemoteAddr(), conn.ConnectionState(), err)
+		}
 		return
 	}
 	peer, err := l.identifyPeer(conn)
 	if err != nil {
 		l.refused("identity")
-		l.log.Warn("peer refused", "conn", raw.RemoteAddr(), "err", err)
+		l.onRefused(raw.RemoteAddr(), conn.ConnectionState(), err)
 		return
 	}
 	c := &serverConn{
@@ -422,6 +425,15 @@ func (c *serverConn) badPacket(msg string, err error) {
 		return
 	}
 	c.log.Debug(msg, "peer", c.peer.ID, "err", err)
+}
+
+// logRefused stands in for Server.Refused.
+func (l *serverLoop) logRefused(addr net.Addr, state tls.ConnectionState, err error) {
+	level, msg := slog.LevelDebug, "TLS handshake failed"
+	if state.HandshakeComplete {
+		level, msg = slog.LevelWarn, "peer refused"
+	}
+	l.log.Log(context.Background(), level, msg, "conn", addr, "err", err)
 }
 
 func (l *serverLoop) refused(reason string) {

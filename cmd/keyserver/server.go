@@ -62,7 +62,7 @@ func newServer(p *plan, o loadOptions, logger *slog.Logger) *server {
 	}}
 	l, t := p.cfg.Limits, p.cfg.Timeouts
 	s.keyless = &keyless.Server{
-		Handler: s.service, TLS: s.tlsConfig(), Identify: identify,
+		Handler: s.service, TLS: s.tlsConfig(), Identify: identify, Refused: newRefusals(logger).refused,
 		HandshakeTimeout: t.Handshake, IdleTimeout: t.Idle, HeaderTimeout: t.Header, BodyTimeout: t.Body, WriteTimeout: t.Write,
 		OpTimeout: t.Operation, DrainTimeout: t.Drain,
 		MaxInFlight: l.InFlight, MaxConns: l.Connections, MaxConnsPerPeer: l.ConnectionsPerClient,
@@ -97,10 +97,13 @@ func (s *server) tlsConfig() *tls.Config {
 
 // accept decides who may connect: clients that the policy names and that are not revoked.
 func (s *server) accept(l *live, id mtls.Identity, leaf *x509.Certificate) error {
-	if !s.service.Admits(id.String()) {
-		return fmt.Errorf("%w: no rule of the policy names %s", mtls.ErrRefused, id)
+	if err := l.revoked.accept(id, leaf); err != nil { // first, as a revoked client's rules are left out
+		return err
 	}
-	return l.revoked.accept(id, leaf)
+	if !s.service.Admits(id.String()) {
+		return fmt.Errorf("%w: no rule under clients names %s", mtls.ErrRefused, id)
+	}
+	return nil
 }
 
 func identify(cs tls.ConnectionState) (string, error) {
