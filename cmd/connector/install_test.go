@@ -23,6 +23,7 @@ type installation struct {
 	mu       sync.Mutex
 	tokens   map[string]mtls.JoinRecord
 	sessions map[*tunnel.Session]bool
+	refuse   error // what connectors are told; nil admits them
 }
 
 func install(t *testing.T) *installation {
@@ -56,7 +57,11 @@ func (in *installation) start(t *testing.T) {
 	t.Helper()
 	ln, err := tunnel.Listen(tunnel.ListenConfig{
 		Addr: "127.0.0.1:0", Identity: in.source, DrainTimeout: time.Millisecond, JoinRate: 1000, Join: in.join,
-		Admit: func(context.Context, mtls.Identity, *x509.Certificate, tunnel.Registration) error { return nil },
+		Admit: func(context.Context, mtls.Identity, *x509.Certificate, tunnel.Registration) error {
+			in.mu.Lock()
+			defer in.mu.Unlock()
+			return in.refuse
+		},
 		Handle: func(ctx context.Context, s *tunnel.Session) {
 			in.mu.Lock()
 			in.sessions[s] = true

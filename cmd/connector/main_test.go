@@ -110,7 +110,7 @@ func TestRun(t *testing.T) {
 	config(a, "")
 	p := start(t, "run", "--config", path)
 	base := "http://" + p.wait(t, `health and metrics" addr=(\S+)`)[1]
-	p.wait(t, `session up`)
+	p.wait(t, sessionUp)
 	if code, body := get(t, base+"/readyz"); code != 200 {
 		t.Errorf("readyz: got %d %s, want 200", code, body)
 	}
