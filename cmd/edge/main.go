@@ -20,6 +20,6 @@ func main() {
 func newRoot() *cobra.Command {
 	root := cli.New("keyhaven-edge", "Serve HTTPS with keys that stay in an HSM, through tunnels that only dial out")
 	root.PersistentFlags().String("socket", "", "administration socket of the running edge (default $KEYHAVEN_EDGE_SOCKET, or "+defaultSocket+")")
-	root.AddCommand(newRun(), newCheck(), newCA(), newVNet(), newTunnel(), newConnector(), newRoute(), newStatus())
+	root.AddCommand(newRun(), newCheck(), newCA(), newKeyIdentity(), newVNet(), newTunnel(), newConnector(), newRoute(), newStatus())
 	return root
 }

@@ -5,7 +5,6 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"net"
 	"os"
@@ -14,7 +13,6 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/keyhaven/keyhaven/internal/cli"
 	"github.com/keyhaven/keyhaven/mtls"
 )
 
@@ -89,12 +87,14 @@ func (f *issueFlags) add(cmd *cobra.Command) {
 
 // issue makes a key, has the authority issue a certificate for it, and writes both.
 func (f *issueFlags) issue(a *mtls.Authority, r mtls.IssueRequest) ([][]byte, error) {
-	path := filepath.Join(f.out, mtls.KeyFileName)
-	if _, err := os.Lstat(path); !f.replace && !errors.Is(err, fs.ErrNotExist) {
-		if err == nil {
-			err = fmt.Errorf("%s is there already: choose another directory, or give --replace", path)
+	for _, name := range []string{mtls.KeyFileName, mtls.CertFileName} {
+		path := filepath.Join(f.out, name)
+		if _, err := os.Lstat(path); !f.replace && !errors.Is(err, fs.ErrNotExist) {
+			if err == nil {
+				err = fmt.Errorf("%s is there already: choose another directory, or give --replace", path)
+			}
+			return nil, err
 		}
-		return nil, err
 	}
 	key, _, err := mtls.NewKeyCSR()
 	if err != nil {
@@ -106,172 +106,6 @@ func (f *issueFlags) issue(a *mtls.Authority, r mtls.IssueRequest) ([][]byte, er
 		return nil, err
 	}
 	return chain, mtls.WriteIdentity(f.out, key, chain, a.RootPEM())
-}
-
-func newClient() *cobra.Command {
-	cmd := &cobra.Command{Use: "client", Short: "Clients of the key server: edges that may ask for signatures"}
-	cmd.AddCommand(newClientAdd(), newClientList(), newClientRevoke())
-	return cmd
-}
-
-func newClientAdd() *cobra.Command {
-	var f issueFlags
-	cmd := &cobra.Command{
-		Use:   "add NAME --ca-dir DIR --out DIR",
-		Short: "Make the identity of a client: key, certificate and root in a directory to take to it",
-		Args:  cobra.ExactArgs(1),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			a, err := mtls.OpenAuthority(f.caDir)
-			if err != nil {
-				return err
-			}
-			id := mtls.Identity{TrustDomain: a.TrustDomain(), Kind: mtls.KindEdge, Name: args[0]}
-			if err := id.Validate(); err != nil {
-				return cli.UsageError("%w", err)
-			}
-			revoked, err := a.Revocations()
-			if err != nil {
-				return err
-			}
-			if err := revoked.Accept(id); err != nil {
-				return fmt.Errorf("%w: choose another name", err)
-			}
-			if _, err := os.Lstat(clientFile(f.caDir, id.Name)); err == nil && !f.replace {
-				return fmt.Errorf("client %s exists: choose another name, or give --replace to issue again", id.Name)
-			}
-			chain, err := f.issue(a, mtls.IssueRequest{Identity: id, Lifetime: f.lifetime})
-			if err != nil {
-				return err
-			}
-			if err := recordClient(f.caDir, id, chain); err != nil {
-				return err
-			}
-			hint := "; now write a rule for it under clients in the configuration"
-			if f.replace { // it has one
-				hint = ""
-			}
-			fmt.Fprintf(cmd.OutOrStdout(), "issued %s in %s%s\n", id, f.out, hint)
-			return nil
-		},
-	}
-	f.add(cmd)
-	return cmd
-}
-
-func newClientList() *cobra.Command {
-	var dir string
-	cmd := &cobra.Command{
-		Use:   "list --ca-dir DIR",
-		Short: "List the clients that the authority has named",
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			revoked, err := mtls.OpenRevocations(dir)
-			if err != nil {
-				return err
-			}
-			files, err := filepath.Glob(clientFile(dir, "*"))
-			if err != nil {
-				return err
-			}
-			var clients []listedClient
-			for _, path := range files {
-				leaf, id, err := readClient(path)
-				if err != nil {
-					return err
-				}
-				state := "valid"
-				if time.Now().After(leaf.NotAfter) {
-					state = "expired"
-				}
-				if revoked.AcceptCert(id, leaf) != nil {
-					state = "revoked"
-				}
-				clients = append(clients, listedClient{id.String(), state, leaf.NotAfter.UTC()})
-			}
-			return cli.Show(cmd, clients, func(w io.Writer) {
-				fmt.Fprintln(w, "IDENTITY\tSTATE\tCERTIFICATE UNTIL")
-				for _, c := range clients {
-					fmt.Fprintf(w, "%s\t%s\t%s\n", c.Identity, c.State, c.Until.Format(time.RFC3339))
-				}
-			})
-		},
-	}
-	cmd.Flags().StringVar(&dir, "ca-dir", "", "directory of the authority")
-	required(cmd, "ca-dir")
-	return cli.WithOutput(cmd)
-}
-
-// listedClient is a client as "client list" shows it.
-type listedClient struct {
-	Identity string    `json:"identity"`
-	State    string    `json:"state"` // valid, expired or revoked
-	Until    time.Time `json:"until"`
-}
-
-func newClientRevoke() *cobra.Command {
-	var dir, reason string
-	cmd := &cobra.Command{
-		Use:   "revoke NAME --ca-dir DIR",
-		Short: "Refuse a client from now on; SIGHUP makes a running server close its connections too",
-		Args:  cobra.ExactArgs(1),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			if filepath.Base(args[0]) != args[0] {
-				return cli.UsageError("%q is no name of a client", args[0])
-			}
-			revoked, err := mtls.OpenRevocations(dir)
-			if err != nil {
-				return err
-			}
-			_, id, err := readClient(clientFile(dir, args[0]))
-			if errors.Is(err, fs.ErrNotExist) {
-				return fmt.Errorf("there is no client %s here; keyhaven-keyserver client list shows the clients", args[0])
-			}
-			if err != nil {
-				return err
-			}
-			if err := revoked.RevokeIdentity(id, reason); err != nil {
-				return err
-			}
-			fmt.Fprintf(cmd.OutOrStdout(), "revoked %s: new connections are refused at once; send SIGHUP to the server to close open ones\n", id)
-			return nil
-		},
-	}
-	cmd.Flags().StringVar(&dir, "ca-dir", "", "directory of the authority")
-	cmd.Flags().StringVar(&reason, "reason", "", "why, for the list")
-	required(cmd, "ca-dir")
-	return cmd
-}
-
-// clientFile is where the latest certificate of a client is kept.
-func clientFile(caDir, name string) string { return filepath.Join(caDir, "clients", name+".pem") }
-
-// recordClient keeps the certificate that a client was given, for lists and revocation.
-func recordClient(caDir string, id mtls.Identity, chain [][]byte) error {
-	path := clientFile(caDir, id.Name)
-	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
-		return err
-	}
-	temp, err := os.CreateTemp(filepath.Dir(path), ".new-*")
-	if err != nil {
-		return err
-	}
-	defer os.Remove(temp.Name())
-	err = pem.Encode(temp, &pem.Block{Type: "CERTIFICATE", Bytes: chain[0]})
-	if err = errors.Join(err, temp.Sync(), temp.Close()); err != nil {
-		return err
-	}
-	return os.Rename(temp.Name(), path)
-}
-
-func readClient(path string) (*x509.Certificate, mtls.Identity, error) {
-	leaf, err := readCertificate(path)
-	if err != nil {
-		return nil, mtls.Identity{}, err
-	}
-	id, err := mtls.IdentityOf(leaf)
-	if err != nil {
-		return nil, id, fmt.Errorf("%s: %w", path, err)
-	}
-	return leaf, id, nil
 }
 
 // readCertificate reads the first certificate of a file, in PEM or DER.

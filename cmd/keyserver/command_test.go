@@ -15,6 +15,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/keyhaven/keyhaven/mtls"
 )
 
 // TestCheckNamesTheFault holds each fault of a configuration to its line, its key and a remedy.
@@ -164,6 +166,59 @@ func TestEnvironment(t *testing.T) {
 	}
 	s.env = []string{"KEYHAVEN_KEYSERVER_LISTEN=127.0.0.1:1"}
 	s.must("check", "--config", cfg)
+}
+
+// TestClientCSR certifies a client's own key: the authority sees no private key, and hands out none.
+func TestClientCSR(t *testing.T) {
+	s := newSite(t)
+	fingerprint, err := mtls.WriteRequest(s.path("id"), false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	csr := s.path("id/request.csr")
+	add := []string{"client", "add", "two", "--ca-dir", s.path("ca"), "--csr", csr, "--out", s.path("two")}
+	if out := s.must(add...); !strings.Contains(out, "edge/two in") || !strings.Contains(out, "write a rule") || !strings.Contains(out, fingerprint) {
+		t.Errorf("got %s", out)
+	}
+	if files, err := filepath.Glob(s.path("two/*")); err != nil || strings.Join(files, " ") != s.path("two/ca.pem")+" "+s.path("two/cert.pem") {
+		t.Errorf("got %v, %v, want the certificate and the root alone", files, err)
+	}
+	if _, err := mtls.InstallCertificate(s.path("id"), s.path("two/cert.pem"), s.path("two/ca.pem"), mtls.AcceptKinds(mtls.KindEdge)); err != nil {
+		t.Fatal(err)
+	}
+	p := s.start(s.write("ks.yaml", 0o600, s.config("clients:"+rule("two", "sign"))))
+	if err := connect(t, p, s.tls("id")); err != nil {
+		t.Error(err)
+	}
+	p.stop()
+
+	if _, err := mtls.WriteRequest(s.path("id"), false); err != nil {
+		t.Fatal(err)
+	}
+	if out := s.must(append(add, "--replace")...); strings.Contains(out, "rule") {
+		t.Errorf("got %s", out)
+	}
+	text, err := os.ReadFile(csr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	block, _ := pem.Decode(text)
+	block.Bytes[len(block.Bytes)-1] ^= 1
+	s.write("forged.csr", 0o600, string(pem.EncodeToMemory(block)))
+	for _, tt := range []struct{ csr, out, want string }{
+		{s.path("none.csr"), "three", "none.csr"},
+		{s.path("two/cert.pem"), "three", "CERTIFICATE REQUEST"},
+		{s.path("forged.csr"), "three", "not signed by its own key"},
+		{csr, "two", "--replace"},
+		{csr, "one", "private key of an identity"},
+	} {
+		if code, out := s.try("client", "add", "three", "--ca-dir", s.path("ca"), "--csr", tt.csr, "--out", s.path(tt.out)); code != 1 || !strings.Contains(out, tt.want) {
+			t.Errorf("%s: got %d, %s, want %q", tt.csr, code, out, tt.want)
+		}
+	}
+	if out := s.must("client", "list", "--ca-dir", s.path("ca")); strings.Contains(out, "three") {
+		t.Errorf("a client that was not added is listed: %s", out)
+	}
 }
 
 // TestKeyCommands goes the whole way of a key: made, listed, certified, served.
