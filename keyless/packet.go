@@ -16,7 +16,7 @@ const (
 
 	itemHeader = 3    // tag u8, length u16
 	padTo      = 1024 // packets shorter than this are padded to about this size
-	padBlock   = 256  // what the length of compact packets is a multiple of
+	padBlock   = 128  // what the length of compact packets is a multiple of
 	major      = 1
 	minor      = 0
 )
@@ -63,7 +63,7 @@ type Packet struct {
 	Major, Minor byte
 	ID           uint32
 	Operation
-	// Compact pads to a multiple of 256 bytes, whatever the size, instead of to 1024. It is for packets of functions
+	// Compact pads to a multiple of 128 bytes, whatever the size, instead of to 1024. It is for packets of functions
 	// that only Keyhaven has, in both directions: most of what a link through a tunnel carries would be zeros otherwise.
 	Compact bool
 }

@@ -368,7 +368,7 @@ func FuzzStream(f *testing.F) {
 	})
 }
 
-// Compact packets are a multiple of 256 bytes long for every length of their items, and parse to what they were.
+// Compact packets are a multiple of 128 bytes long for every length of their items, and parse to what they were.
 func TestCompactPadding(t *testing.T) {
 	for n := range 700 {
 		p := Packet{Major: major, ID: 7, Compact: true, Operation: Operation{Opcode: OpCustom, CustomFunc: FuncTLSSign, Payload: make([]byte, n)}}
