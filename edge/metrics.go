@@ -22,9 +22,10 @@ type metrics struct {
 	requests    *prometheus.CounterVec
 	connections prometheus.Gauge
 	up          upCollector
+	expiry      expiryCollector
 }
 
-func newMetrics(reg prometheus.Registerer, up func() map[string]bool) (*metrics, error) {
+func newMetrics(reg prometheus.Registerer, up func() map[string]bool, expiry func() []expiry) (*metrics, error) {
 	m := &metrics{
 		handshakes: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "keyhaven_edge_handshakes_total", Help: "TLS handshakes of visitors by zone, transport, result, and whether a ticket resumed them.",
@@ -39,7 +40,8 @@ func newMetrics(reg prometheus.Registerer, up func() map[string]bool) (*metrics,
 		connections: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "keyhaven_edge_connections", Help: "Open TCP connections of visitors.",
 		}),
-		up: upCollector{up},
+		up:     upCollector{up},
+		expiry: expiryCollector{expiry},
 	}
 	if reg == nil {
 		return m, nil
@@ -52,7 +54,7 @@ func newMetrics(reg prometheus.Registerer, up func() map[string]bool) (*metrics,
 }
 
 func (m *metrics) all() []prometheus.Collector {
-	return []prometheus.Collector{m.handshakes, m.signatures, m.requests, m.connections, m.up}
+	return []prometheus.Collector{m.handshakes, m.signatures, m.requests, m.connections, m.up, m.expiry}
 }
 
 func (m *metrics) unregister(reg prometheus.Registerer) {
@@ -96,5 +98,27 @@ func (c upCollector) Collect(ch chan<- prometheus.Metric) {
 			v = 1
 		}
 		ch <- prometheus.MustNewConstMetric(upDesc, prometheus.GaugeValue, v, group)
+	}
+}
+
+// An expiry is the end of a certificate that the edge works with.
+type expiry struct {
+	kind, name string // "zone" and its name, or "key_server" and the group's
+	at         time.Time
+}
+
+// An expiryCollector asks for the certificates' ends when the metrics are read.
+type expiryCollector struct{ all func() []expiry }
+
+var expiryDesc = prometheus.NewDesc("keyhaven_edge_certificate_not_after_seconds",
+	"When a zone's certificate, or the edge's own towards a key server group, runs out, in Unix time.", []string{"kind", "name"}, nil)
+
+// Describe implements [prometheus.Collector].
+func (c expiryCollector) Describe(ch chan<- *prometheus.Desc) { ch <- expiryDesc }
+
+// Collect implements [prometheus.Collector].
+func (c expiryCollector) Collect(ch chan<- prometheus.Metric) {
+	for _, e := range c.all() {
+		ch <- prometheus.MustNewConstMetric(expiryDesc, prometheus.GaugeValue, float64(e.at.Unix()), e.kind, e.name)
 	}
 }

@@ -110,7 +110,7 @@ func (s *Server) open(cfg Config, zones []*zone.Zone) (err error) {
 	if err != nil {
 		return err
 	}
-	if s.metrics, err = newMetrics(s.deps.Registry, s.keyServersUp); err != nil {
+	if s.metrics, err = newMetrics(s.deps.Registry, s.keyServersUp, s.expiries); err != nil {
 		return err
 	}
 	if s.listeners, err = listen(cfg.Listen); err != nil {
@@ -238,6 +238,21 @@ func (s *Server) Ready(context.Context) error {
 		down = append(down, fmt.Errorf("key server group %s cannot be reached", name))
 	}
 	return errors.Join(down...)
+}
+
+// expiries lists the ends of the certificates in use.
+func (s *Server) expiries() (all []expiry) {
+	now := s.now.Load()
+	if now == nil {
+		return nil
+	}
+	for _, z := range now.table.Zones() {
+		all = append(all, expiry{"zone", z.Name, z.Leaf.NotAfter})
+	}
+	for name, g := range now.groups {
+		all = append(all, expiry{"key_server", name, g.source.NotAfter()})
+	}
+	return all
 }
 
 // keyServersUp says which key server groups can be reached.

@@ -78,7 +78,7 @@ func defaults() *config {
 // for people, and stop nothing; [edge.New] and [edge.Server.Reload] log them themselves.
 func load(path string) (cfg *config, remarks []string, err error) {
 	cfg = defaults()
-	file, err := conf.Load(cfg, conf.Options{Path: path, EnvPrefix: envPrefix})
+	file, err := conf.Load(cfg, conf.Options{Path: path, EnvPrefix: envPrefix, EnvOthers: []string{envPrefix + "_SOCKET"}})
 	if err != nil {
 		return nil, nil, err
 	}

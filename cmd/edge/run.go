@@ -106,6 +106,9 @@ func (p *process) open(ctx context.Context) (err error) {
 	if p.ids, err = openIdentities(cfg, log); err != nil {
 		return cli.ConfigError(err)
 	}
+	p.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "keyhaven_edge_identity_not_after_seconds",
+		Help: "When the edge's own certificate towards connectors runs out, in Unix time."},
+		func() float64 { return float64(p.ids.own.NotAfter().Unix()) }))
 	store, err := state.OpenBolt(cfg.State.File)
 	if err != nil {
 		return fmt.Errorf("open the state: %w", err)
@@ -120,11 +123,11 @@ func (p *process) open(ctx context.Context) (err error) {
 	p.tunnels, err = tunnel.Listen(tunnel.ListenConfig{Addr: cfg.Tunnel.Listen, Identity: p.ids.own, Admit: p.control.Admit,
 		Handle: p.control.Handle, Join: p.control.Join, Renew: p.control.Renew, Logger: log, DrainTimeout: cfg.Tunnel.DrainTimeout})
 	if err != nil {
-		return fmt.Errorf("listen for tunnels: %w", err)
+		return cli.ListenError(fmt.Errorf("listen for tunnels: %w", err))
 	}
 	p.visitors, err = edge.New(cfg.Visitors, edge.Deps{Dialer: p.control, Store: p.store, KeyIdentity: p.ids.key, Logger: log, Registry: p.registry})
 	if err != nil {
-		return err
+		return cli.ListenError(err)
 	}
 	p.admin, err = admin.Listen(cfg.Admin.Socket, p.control, log)
 	return err

@@ -139,7 +139,8 @@ type SessionView struct {
 // RouteAnswer is the answer to "who has this host?".
 type RouteAnswer struct {
 	Query string `json:"query"`
-	// Chosen is the route that a flow takes in the network asked for; nil if it has none.
+	// Chosen is the route that a flow takes in the network asked for; nil if it has none. For a prefix it is the longest
+	// one that covers all of it; parts of it may have routes of their own, which are among the Overlaps.
 	Chosen *RouteView `json:"chosen"`
 	// VNetName is the network asked for.
 	VNetName string `json:"vnet_name"`

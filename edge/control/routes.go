@@ -162,9 +162,8 @@ func (m *model) answerPrefixLocked(a *RouteAnswer, table *vnet.Table, v VNet, p 
 		for _, r := range table.Who(p.Addr()) {
 			a.Everywhere = append(a.Everywhere, *m.viewOfLocked(r))
 		}
-	} else if r, ok := m.routes[routeKey(Route{VNet: v.ID, Prefix: p.String()})]; ok {
-		view := m.routeViewLocked(r)
-		a.Chosen = &view
+	} else {
+		m.answerCoversLocked(a, table, v, p)
 	}
 	for _, r := range table.Overlaps(asked) {
 		view := m.viewOfLocked(r)
@@ -173,6 +172,24 @@ func (m *model) answerPrefixLocked(a *RouteAnswer, table *vnet.Table, v VNet, p 
 		}
 	}
 	sortRoutes(a.Overlaps)
+}
+
+// answerCoversLocked finds, for each network, the longest prefix that covers all of p.
+func (m *model) answerCoversLocked(a *RouteAnswer, table *vnet.Table, v VNet, p netip.Prefix) {
+	best := map[vnet.ID]vnet.Route{}
+	for _, r := range table.Overlaps(p) {
+		if have, ok := best[r.VNet]; r.Prefix.Bits() <= p.Bits() && (!ok || r.Prefix.Bits() > have.Prefix.Bits()) {
+			best[r.VNet] = r
+		}
+	}
+	for id, r := range best {
+		view := m.viewOfLocked(r)
+		a.Everywhere = append(a.Everywhere, *view)
+		if id == v.ID {
+			a.Chosen = view
+		}
+	}
+	sortRoutes(a.Everywhere)
 }
 
 // viewOfLocked returns the record behind a route of the table.

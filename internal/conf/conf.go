@@ -214,11 +214,18 @@ func unknownEnv(t reflect.Type, o Options) (errs Errors) {
 	slices.Sort(names)
 	for _, name := range names {
 		name, _, _ = strings.Cut(name, "=")
-		if _, ok := known[name]; !ok && strings.HasPrefix(name, o.EnvPrefix+"_") {
+		rest, ours := strings.CutPrefix(name, o.EnvPrefix+"_")
+		if _, ok := known[name]; !ok && ours && !fromKubernetes(rest) {
 			errs = append(errs, &Error{Msg: fmt.Sprintf("environment variable %s: stands for no key; correct or unset it%s", name, suggestEnv(name, known))})
 		}
 	}
 	return errs
+}
+
+// fromKubernetes reports whether a variable is one of those that Kubernetes gives to containers for a Service which has the
+// program's name, such as KEYHAVEN_EDGE_SERVICE_HOST and KEYHAVEN_EDGE_PORT_443_TCP.
+func fromKubernetes(rest string) bool {
+	return rest == "PORT" || strings.HasPrefix(rest, "PORT_") || rest == "SERVICE_HOST" || strings.HasPrefix(rest, "SERVICE_PORT")
 }
 
 var yamlLine = regexp.MustCompile(`line (\d+): (.*)`)

@@ -158,6 +158,8 @@ func TestUnknownEnvironment(t *testing.T) {
 	if _, err := Load(&sample{}, Options{EnvPrefix: "T"}); err != nil {
 		t.Errorf("without a list: %v", err)
 	}
+	t.Setenv("T_SERVICE_HOST", "10.0.0.1")
+	t.Setenv("T_PORT_443_TCP", "tcp://10.0.0.1:443")
 	_, err := Load(&sample{}, Options{EnvPrefix: "T", EnvOthers: []string{"T_SOCKET"}})
 	const want = "environment variable T_LISEN: stands for no key; correct or unset it; did you mean T_LISTEN?\n" +
 		"environment variable T_TLS_NOTHING_LIKE_IT: stands for no key; correct or unset it"
