@@ -23,7 +23,7 @@ func TestRefusedOnce(t *testing.T) {
 	in.refuse = tunnel.ErrRevoked
 	in.mu.Unlock()
 	p := start(t, "run", "--config", path, "--log-level", "debug")
-	for end := time.Now().Add(patience); strings.Count(p.text(), "this connector was revoked") < 4; time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(patience); strings.Count(p.text(), "no session to the edge") < 4; time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatal("the four sessions were not refused")
 		}
