@@ -57,15 +57,16 @@ type Config struct {
 
 // A Connector keeps sessions to edges and serves their flows. Its methods may be called by several goroutines.
 type Connector struct {
-	cfg     Config
-	log     *slog.Logger
-	metrics *metrics
-	dialer  dialer
-	allow   atomic.Pointer[Allow]
-	flows   flowSet
-	denied  throttle
-	lines   []*line
-	dial    func(context.Context, tunnel.DialConfig) (session, error)
+	cfg      Config
+	log      *slog.Logger
+	metrics  *metrics
+	dialer   dialer
+	allow    atomic.Pointer[Allow]
+	flows    flowSet
+	denied   throttle
+	refusals refusals
+	lines    []*line
+	dial     func(context.Context, tunnel.DialConfig) (session, error)
 
 	running sync.WaitGroup // sessions
 

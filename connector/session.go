@@ -112,6 +112,7 @@ func (l *line) serve(ctx, lives context.Context, s session, remote netip.AddrPor
 	l.set(StateConnected, remote, nil)
 	gauge := c.metrics.sessions.WithLabelValues(l.edge)
 	gauge.Inc()
+	c.refusals.forget(l.edge)
 	c.log.Info("session up", "edge", l.edge, "peer", remote, "index", l.reg.Index)
 	c.running.Go(func() {
 		err := s.Run(lives)
@@ -218,7 +219,7 @@ func (c *Connector) remedy(err error) string {
 }
 
 // reporter logs failures of one line: the first of its kind and then ever fewer, so that an outage of a day does not
-// fill a disk.
+// fill a disk. What a person must mend is counted over all lines instead; see refusals.
 type reporter struct {
 	last string
 	n    int
@@ -237,11 +238,13 @@ func (r *reporter) report(l *line, err error, advice string) {
 	}
 	r.n++
 	log := l.c.log.Debug
-	if r.n&(r.n-1) == 0 {
-		log = l.c.log.Warn
-		if advice != "" {
+	switch {
+	case advice != "":
+		if l.c.refusals.aloud(l.edge, advice) {
 			log = l.c.log.Error
 		}
+	case r.n&(r.n-1) == 0:
+		log = l.c.log.Warn
 	}
 	args := []any{"edge", l.edge, "index", l.reg.Index, "failures", r.n, "err", err}
 	if advice != "" {

@@ -110,7 +110,7 @@ func TestRun(t *testing.T) {
 	config(a, "")
 	p := start(t, "run", "--config", path)
 	base := "http://" + p.wait(t, `health and metrics" addr=(\S+)`)[1]
-	p.wait(t, sessionUp)
+	p.wait(t, "session up")
 	if code, body := get(t, base+"/readyz"); code != 200 {
 		t.Errorf("readyz: got %d %s, want 200", code, body)
 	}

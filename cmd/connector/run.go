@@ -83,7 +83,7 @@ func run(cmd *cobra.Command) error {
 	registry := ops.NewRegistry()
 	c, err := connector.New(connector.Config{
 		Identity: src, Edges: s.edges, Allow: s.allow, MaxFlows: s.Limits.MaxFlows, DialTimeout: s.Limits.DialTimeout,
-		DrainTimeout: s.Drain.Grace, Version: cli.Version(), Logger: once(log), Registerer: registry,
+		DrainTimeout: s.Drain.Grace, Version: cli.Version(), Logger: log, Registerer: registry,
 	})
 	if err != nil {
 		return err

@@ -242,7 +242,7 @@ func openIdentities(cfg *config, log *slog.Logger) (identities, error) {
 		return ids, nil
 	}
 	if ids.key, err = mtls.OpenDir(cfg.KeyIdentity.Dir, log); err != nil {
-		return ids, &keyError{"key_identity.dir", remedy(err, "the key owner makes it with 'keyhaven-keyserver client add'")}
+		return ids, &keyError{"key_identity.dir", remedy(err, "make a request with 'keyhaven-edge key-identity request', which the key owner certifies with 'keyhaven-keyserver client add --csr'")}
 	}
 	if id := ids.key.Identity(); id.Kind != mtls.KindEdge {
 		return ids, &keyError{"key_identity.dir", fmt.Errorf("holds the identity %s; an edge's is needed", id)}

@@ -1,10 +1,7 @@
 package main
 
 import (
-	"bytes"
-	"errors"
 	"fmt"
-	"log/slog"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -39,31 +36,5 @@ func TestRefusedOnce(t *testing.T) {
 	}
 	if errs != 1 || debugs < 3 {
 		t.Errorf("%d lines at ERROR and %d at DEBUG, want 1 and those of the other sessions", errs, debugs)
-	}
-}
-
-func TestOnceLog(t *testing.T) {
-	t.Parallel()
-	var out bytes.Buffer
-	log := once(slog.New(slog.NewTextHandler(&out, nil))).With("k", "v")
-	refuse := func(edge, remedy string) {
-		log.Error("no session to the edge, will try again", "edge", edge, "err", errors.New("x"), "remedy", remedy)
-	}
-	for range 3 {
-		refuse("a", "join again")
-	}
-	refuse("b", "join again")
-	refuse("a", "update")
-	log.Error("something else", "edge", "a")
-	log.Error("something else", "edge", "a")
-	if got := strings.Count(out.String(), "\n"); got != 5 {
-		t.Errorf("%d lines, want 5: %s", got, out.String())
-	}
-	out.Reset()
-	log.Info(sessionUp, "edge", "a")
-	refuse("a", "join again")
-	refuse("b", "join again")
-	if got := strings.Count(out.String(), "level=ERROR"); got != 1 {
-		t.Errorf("%d refusals after a session was up, want that of its edge: %s", got, out.String())
 	}
 }
