@@ -16,7 +16,11 @@ import (
 	"time"
 
 	"github.com/keyhaven/keyhaven/edge/control"
+	"github.com/keyhaven/keyhaven/internal/unixsock"
 )
+
+// hostName is the Host of requests on the socket.
+const hostName = "keyhaven-edge"
 
 // Deadlines and bounds of the server.
 const (
@@ -46,12 +50,12 @@ func Listen(path string, c *control.Control, log *slog.Logger) (*Server, error) 
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	ln, err := listenUnix(path)
+	ln, err := unixsock.Listen(path, maxConns)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("admin: %w", err)
 	}
 	own := uint32(os.Geteuid())
-	s := &Server{path: path, ln: newLimited(ln, maxConns), log: log, identify: peerUID,
+	s := &Server{path: path, ln: ln, log: log, identify: unixsock.PeerUID,
 		allowed: func(uid uint32) bool { return uid == 0 || uid == own }}
 	s.http = &http.Server{
 		Handler:           s.guard(newMux(c)),

@@ -1,4 +1,4 @@
-package admin
+package unixsock
 
 import (
 	"errors"
@@ -7,29 +7,30 @@ import (
 	"syscall"
 )
 
-// peerUID returns the user who made the connection, as the kernel noted it at connect. See unix(7), SO_PEERCRED.
-func peerUID(conn net.Conn) (uint32, error) {
+// PeerUID returns the user who made the connection, as the kernel noted it at connect. See unix(7), SO_PEERCRED. With an
+// error the user is none.
+func PeerUID(conn net.Conn) (uint32, error) {
 	const nobody = ^uint32(0)
 	if s, ok := conn.(*slotConn); ok {
 		conn = s.Conn
 	}
 	u, ok := conn.(*net.UnixConn)
 	if !ok {
-		return nobody, errors.New("admin: not a Unix socket")
+		return nobody, errors.New("not a Unix socket")
 	}
 	raw, err := u.SyscallConn()
 	if err != nil {
-		return nobody, fmt.Errorf("admin: peer credentials: %w", err)
+		return nobody, fmt.Errorf("peer credentials: %w", err)
 	}
 	var cred *syscall.Ucred
 	var credErr error
 	if err := raw.Control(func(fd uintptr) {
 		cred, credErr = syscall.GetsockoptUcred(int(fd), syscall.SOL_SOCKET, syscall.SO_PEERCRED)
 	}); err != nil {
-		return nobody, fmt.Errorf("admin: peer credentials: %w", err)
+		return nobody, fmt.Errorf("peer credentials: %w", err)
 	}
 	if credErr != nil {
-		return nobody, fmt.Errorf("admin: peer credentials: %w", credErr)
+		return nobody, fmt.Errorf("peer credentials: %w", credErr)
 	}
 	return cred.Uid, nil
 }

@@ -1,4 +1,6 @@
-package admin
+// Package unixsock binds Unix sockets for local administration: private from their first moment on, bounded in
+// connections, and with the kernel's word on who calls.
+package unixsock
 
 import (
 	"errors"
@@ -11,13 +13,12 @@ import (
 	"time"
 )
 
-// hostName is the Host of requests on the socket.
-const hostName = "keyhaven-edge"
-
 var umaskMu sync.Mutex // held while the process's umask is not its own
 
-// listenUnix binds path with mode 0600 from its first moment on.
-func listenUnix(path string) (net.Listener, error) {
+// Listen binds path with mode 0600 and takes at most conns connections at one time; further callers wait in the
+// socket's queue. A socket that a dead process left there is replaced; one that is answered is an error, as is a file
+// that is no socket.
+func Listen(path string, conns int) (net.Listener, error) {
 	if err := clearStale(path); err != nil {
 		return nil, err
 	}
@@ -27,9 +28,9 @@ func listenUnix(path string) (net.Listener, error) {
 	syscall.Umask(old)
 	umaskMu.Unlock()
 	if err != nil {
-		return nil, fmt.Errorf("admin: listen on %s: %w: does its directory exist, and may this user write there?", path, err)
+		return nil, fmt.Errorf("listen on %s: %w: does its directory exist, and may this user write there?", path, err)
 	}
-	return ln, nil
+	return &limited{Listener: ln, slots: make(chan struct{}, conns), done: make(chan struct{})}, nil
 }
 
 // clearStale removes a socket that nobody answers.
@@ -39,21 +40,21 @@ func clearStale(path string) error {
 		return nil
 	}
 	if err != nil {
-		return fmt.Errorf("admin: look at %s: %w", path, err)
+		return fmt.Errorf("look at %s: %w", path, err)
 	}
 	if info.Mode().Type() != fs.ModeSocket {
-		return fmt.Errorf("admin: %s is there and is no socket; move it away, or choose another path", path)
+		return fmt.Errorf("%s is there and is no socket; move it away, or choose another path", path)
 	}
 	conn, err := net.DialTimeout("unix", path, time.Second)
 	if err == nil {
 		conn.Close()
-		return fmt.Errorf("admin: another edge answers on %s; stop it, or choose another path", path)
+		return fmt.Errorf("another process answers on %s; stop it, or choose another path", path)
 	}
 	if !errors.Is(err, syscall.ECONNREFUSED) {
-		return fmt.Errorf("admin: somebody holds %s: %w", path, err)
+		return fmt.Errorf("somebody holds %s: %w", path, err)
 	}
 	if err := os.Remove(path); err != nil {
-		return fmt.Errorf("admin: remove the stale socket: %w", err)
+		return fmt.Errorf("remove the stale socket: %w", err)
 	}
 	return nil
 }
@@ -64,10 +65,6 @@ type limited struct {
 	slots chan struct{}
 	done  chan struct{}
 	once  sync.Once
-}
-
-func newLimited(ln net.Listener, n int) *limited {
-	return &limited{Listener: ln, slots: make(chan struct{}, n), done: make(chan struct{})}
 }
 
 // Accept waits for a free slot, then for a caller.
