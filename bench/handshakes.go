@@ -46,8 +46,8 @@ func (b *bench) handshakes(ctx context.Context) (err error) {
 			if err != nil {
 				return err
 			}
-			cfg := z.TLSConfig(sign, "http/1.1")
-			tickets.Bind(cfg, ticket.BindingOf(z))
+			cfg := z.TLSConfig(z.Certificates[0], sign, "http/1.1")
+			tickets.Bind(cfg, ticket.BindingsOf(z)[0])
 			addr, stop, err := serveTLS(cfg)
 			if err != nil {
 				return err
@@ -108,7 +108,7 @@ func (b *bench) zone(key, where string, client *keyless.Client) (*zone.Zone, zon
 	if local != nil {
 		return z, func(*tls.ClientHelloInfo, string) crypto.Signer { return local }, nil
 	}
-	remote, err := client.Key(z.Leaf.PublicKey, keyless.KeyOptions{})
+	remote, err := client.Key(z.Certificates[0].Leaf.PublicKey, keyless.KeyOptions{})
 	if err != nil {
 		return nil, nil, err
 	}

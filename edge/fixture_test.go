@@ -121,18 +121,31 @@ func newKey(t testing.TB, kind string) crypto.Signer {
 // A vault is a key server's memory: it signs what context-bound signing permits, and plain digests.
 type vault struct {
 	renew func(csrDER []byte) ([][]byte, error) // nil refuses
-	keys  map[keyless.SKI]crypto.Signer
 	ops   atomic.Int64
 	delay atomic.Int64 // nanoseconds before each answer
 
-	mu   sync.Mutex
+	mu   sync.Mutex // guards the rest
+	keys map[keyless.SKI]crypto.Signer
 	last keyless.Operation // copied
+}
+
+func (v *vault) put(ski keyless.SKI, key crypto.Signer) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.keys[ski] = key
+}
+
+func (v *vault) drop(ski keyless.SKI) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	delete(v.keys, ski)
 }
 
 func (v *vault) Handle(ctx context.Context, req *keyless.Request) ([]byte, error) {
 	v.ops.Add(1)
 	v.mu.Lock()
 	v.last = keyless.Operation{Opcode: req.Opcode, SNI: req.SNI, ClientIP: req.ClientIP, CustomFunc: req.CustomFunc}
+	key, ok := v.keys[req.SKI]
 	v.mu.Unlock()
 	if d := time.Duration(v.delay.Load()); d > 0 {
 		sleep(ctx, d)
@@ -141,7 +154,6 @@ func (v *vault) Handle(ctx context.Context, req *keyless.Request) ([]byte, error
 		chain, err := v.renew(req.Payload)
 		return bytes.Join(chain, nil), err
 	}
-	key, ok := v.keys[req.SKI]
 	if !ok {
 		return nil, keyless.ErrKeyNotFound
 	}
@@ -304,14 +316,20 @@ func serveKeys(t testing.TB, id *mtls.Source, h keyless.Handler) string {
 	return ln.Addr().String()
 }
 
-// addZone makes a key and a certificate for hosts and a zone that sends everything to origin.
-func (w *world) addZone(name, kind, origin string, hosts ...string) *zone.Config {
+// addKey makes a key and a certificate for hosts, whose file it returns.
+func (w *world) addKey(name, kind string, lifetime time.Duration, hosts ...string) (file string, ski keyless.SKI) {
 	w.t.Helper()
 	key := newKey(w.t, kind)
 	ski, err := keyless.SKIOf(key.Public())
 	must(w.t, err)
-	w.vault.keys[ski] = key
-	file := writePEM(w.t, filepath.Join(w.dir, name+".pem"), w.ca.issue(w.t, key.Public(), 90*24*time.Hour, hosts...))
+	w.vault.put(ski, key)
+	return writePEM(w.t, filepath.Join(w.dir, name+".pem"), w.ca.issue(w.t, key.Public(), lifetime, hosts...)), ski
+}
+
+// addZone makes a key and a certificate for hosts and a zone that sends everything to origin.
+func (w *world) addZone(name, kind, origin string, hosts ...string) *zone.Config {
+	w.t.Helper()
+	file, _ := w.addKey(name, kind, 90*24*time.Hour, hosts...)
 	w.cfg.Zones = append(w.cfg.Zones, zone.Config{
 		Name: name, Hosts: hosts, Certificate: file, KeyServer: "hsm", Origins: []zone.Origin{{URL: origin}},
 	})

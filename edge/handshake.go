@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto"
 	"crypto/tls"
+	"errors"
 	"io"
 	"net"
 	"net/netip"
@@ -51,7 +52,55 @@ func handshakeOf(ctx context.Context) *handshake {
 type visitorTLS struct {
 	transport string // "tcp" or "quic"
 	refusal   *tls.Config
-	zones     map[*zone.Zone]*tls.Config // those offered over the transport
+	zones     map[*zone.Zone][]*identity // those offered over the transport, in the order of their certificates
+}
+
+// An identity is a certificate of a zone with its key behind a key server.
+type identity struct {
+	*certificateKey
+	config *tls.Config
+}
+
+// A certificateKey is shared by the identities of all transports.
+type certificateKey struct {
+	cert *zone.Certificate
+	key  *keyless.Key
+	ill  atomic.Int64 // until when its signatures are taken to fail, Unix nanoseconds
+}
+
+// illTime is how long a certificate whose key did not sign is passed over where another one fits.
+const illTime = 5 * time.Second
+
+// usable reports whether the certificate is in force and its key known to sign.
+func (k *certificateKey) usable(now time.Time) bool {
+	return now.UnixNano() >= k.ill.Load() && k.cert.InForce(now)
+}
+
+// fits reports whether the visitor can verify a signature of the certificate's key.
+func (k *certificateKey) fits(hello *tls.ClientHelloInfo) bool {
+	c := tls.Certificate{Certificate: k.cert.Chain, Leaf: k.cert.Leaf, PrivateKey: k.key, SupportedSignatureAlgorithms: k.cert.Schemes}
+	return hello.SupportsCertificate(&c) == nil
+}
+
+// choose returns the index of the first identity that fits the visitor and is usable, or else of the first that fits, or else 0:
+// the handshake then ends with the alert that says why.
+func choose(ids []*identity, hello *tls.ClientHelloInfo, now time.Time) int {
+	if len(ids) == 1 {
+		return 0
+	}
+	first := -1
+	for i, id := range ids {
+		if !id.fits(hello) {
+			continue
+		}
+		if id.usable(now) {
+			return i
+		}
+		if first < 0 {
+			first = i
+		}
+	}
+	return max(first, 0)
 }
 
 // configFor selects the zone by the name that the visitor asks for. Without one, the handshake ends with
@@ -62,7 +111,7 @@ func (s *Server) configFor(hello *tls.ClientHelloInfo, of func(*snapshot) *visit
 	if name, err := zone.Canonical(hello.ServerName); err == nil {
 		if z, ok := now.table.Lookup(name); ok && v.zones[z] != nil {
 			handshakeOf(hello.Context()).zone.Store(z)
-			return v.zones[z], nil
+			return s.configOf(z, v.zones[z], hello), nil
 		}
 	}
 	handshakeOf(hello.Context()).count()
@@ -70,26 +119,40 @@ func (s *Server) configFor(hello *tls.ClientHelloInfo, of func(*snapshot) *visit
 	return v.refusal, nil
 }
 
+// configOf chooses the certificate for a visitor of the zone.
+func (s *Server) configOf(z *zone.Zone, ids []*identity, hello *tls.ClientHelloInfo) *tls.Config {
+	i := choose(ids, hello, time.Now())
+	if len(ids) == 1 {
+		return ids[i].config
+	}
+	cfg := ids[i].config.Clone()
+	s.tickets.BindOnce(cfg, ticket.BindingsOf(z), i)
+	return cfg
+}
+
 // tlsFor makes the configurations of a snapshot for one transport.
-func (s *Server) tlsFor(transport string, zones []*zone.Zone, keys map[*zone.Zone]*keyless.Key, protos func(*zone.Zone) []string, all ...string) *visitorTLS {
-	v := &visitorTLS{transport: transport, refusal: zone.Refusal(all...), zones: make(map[*zone.Zone]*tls.Config)}
+func (s *Server) tlsFor(transport string, zones []*zone.Zone, keys map[*zone.Zone][]*certificateKey, protos func(*zone.Zone) []string, all ...string) *visitorTLS {
+	v := &visitorTLS{transport: transport, refusal: zone.Refusal(all...), zones: make(map[*zone.Zone][]*identity)}
 	for _, z := range zones {
 		offered := protos(z)
 		if len(offered) == 0 {
 			continue
 		}
-		cfg := z.TLSConfig(s.signerFor(transport, z, keys[z]), offered...)
-		s.tickets.Bind(cfg, ticket.BindingOf(z))
-		v.zones[z] = cfg
+		bindings := ticket.BindingsOf(z)
+		for i, key := range keys[z] {
+			cfg := z.TLSConfig(key.cert, s.signerFor(transport, z, key), offered...)
+			s.tickets.Bind(cfg, bindings[i])
+			v.zones[z] = append(v.zones[z], &identity{key, cfg})
+		}
 	}
 	return v
 }
 
-// signerFor returns what binds the zone's key to one handshake, and measures it.
-func (s *Server) signerFor(transport string, z *zone.Zone, key *keyless.Key) zone.SignerFunc {
+// signerFor returns what binds the certificate's key to one handshake, and measures it.
+func (s *Server) signerFor(transport string, z *zone.Zone, key *certificateKey) zone.SignerFunc {
 	return func(hello *tls.ClientHelloInfo, sni string) crypto.Signer {
-		inner := key.For(hello.Context(), sni, addrOf(hello.Conn.RemoteAddr()), addrOf(hello.Conn.LocalAddr()))
-		m := measured{Signer: inner, s: s, transport: transport, zone: z.Name, handshake: handshakeOf(hello.Context())}
+		inner := key.key.For(hello.Context(), sni, addrOf(hello.Conn.RemoteAddr()), addrOf(hello.Conn.LocalAddr()))
+		m := measured{Signer: inner, s: s, transport: transport, zone: z.Name, key: key, handshake: handshakeOf(hello.Context())}
 		if d, ok := inner.(crypto.Decrypter); ok {
 			return measuredDecrypter{m, d}
 		}
@@ -103,6 +166,7 @@ type measured struct {
 	s         *Server
 	transport string
 	zone      string
+	key       *certificateKey
 	handshake *handshake
 }
 
@@ -118,6 +182,9 @@ func (m measured) done(began time.Time, err error) {
 	m.s.metrics.signature(m.zone, began, err)
 	if err == nil {
 		return
+	}
+	if !errors.Is(err, context.Canceled) { // which is the visitor's doing
+		m.key.ill.Store(time.Now().Add(illTime).UnixNano())
 	}
 	m.handshake.count()
 	m.s.metrics.handshake(m.zone, m.transport, resultSigner, false)

@@ -104,6 +104,7 @@ func (c upCollector) Collect(ch chan<- prometheus.Metric) {
 // An expiry is the end of a certificate that the edge works with.
 type expiry struct {
 	kind, name string // "zone" and its name, or "key_server" and the group's
+	file       string // of a zone's certificate
 	at         time.Time
 }
 
@@ -111,7 +112,7 @@ type expiry struct {
 type expiryCollector struct{ all func() []expiry }
 
 var expiryDesc = prometheus.NewDesc("keyhaven_edge_certificate_not_after_seconds",
-	"When a zone's certificate, or the edge's own towards a key server group, runs out, in Unix time.", []string{"kind", "name"}, nil)
+	"When a zone's certificate, or the edge's own towards a key server group, runs out, in Unix time.", []string{"kind", "name", "file"}, nil)
 
 // Describe implements [prometheus.Collector].
 func (c expiryCollector) Describe(ch chan<- *prometheus.Desc) { ch <- expiryDesc }
@@ -119,6 +120,6 @@ func (c expiryCollector) Describe(ch chan<- *prometheus.Desc) { ch <- expiryDesc
 // Collect implements [prometheus.Collector].
 func (c expiryCollector) Collect(ch chan<- prometheus.Metric) {
 	for _, e := range c.all() {
-		ch <- prometheus.MustNewConstMetric(expiryDesc, prometheus.GaugeValue, float64(e.at.Unix()), e.kind, e.name)
+		ch <- prometheus.MustNewConstMetric(expiryDesc, prometheus.GaugeValue, float64(e.at.Unix()), e.kind, e.name, e.file)
 	}
 }

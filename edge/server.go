@@ -2,6 +2,7 @@ package edge
 
 import (
 	"context"
+	"crypto/rsa"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -142,16 +143,12 @@ func (s *Server) install(cfg Config, zones []*zone.Zone) error {
 	if err != nil {
 		return err
 	}
-	keys := make(map[*zone.Zone]*keyless.Key, len(zones))
-	for _, z := range zones {
-		g := groups[z.KeyServer]
-		keys[z], err = g.client.Key(z.Leaf.PublicKey, keyless.KeyOptions{Plain: z.PlainDigest, AllowDecrypt: z.AllowRSADecrypt})
-		if err != nil {
-			for _, f := range fresh {
-				err = errors.Join(err, f.close())
-			}
-			return fmt.Errorf("zone %s: %w", z.Name, err)
+	keys, err := keysOf(zones, groups)
+	if err != nil {
+		for _, f := range fresh {
+			err = errors.Join(err, f.close())
 		}
+		return err
 	}
 	for _, g := range fresh {
 		if g.own {
@@ -173,6 +170,22 @@ func (s *Server) install(cfg Config, zones []*zone.Zone) error {
 		s.retire(old, next)
 	}
 	return nil
+}
+
+// keysOf returns the keys of the zones' certificates, in their order.
+func keysOf(zones []*zone.Zone, groups map[string]*keyGroup) (map[*zone.Zone][]*certificateKey, error) {
+	keys := make(map[*zone.Zone][]*certificateKey, len(zones))
+	for _, z := range zones {
+		for _, c := range z.Certificates {
+			_, isRSA := c.Leaf.PublicKey.(*rsa.PublicKey)
+			key, err := groups[z.KeyServer].client.Key(c.Leaf.PublicKey, keyless.KeyOptions{Plain: z.PlainDigest, AllowDecrypt: z.AllowRSADecrypt && isRSA})
+			if err != nil {
+				return nil, fmt.Errorf("zone %s: %s: %w", z.Name, c.File, err)
+			}
+			keys[z] = append(keys[z], &certificateKey{cert: c, key: key})
+		}
+	}
+	return keys, nil
 }
 
 // retire lets what is in flight finish with the old snapshot, and then releases it.
@@ -247,10 +260,12 @@ func (s *Server) expiries() (all []expiry) {
 		return nil
 	}
 	for _, z := range now.table.Zones() {
-		all = append(all, expiry{"zone", z.Name, z.Leaf.NotAfter})
+		for _, c := range z.Certificates {
+			all = append(all, expiry{"zone", z.Name, c.File, c.Leaf.NotAfter})
+		}
 	}
 	for name, g := range now.groups {
-		all = append(all, expiry{"key_server", name, g.source.NotAfter()})
+		all = append(all, expiry{"key_server", name, "", g.source.NotAfter()})
 	}
 	return all
 }

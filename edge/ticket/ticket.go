@@ -27,13 +27,17 @@ var errNoKey = errors.New("ticket: no key")
 // A Binding is what a ticket is good for, beside the canonical host name of the connection.
 type Binding struct {
 	Zone  string
-	Key   [20]byte // SKI of the zone's key
+	Key   [20]byte // SKI of the key that the full handshake was made with
 	Epoch uint64
 }
 
-// BindingOf returns the binding of a zone's tickets.
-func BindingOf(z *zone.Zone) Binding {
-	return Binding{Zone: z.Name, Key: z.SKI, Epoch: z.KeyEpoch}
+// BindingsOf returns the bindings of a zone's tickets, one for each certificate in its order.
+func BindingsOf(z *zone.Zone) []Binding {
+	all := make([]Binding, len(z.Certificates))
+	for i, c := range z.Certificates {
+		all[i] = Binding{Zone: z.Name, Key: c.SKI, Epoch: z.KeyEpoch}
+	}
+	return all
 }
 
 // extra returns the entry for SessionState.Extra.
@@ -59,6 +63,28 @@ func (k *Keys) Bind(cfg *tls.Config, b Binding) {
 	}
 	cfg.UnwrapSession = func(identity []byte, cs tls.ConnectionState) (*tls.SessionState, error) {
 		return k.unwrap(b, cs.ServerName, identity), nil
+	}
+}
+
+// BindOnce makes cfg, which must serve one handshake only, issue tickets of the binding all[own] and accept those of all, the
+// bindings of a zone with several keys. A session that is resumed keeps the binding of its full handshake, so that
+// it dies with the key that was used then.
+func (k *Keys) BindOnce(cfg *tls.Config, all []Binding, own int) {
+	resumed := all[own]
+	cfg.WrapSession = func(cs tls.ConnectionState, ss *tls.SessionState) ([]byte, error) {
+		if cs.DidResume {
+			return k.wrap(resumed, cs.ServerName, ss)
+		}
+		return k.wrap(all[own], cs.ServerName, ss)
+	}
+	cfg.UnwrapSession = func(identity []byte, cs tls.ConnectionState) (*tls.SessionState, error) {
+		for _, b := range all {
+			if ss := k.unwrap(b, cs.ServerName, identity); ss != nil {
+				resumed = b
+				return ss, nil
+			}
+		}
+		return nil, nil
 	}
 }
 

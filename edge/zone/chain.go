@@ -23,70 +23,98 @@ const (
 	minRSABits   = 2048
 )
 
-// loadChain reads and checks the certificate chain.
-func (z *Zone) loadChain(c *Config, r *report, now time.Time) (warnings []string) {
-	if c.Certificate == "" {
+// loadCertificates reads and checks the zone's certificates.
+func (z *Zone) loadCertificates(c *Config, r *report, now time.Time) (warnings []string) {
+	files := c.Certificates
+	key := func(i int) string { return fmt.Sprintf("certificates[%d]", i) }
+	switch {
+	case c.Certificate != "" && len(files) > 0:
+		r.fault("certificate", "is given beside certificates; put the file into that list")
+		return nil
+	case c.Certificate != "":
+		files, key = []string{c.Certificate}, func(int) string { return "certificate" }
+	case len(files) == 0:
 		r.fault("certificate", "no file with the certificate chain")
 		return nil
 	}
-	chain, err := readChain(c.Certificate)
-	if err != nil {
-		r.fault("certificate", "%v", err)
-		return nil
+	for i, file := range files {
+		if j := slices.Index(files, file); j < i {
+			r.fault(key(i), "is the file of %s; remove one", key(j))
+			continue
+		}
+		cert, err := z.loadChain(file)
+		if err != nil {
+			r.fault(key(i), "%v", err)
+			continue
+		}
+		z.Certificates = append(z.Certificates, cert)
+		warnings = append(warnings, z.remarks(cert, now)...)
 	}
-	z.Leaf = chain[0]
+	rsaKey := slices.ContainsFunc(z.Certificates, func(c *Certificate) bool { _, ok := c.Leaf.PublicKey.(*rsa.PublicKey); return ok })
+	if z.AllowRSADecrypt && len(z.Certificates) > 0 && !rsaKey {
+		r.fault("allow_rsa_decrypt", "the certificate's key is %s; decryption needs RSA", z.Certificates[0].Leaf.PublicKeyAlgorithm)
+	}
+	return warnings
+}
+
+// loadChain reads and checks one certificate chain.
+func (z *Zone) loadChain(file string) (*Certificate, error) {
+	if file == "" {
+		return nil, errors.New("no file with the certificate chain")
+	}
+	chain, err := readChain(file)
+	if err != nil {
+		return nil, err
+	}
+	c := &Certificate{File: file, Leaf: chain[0]}
 	for _, cert := range chain {
-		z.Chain = append(z.Chain, cert.Raw)
+		c.Chain = append(c.Chain, cert.Raw)
 	}
 	for i := range len(chain) - 1 {
 		if err := chain[i].CheckSignatureFrom(chain[i+1]); err != nil {
-			r.fault("certificate", "%s: certificate %d (%s) is not issued by certificate %d (%s): %v; the order is leaf first, each followed by its issuer",
-				c.Certificate, i+1, chain[i].Subject, i+2, chain[i+1].Subject, err)
-			return nil
+			return nil, fmt.Errorf("%s: certificate %d (%s) is not issued by certificate %d (%s): %w; the order is leaf first, each followed by its issuer",
+				file, i+1, chain[i].Subject, i+2, chain[i+1].Subject, err)
 		}
 	}
-	if z.Leaf.IsCA {
-		r.fault("certificate", "%s: the first certificate (%s) is that of an authority; put the leaf first", c.Certificate, z.Leaf.Subject)
-		return nil
+	if c.Leaf.IsCA {
+		return nil, fmt.Errorf("%s: the first certificate (%s) is that of an authority; put the leaf first", file, c.Leaf.Subject)
 	}
-	if eku := z.Leaf.ExtKeyUsage; len(eku) > 0 && !slices.Contains(eku, x509.ExtKeyUsageServerAuth) && !slices.Contains(eku, x509.ExtKeyUsageAny) {
-		r.fault("certificate", "%s: the leaf is not for server authentication", c.Certificate)
+	if eku := c.Leaf.ExtKeyUsage; len(eku) > 0 && !slices.Contains(eku, x509.ExtKeyUsageServerAuth) && !slices.Contains(eku, x509.ExtKeyUsageAny) {
+		return nil, fmt.Errorf("%s: the leaf is not for server authentication", file)
 	}
 	for _, h := range z.Hosts {
 		probe := h
 		if rest, ok := strings.CutPrefix(h, "*"); ok {
 			probe = "any-label" + rest
 		}
-		if z.Leaf.VerifyHostname(probe) != nil {
-			r.fault("certificate", "%s does not cover host %s, only %s", c.Certificate, h, strings.Join(z.Leaf.DNSNames, ", "))
+		if c.Leaf.VerifyHostname(probe) != nil {
+			return nil, fmt.Errorf("%s does not cover host %s, only %s", file, h, strings.Join(c.Leaf.DNSNames, ", "))
 		}
 	}
-	z.checkKey(c, r)
-	switch left := z.Leaf.NotAfter.Sub(now); {
-	case left <= 0:
-		warnings = append(warnings, fmt.Sprintf("zone %s: certificate %s expired on %s", z.Name, c.Certificate, z.Leaf.NotAfter.Format(time.RFC3339)))
-	case left < expiryWarning:
-		warnings = append(warnings, fmt.Sprintf("zone %s: certificate %s expires on %s", z.Name, c.Certificate, z.Leaf.NotAfter.Format(time.RFC3339)))
+	if c.Schemes, err = schemesOf(c.Leaf); err != nil {
+		return nil, fmt.Errorf("%s: %w", file, err)
 	}
-	if now.Before(z.Leaf.NotBefore) {
-		warnings = append(warnings, fmt.Sprintf("zone %s: certificate %s is not valid before %s", z.Name, c.Certificate, z.Leaf.NotBefore.Format(time.RFC3339)))
+	if c.SKI, err = keyless.SKIOf(c.Leaf.PublicKey); err != nil {
+		return nil, fmt.Errorf("%s: %w", file, err)
 	}
-	return warnings
+	return c, nil
 }
 
-func (z *Zone) checkKey(c *Config, r *report) {
-	schemes, err := schemesOf(z.Leaf)
-	if err != nil {
-		r.fault("certificate", "%s: %v", c.Certificate, err)
-		return
+// remarks says what is noteworthy about a certificate's validity.
+func (z *Zone) remarks(c *Certificate, now time.Time) (warnings []string) {
+	say := func(format string, at time.Time) {
+		warnings = append(warnings, fmt.Sprintf("zone %s: certificate %s "+format+" %s", z.Name, c.File, at.Format(time.RFC3339)))
 	}
-	z.Schemes = schemes
-	if _, isRSA := z.Leaf.PublicKey.(*rsa.PublicKey); z.AllowRSADecrypt && !isRSA {
-		r.fault("allow_rsa_decrypt", "the certificate's key is %s; decryption needs RSA", z.Leaf.PublicKeyAlgorithm)
+	switch left := c.Leaf.NotAfter.Sub(now); {
+	case left <= 0:
+		say("expired on", c.Leaf.NotAfter)
+	case left < expiryWarning:
+		say("expires on", c.Leaf.NotAfter)
 	}
-	if z.SKI, err = keyless.SKIOf(z.Leaf.PublicKey); err != nil {
-		r.fault("certificate", "%s: %v", c.Certificate, err)
+	if now.Before(c.Leaf.NotBefore) {
+		say("is not valid before", c.Leaf.NotBefore)
 	}
+	return warnings
 }
 
 // schemesOf returns the signature schemes of TLS that fit the leaf's key, best first. SHA-1 is not among them.

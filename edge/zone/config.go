@@ -8,7 +8,11 @@ type Config struct {
 	Hosts []string `mapstructure:"hosts"`
 	// Certificate is a file with the certificate chain in PEM, leaf first.
 	Certificate string `mapstructure:"certificate"`
-	// KeyServer names the group of key servers that holds the leaf's private key.
+	// Certificates holds several such files in place of Certificate, best first, each with a key of its own: of two types,
+	// or the old and the new one while keys are rotated. A visitor gets the first that it can verify, that is in
+	// force, and whose key signs.
+	Certificates []string `mapstructure:"certificates"`
+	// KeyServer names the group of key servers that holds the leaves' private keys.
 	KeyServer string `mapstructure:"key_server"`
 	// AllowRSADecrypt lets visitors without ECDHE use TLS_RSA_WITH_AES_128_GCM_SHA256, which needs RSA decryption by the
 	// key server and has no forward secrecy. The key server must allow it as well.

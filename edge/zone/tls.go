@@ -12,12 +12,12 @@ var suites12 = []uint16{
 	tls.TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256, tls.TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256,
 }
 
-// A SignerFunc returns the zone's key bound to one handshake. sni is canonical.
+// A SignerFunc returns the certificate's key bound to one handshake. sni is canonical.
 type SignerFunc func(hello *tls.ClientHelloInfo, sni string) crypto.Signer
 
-// TLSConfig returns a configuration for the zone's visitors that speak one of protos. Session tickets are the caller's to
-// bind, before use.
-func (z *Zone) TLSConfig(signer SignerFunc, protos ...string) *tls.Config {
+// TLSConfig returns a configuration for the zone's visitors that speak one of protos and get the certificate c. Session
+// tickets are the caller's to bind, before use.
+func (z *Zone) TLSConfig(c *Certificate, signer SignerFunc, protos ...string) *tls.Config {
 	suites := suites12
 	if z.AllowRSADecrypt {
 		suites = append(suites[:len(suites):len(suites)], tls.TLS_RSA_WITH_AES_128_GCM_SHA256)
@@ -33,10 +33,10 @@ func (z *Zone) TLSConfig(signer SignerFunc, protos ...string) *tls.Config {
 				return nil, err
 			}
 			return &tls.Certificate{
-				Certificate:                  z.Chain,
-				Leaf:                         z.Leaf,
+				Certificate:                  c.Chain,
+				Leaf:                         c.Leaf,
 				PrivateKey:                   signer(hello, sni),
-				SupportedSignatureAlgorithms: z.Schemes,
+				SupportedSignatureAlgorithms: c.Schemes,
 			}, nil
 		},
 	}

@@ -13,20 +13,31 @@ import (
 
 // A Zone is a compiled [Config]. It is immutable.
 type Zone struct {
-	Name      string
-	Hosts     []string // canonical patterns
-	Chain     [][]byte // DER, leaf first
-	Leaf      *x509.Certificate
-	SKI       keyless.SKI // of the leaf's public key
-	KeyServer string
-	// Schemes holds what the leaf's key can sign in TLS 1.2 and 1.3, nothing weaker.
-	Schemes             []tls.SignatureScheme
+	Name                string
+	Hosts               []string       // canonical patterns
+	Certificates        []*Certificate // at least one, best first
+	KeyServer           string
 	AllowRSADecrypt     bool
 	PlainDigest         bool
 	KeyEpoch            uint64
 	HTTP1, HTTP2, HTTP3 bool
 
 	upstreams []*Upstream // longest path first
+}
+
+// A Certificate is a chain with what follows from its leaf. It is immutable.
+type Certificate struct {
+	File  string
+	Chain [][]byte // DER, leaf first
+	Leaf  *x509.Certificate
+	SKI   keyless.SKI // of the leaf's public key
+	// Schemes holds what the leaf's key can sign in TLS 1.2 and 1.3, nothing weaker.
+	Schemes []tls.SignatureScheme
+}
+
+// InForce reports whether the time lies within the leaf's validity.
+func (c *Certificate) InForce(now time.Time) bool {
+	return !now.Before(c.Leaf.NotBefore) && !now.After(c.Leaf.NotAfter)
 }
 
 // expiryWarning is how long before its end a certificate is remarked upon.
@@ -93,7 +104,7 @@ func compile(c *Config, owners map[string]string, hasGroup func(string) bool, r 
 	if len(c.HTTP) == 0 {
 		z.HTTP1, z.HTTP2, z.HTTP3 = true, true, true
 	}
-	warnings = z.loadChain(c, r, time.Now())
+	warnings = z.loadCertificates(c, r, time.Now())
 	z.compileOrigins(c, r)
 	return z, warnings
 }
