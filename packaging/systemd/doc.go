@@ -1,0 +1,2 @@
+// Package systemd holds the units of the programs. Its tests check them with systemd-analyze.
+package systemd
