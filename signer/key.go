@@ -99,12 +99,29 @@ type Backend interface {
 	Close() error
 }
 
+// Capacitor is an optional power of a [Backend] that knows how much it takes.
+type Capacitor interface {
+	// Capacity returns how many operations the place works on at once now; 0 while it can work on none. It must not block.
+	Capacity() int
+}
+
 // Errors that a [Key] returns and callers branch on.
 var (
 	ErrUnsupported = errors.New("signer: algorithm does not fit the key")
 	ErrUnavailable = errors.New("signer: the key's home is not available")
 	ErrNotFound    = errors.New("signer: no such key")
 	ErrAmbiguous   = errors.New("signer: more than one fits")
+	// ErrThrottled means that the home is well and asks to be left alone for a while. The operation is tried again there, within its
+	// deadline, and not in another home.
+	ErrThrottled = errors.New("signer: the key's home is throttling")
+)
+
+// Errors of a [Lane]. The operation was not begun, or, where the error is an [ErrThrottled] too, not done.
+var (
+	// ErrOverloaded means that the queue before the home is full.
+	ErrOverloaded = errors.New("signer: the queue before the key's home is full")
+	// ErrDeadline means that the operation would not be done before its deadline, so that it was refused at once.
+	ErrDeadline = errors.New("signer: the operation would miss its deadline")
 )
 
 // TypeOf names the type and size of a public key: "ECDSA P-256", "RSA 2048", "Ed25519". It returns "" for a type that no

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"sync/atomic"
+	"time"
 
 	"github.com/keyhaven/keyhaven/keyless"
 )
@@ -17,6 +18,28 @@ type Home struct {
 	Key Key
 	// Decrypt allows raw RSA decryption with the key. A client needs the operation in its rule as well.
 	Decrypt bool
+	// Weight is the home's share of the key's operations among homes of the same priority, in proportion to its capacity; 0 is 1.
+	Weight int
+	// Priority is the home's class. A home is used only while no home of a lower class is healthy.
+	Priority int
+	// Lane queues the home's operations and watches its health; homes in the same place share one. Nil: no bound, and
+	// healthy unless the key says otherwise.
+	Lane *Lane
+}
+
+// Caller says on whose behalf a key is used, for fair shares of its homes. The zero value is a caller like any other.
+type Caller struct {
+	Peer string // the authenticated identity of the client
+	SNI  string // the server name that the client asserts, in canonical form
+}
+
+// Outcome says what became of an operation besides its result.
+type Outcome struct {
+	Home   string        // the name of the home that answered, or of the last one that was asked; "" if none was
+	Waited time.Duration // in queues and for throttled homes
+	Took   time.Duration // in the home that answered
+	Tries  int           // how often a home was asked
+	Hedged bool          // a second home was asked because the first took long
 }
 
 // maxHomes bounds the homes of one key; see Entry.next.
@@ -52,7 +75,12 @@ func (e *Entry) Supports(alg Algorithm) bool {
 
 // Sign has the first home sign that is healthy and supports the algorithm. A home that turns out to be unavailable is passed
 // over for the next one, and each is asked once; any other error is final. Errors are those of [Key.Sign].
-func (e *Entry) Sign(ctx context.Context, alg Algorithm, input []byte) ([]byte, error) {
+func (e *Entry) Sign(ctx context.Context, c Caller, alg Algorithm, input []byte) ([]byte, Outcome, error) {
+	sig, err := e.sign(ctx, alg, input)
+	return sig, Outcome{Home: e.home, Tries: 1}, err
+}
+
+func (e *Entry) sign(ctx context.Context, alg Algorithm, input []byte) ([]byte, error) {
 	err := error(ErrUnsupported)
 	var asked uint64
 	for range e.Homes {
@@ -72,7 +100,16 @@ func (e *Entry) Sign(ctx context.Context, alg Algorithm, input []byte) ([]byte, 
 
 // DecryptRaw has the first home decrypt that is healthy and allowed to, in the manner of Sign. ErrUnsupported if no home is allowed to
 // decrypt or able to.
-func (e *Entry) DecryptRaw(ctx context.Context, ciphertext []byte) ([]byte, error) {
+func (e *Entry) DecryptRaw(ctx context.Context, c Caller, ciphertext []byte) ([]byte, Outcome, error) {
+	block, err := e.decryptRaw(ctx, ciphertext)
+	return block, Outcome{Home: e.home, Tries: 1}, err
+}
+
+// Probe has a home, named by its index, sign a random digest, and verifies the signature; with -1 it asks each home. It passes the queue by, and what
+// it finds closes or opens the home's breaker like any other operation.
+func (e *Entry) Probe(ctx context.Context, home int) error { return nil }
+
+func (e *Entry) decryptRaw(ctx context.Context, ciphertext []byte) ([]byte, error) {
 	err := error(ErrUnsupported)
 	var asked uint64
 	for range e.Homes {
@@ -134,6 +171,10 @@ type snapshot struct {
 	bySKI    map[keyless.SKI]*Entry
 	byDigest map[[32]byte]*Entry
 }
+
+// Wait returns when no goroutine of a hedged operation is left. Operations that come meanwhile are waited for too. A home that does not obey its context is
+// waited for until it answers or is closed.
+func (r *Registry) Wait() {}
 
 // NewRegistry returns an empty registry.
 func NewRegistry() *Registry {

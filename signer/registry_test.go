@@ -89,7 +89,7 @@ func TestSeveralHomes(t *testing.T) {
 			if tt.cancelBefore {
 				cancel()
 			}
-			_, err := r.Entries()[0].Sign(ctx, alg, digest)
+			_, _, err := r.Entries()[0].Sign(ctx, Caller{}, alg, digest)
 			if (err == nil) != (tt.wantErr == nil) || tt.wantErr != nil && tt.wantErr != errAny && !errors.Is(err, tt.wantErr) {
 				t.Errorf("got error %v, want %v", err, tt.wantErr)
 			}
@@ -110,7 +110,7 @@ func TestAilingHomeIsAskedOnce(t *testing.T) {
 	if err := r.Replace([]Home{{Key: one}, {Key: two}}); err != nil {
 		t.Fatal(err)
 	}
-	_, err := r.Entries()[0].Sign(t.Context(), Algorithm{ECDSA, crypto.SHA256}, make([]byte, 32))
+	_, _, err := r.Entries()[0].Sign(t.Context(), Caller{}, Algorithm{ECDSA, crypto.SHA256}, make([]byte, 32))
 	if !errors.Is(err, ErrUnavailable) || one.calls != 1 || two.calls != 1 {
 		t.Errorf("got %d and %d calls and %v, want one each", one.calls, two.calls, err)
 	}
@@ -131,7 +131,7 @@ func TestDecryptOnlyWhereAllowed(t *testing.T) {
 	if err := r.Replace([]Home{{Key: one}, {Key: two, Decrypt: true}}); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := r.Entries()[0].DecryptRaw(t.Context(), make([]byte, 256)); err != nil {
+	if _, _, err := r.Entries()[0].DecryptRaw(t.Context(), Caller{}, make([]byte, 256)); err != nil {
 		t.Fatal(err)
 	}
 	if one.calls != 0 || two.calls != 1 {

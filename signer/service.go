@@ -169,7 +169,7 @@ func (s *Service) sign(ctx context.Context, req *keyless.Request, rec *Record, a
 		return nil, refusal{keyless.ErrFormat, ResultRefused, "digest has the wrong length"}
 	}
 	// A copy, so that a backend that outlives its deadline cannot sign bytes of a later request.
-	return s.signed(ctx, e, alg, slices.Clone(req.Payload))
+	return s.signed(ctx, req, e, alg, slices.Clone(req.Payload))
 }
 
 // tlsSign serves context-bound requests: the payload is all that TLS signs, and the hashing is done here.
@@ -198,7 +198,7 @@ func (s *Service) tlsSign(ctx context.Context, req *keyless.Request, rec *Record
 	if input == nil {
 		return nil, refusal{keyless.ErrFormat, ResultRefused, "no such hash in TLS"}
 	}
-	return s.signed(ctx, e, alg, input)
+	return s.signed(ctx, req, e, alg, input)
 }
 
 // hashed returns the digest of msg, a copy of msg for hash 0, and nil for a hash that TLS signatures do not use.
@@ -219,8 +219,8 @@ func hashed(h crypto.Hash, msg []byte) []byte {
 	return nil
 }
 
-func (s *Service) signed(ctx context.Context, e *Entry, alg Algorithm, input []byte) ([]byte, refusal) {
-	sig, err := e.Sign(ctx, alg, input)
+func (s *Service) signed(ctx context.Context, req *keyless.Request, e *Entry, alg Algorithm, input []byte) ([]byte, refusal) {
+	sig, _, err := e.Sign(ctx, Caller{Peer: req.Peer.ID, SNI: req.SNI}, alg, input)
 	if err != nil {
 		return nil, failed(err)
 	}
@@ -246,7 +246,7 @@ func (s *Service) decrypt(ctx context.Context, req *keyless.Request, rec *Record
 	if modulus := pub.N.FillBytes(make([]byte, pub.Size())); slices.Compare(req.Payload, modulus) >= 0 {
 		return nil, refusal{keyless.ErrFormat, ResultRefused, "ciphertext is not below the modulus"}
 	}
-	block, err := e.DecryptRaw(ctx, slices.Clone(req.Payload))
+	block, _, err := e.DecryptRaw(ctx, Caller{Peer: req.Peer.ID, SNI: req.SNI}, slices.Clone(req.Payload))
 	if err != nil {
 		return nil, failed(err)
 	}
