@@ -1,9 +1,6 @@
 package main
 
 import (
-	"fmt"
-	"net"
-	"path/filepath"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -14,17 +11,26 @@ import (
 	"github.com/keyhaven/keyhaven/signer"
 )
 
-// Config is the configuration file. Everything but listen, ops, limits and timeouts can change with SIGHUP.
+// Config is the configuration file. Everything but listen, ops, limits, timeouts, control, state_dir and tracing can change
+// with a reload.
 type Config struct {
 	Listen      string              `mapstructure:"listen"`
 	Ops         ops.Config          `mapstructure:"ops"`
+	Control     string              `mapstructure:"control"`   // path of the Unix socket for commands; empty: none
+	StateDir    string              `mapstructure:"state_dir"` // empty: daily budgets begin anew with the process
 	TLS         TLSConfig           `mapstructure:"tls"`
 	CADir       string              `mapstructure:"ca_dir"`
 	Modules     []string            `mapstructure:"modules"`
 	Tokens      []TokenConfig       `mapstructure:"tokens"`
+	Transit     []TransitConfig     `mapstructure:"transit"`
 	FileKeys    []FileKeyConfig     `mapstructure:"file_keys"`
+	Homes       HomesConfig         `mapstructure:"homes"`
 	Clients     []signer.ClientRule `mapstructure:"clients"`
+	Legacy      LegacyConfig        `mapstructure:"legacy"`
 	SealKeyFile string              `mapstructure:"seal_key_file"`
+	Audit       AuditConfig         `mapstructure:"audit"`
+	Probe       ProbeConfig         `mapstructure:"probe"`
+	Tracing     TracingConfig       `mapstructure:"tracing"`
 	Limits      LimitsConfig        `mapstructure:"limits"`
 	Timeouts    TimeoutsConfig      `mapstructure:"timeouts"`
 }
@@ -37,20 +43,120 @@ type TLSConfig struct {
 	AllowTLS12 bool   `mapstructure:"allow_tls12"`
 }
 
-// TokenConfig names one PKCS#11 token.
+// TokenConfig names one PKCS#11 token and says how it is used.
 type TokenConfig struct {
-	URI              string   `mapstructure:"uri"`
-	Module           string   `mapstructure:"module"`
-	Sessions         int      `mapstructure:"sessions"`
-	AllowExtractable bool     `mapstructure:"allow_extractable"`
-	AllowFinalTry    bool     `mapstructure:"allow_final_try"`
-	Decrypt          []string `mapstructure:"decrypt"` // SKIs and labels of keys with which clients may decrypt
+	URI              string        `mapstructure:"uri"`
+	Module           string        `mapstructure:"module"`
+	Sessions         int           `mapstructure:"sessions"` // of one worker
+	Workers          int           `mapstructure:"workers"`
+	Deadline         time.Duration `mapstructure:"deadline"`
+	KeepAlive        time.Duration `mapstructure:"keep_alive"`
+	OnWorkerLoss     string        `mapstructure:"on_worker_loss"`
+	Sandbox          SandboxConfig `mapstructure:"sandbox"`
+	AllowExtractable bool          `mapstructure:"allow_extractable"`
+	AllowFinalTry    bool          `mapstructure:"allow_final_try"`
+
+	Weight   int      `mapstructure:"weight"`
+	Priority int      `mapstructure:"priority"`
+	Queue    int      `mapstructure:"queue"`
+	Decrypt  []string `mapstructure:"decrypt"` // SKIs and labels of keys with which clients may decrypt
+}
+
+// SandboxConfig says what the worker processes of a token may do.
+type SandboxConfig struct {
+	Mode       string   `mapstructure:"mode"`
+	ReadPaths  []string `mapstructure:"read_paths"`
+	WritePaths []string `mapstructure:"write_paths"`
+	Network    bool     `mapstructure:"network"`
+	MaxMemory  string   `mapstructure:"max_memory"`
+}
+
+// TransitConfig names a mount of the Transit engine of Vault or OpenBao.
+type TransitConfig struct {
+	Address   string             `mapstructure:"address"`
+	Mount     string             `mapstructure:"mount"`
+	Namespace string             `mapstructure:"namespace"`
+	Keys      []TransitKeyConfig `mapstructure:"keys"`
+	Auth      TransitAuthConfig  `mapstructure:"auth"`
+	TLS       TransitTLSConfig   `mapstructure:"tls"`
+	Batch     int                `mapstructure:"batch"`
+	InFlight  int                `mapstructure:"in_flight"`
+	Timeout   time.Duration      `mapstructure:"timeout"`
+
+	Weight   int `mapstructure:"weight"`
+	Priority int `mapstructure:"priority"`
+	Queue    int `mapstructure:"queue"`
+}
+
+// TransitKeyConfig names a key of the engine.
+type TransitKeyConfig struct {
+	Name    string `mapstructure:"name"`
+	Version int    `mapstructure:"version"` // 0: the latest
+}
+
+// TransitAuthConfig says how to log in. Secrets are in files.
+type TransitAuthConfig struct {
+	Method       string `mapstructure:"method"`
+	TokenFile    string `mapstructure:"token_file"`
+	RoleIDFile   string `mapstructure:"role_id_file"`
+	SecretIDFile string `mapstructure:"secret_id_file"`
+	Role         string `mapstructure:"role"`
+	JWTFile      string `mapstructure:"jwt_file"`
+	Mount        string `mapstructure:"mount"`
+}
+
+// TransitTLSConfig says how to know the server, and by what it knows the key server.
+type TransitTLSConfig struct {
+	CA         string `mapstructure:"ca"`
+	Cert       string `mapstructure:"cert"`
+	Key        string `mapstructure:"key"`
+	ServerName string `mapstructure:"server_name"`
 }
 
 // FileKeyConfig names one private key in a file.
 type FileKeyConfig struct {
 	Path    string `mapstructure:"path"`
 	Decrypt bool   `mapstructure:"decrypt"`
+}
+
+// HomesConfig says how operations are spread over the homes of a key.
+type HomesConfig struct {
+	HedgePercentile float64       `mapstructure:"hedge_percentile"` // of the observed latency; 0: no second attempt beside the first
+	HedgeBudget     float64       `mapstructure:"hedge_budget"`     // share of the operations
+	BreakerFailures int           `mapstructure:"breaker_failures"` // in a row
+	BreakerMinOpen  time.Duration `mapstructure:"breaker_min_open"`
+	BreakerMaxOpen  time.Duration `mapstructure:"breaker_max_open"`
+}
+
+// LegacyConfig holds the server's own switches for what old clients need, besides the rules.
+type LegacyConfig struct {
+	SHA1    bool `mapstructure:"sha1"`
+	MD5SHA1 bool `mapstructure:"md5sha1"`
+	Decrypt bool `mapstructure:"decrypt"`
+}
+
+// AuditConfig says where the record of private-key operations is kept.
+type AuditConfig struct {
+	Mode        string        `mapstructure:"mode"` // empty: best-effort with a directory, else off
+	Dir         string        `mapstructure:"dir"`
+	KeyFile     string        `mapstructure:"key_file"`
+	Key         string        `mapstructure:"key"` // SKI or label
+	Checkpoint  time.Duration `mapstructure:"checkpoint"`
+	RotateSize  string        `mapstructure:"rotate_size"`
+	RotateEvery time.Duration `mapstructure:"rotate_every"`
+	Syslog      string        `mapstructure:"syslog"`
+	JSONL       string        `mapstructure:"jsonl"`
+}
+
+// ProbeConfig says how often each key signs in each of its homes for /readyz.
+type ProbeConfig struct {
+	Interval time.Duration `mapstructure:"interval"`
+}
+
+// TracingConfig says where spans go. Without an endpoint there are none.
+type TracingConfig struct {
+	OTLPEndpoint string  `mapstructure:"otlp_endpoint"`
+	SampleRatio  float64 `mapstructure:"sample_ratio"`
 }
 
 // LimitsConfig bounds what clients can occupy.
@@ -74,8 +180,12 @@ type TimeoutsConfig struct {
 // defaults returns the configuration of an empty file.
 func defaults() Config {
 	return Config{
-		Listen: ":2407",
-		Limits: LimitsConfig{Connections: 1024, ConnectionsPerClient: 64, InFlight: 1024},
+		Listen:  ":2407",
+		Homes:   HomesConfig{HedgePercentile: 0.95, HedgeBudget: 0.05, BreakerFailures: 5, BreakerMinOpen: time.Second, BreakerMaxOpen: 30 * time.Second},
+		Audit:   AuditConfig{Checkpoint: time.Minute, RotateSize: "64MiB", RotateEvery: 24 * time.Hour},
+		Probe:   ProbeConfig{Interval: time.Minute},
+		Tracing: TracingConfig{SampleRatio: 1},
+		Limits:  LimitsConfig{Connections: 1024, ConnectionsPerClient: 64, InFlight: 1024},
 		Timeouts: TimeoutsConfig{
 			Handshake: 5 * time.Second, Idle: time.Minute, Header: 5 * time.Second, Body: 10 * time.Second,
 			Write: 10 * time.Second, Operation: 10 * time.Second, Drain: 10 * time.Second,
@@ -105,61 +215,4 @@ func read(o loadOptions) (Config, *conf.File, error) {
 		return cfg, nil, err
 	}
 	return cfg, file, cfg.validate(file).Err()
-}
-
-func (c *Config) validate(file *conf.File) conf.Errors {
-	var errs conf.Errors
-	fault := func(key, format string, args ...any) { errs = append(errs, file.Errorf(key, format, args...)) }
-
-	if _, _, err := net.SplitHostPort(c.Listen); err != nil {
-		fault("listen", "%q is no address to listen on (%v); write host:port, such as 10.0.0.5:2407", c.Listen, err)
-	}
-	if err := c.Ops.Check(); err != nil {
-		fault("ops.listen", "%v", err)
-	}
-	for key, path := range map[string]string{"tls.cert": c.TLS.Cert, "tls.key": c.TLS.Key, "tls.ca": c.TLS.CA} {
-		if path == "" {
-			fault(key, "is missing; name the file, as keyhaven-keyserver ca issue writes it")
-		}
-	}
-	if len(c.Tokens)+len(c.FileKeys) == 0 {
-		fault("tokens", "neither tokens nor file_keys name a key, so there would be nothing to sign with; add a token")
-	}
-	if len(c.Clients) == 0 {
-		fault("clients", "is empty and admits nobody; add a rule for each client")
-	}
-	for i, m := range c.Modules {
-		if !filepath.IsAbs(m) {
-			fault(fmt.Sprintf("modules[%d]", i), "%q is not an absolute path", m)
-		}
-	}
-	seen := map[string]int{}
-	for i, k := range c.FileKeys {
-		key := fmt.Sprintf("file_keys[%d].path", i)
-		first, again := seen[filepath.Clean(k.Path)]
-		switch {
-		case k.Path == "":
-			fault(key, "is missing; name the file of the private key")
-		case again:
-			fault(key, "is the file of file_keys[%d]; remove one", first)
-		}
-		seen[filepath.Clean(k.Path)] = i
-	}
-	for key, n := range map[string]int{
-		"limits.connections": c.Limits.Connections, "limits.connections_per_client": c.Limits.ConnectionsPerClient, "limits.in_flight": c.Limits.InFlight,
-	} {
-		if n < 1 || n > 1<<20 {
-			fault(key, "%d is out of range; write 1 to %d", n, 1<<20)
-		}
-	}
-	t := c.Timeouts
-	for key, d := range map[string]time.Duration{
-		"timeouts.handshake": t.Handshake, "timeouts.idle": t.Idle, "timeouts.header": t.Header, "timeouts.body": t.Body,
-		"timeouts.write": t.Write, "timeouts.operation": t.Operation, "timeouts.drain": t.Drain,
-	} {
-		if d < 10*time.Millisecond || d > time.Hour {
-			fault(key, "%v is out of range; write 10ms to 1h", d)
-		}
-	}
-	return errs
 }

@@ -70,7 +70,7 @@ func byLine(a, b error) int {
 }
 
 func (p *plan) loadPolicy() (errs conf.Errors) {
-	policy, err := signer.NewPolicy(p.cfg.Clients)
+	policy, err := signer.NewPolicy(p.cfg.Clients, signer.Options{})
 	p.policy = policy
 	if err == nil {
 		return nil
@@ -96,11 +96,6 @@ func (p *plan) addToken(i int, logger *slog.Logger) (errs conf.Errors) {
 	}
 	if p.tokenTwice(i) {
 		errs = append(errs, p.file.Errorf(key("uri"), "is given twice; remove one"))
-	}
-	for j, name := range c.Decrypt {
-		if name == "" || name == "*" {
-			errs = append(errs, p.file.Errorf(fmt.Sprintf("tokens[%d].decrypt[%d]", i, j), "%q names no key; write the SKI or label of each key that may decrypt", name))
-		}
 	}
 	tc := tokenConfig(uri, c.Module, p.cfg.Modules)
 	c.apply(&tc)
@@ -238,7 +233,7 @@ func (p *plan) leaveOutRevoked() conf.Errors {
 		return nil
 	}
 	rules := slices.DeleteFunc(slices.Clone(p.cfg.Clients), func(r signer.ClientRule) bool { return p.revoked.revokedID(r.ID) })
-	policy, err := signer.NewPolicy(rules)
+	policy, err := signer.NewPolicy(rules, signer.Options{})
 	if err != nil {
 		return conf.Errors{p.file.Errorf("clients", "%v", err)}
 	}
