@@ -83,7 +83,7 @@ func skiOf(t testing.TB, label string) keyless.SKI {
 
 func mustPolicy(t testing.TB, rules ...ClientRule) *Policy {
 	t.Helper()
-	p, err := NewPolicy(rules)
+	p, err := NewPolicy(rules, Options{Legacy: Legacy{SHA1: true, MD5SHA1: true, Decrypt: true}})
 	if err != nil {
 		t.Fatal(err)
 	}

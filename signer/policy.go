@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/keyhaven/keyhaven/keyless"
 )
@@ -52,6 +53,29 @@ type ClientRule struct {
 	Schemes []string `mapstructure:"schemes"`
 	// SNIs holds exact host names and "*.suffix", which stands for one label more, as in certificates. "*" is every name, and none.
 	SNIs []string `mapstructure:"snis"`
+	// Windows holds when the rule holds, as [ParseWindow] reads it: "Mon-Fri 06:00-22:00 Europe/Zurich". None is always.
+	Windows []string `mapstructure:"windows"`
+	// Rate is how often the rule may be used, as [ParseRate] reads it: "100/s burst 200". "" is without limit.
+	Rate string `mapstructure:"rate"`
+	// Daily is how many operations the rule allows in a day of UTC. 0 is without limit.
+	Daily int64 `mapstructure:"daily"`
+}
+
+// Legacy holds the server's own switches for what is too weak to be allowed by a rule alone. The zero value has all of it off.
+type Legacy struct {
+	SHA1    bool // signatures over SHA-1
+	MD5SHA1 bool // signatures over MD5 and SHA-1, as TLS up to 1.1 makes them
+	Decrypt bool // raw RSA decryption
+}
+
+// Options is what a [Policy] needs besides its rules. The zero value has nothing of the past switched on.
+type Options struct {
+	Legacy Legacy
+	// Clock is what windows, rates and days go by; nil is time.Now.
+	Clock func() time.Time
+	// Quotas holds the counters of rates and days. Policies that follow each other share it, so that a reload gives nobody a new budget; nil
+	// makes one for this policy alone.
+	Quotas *Quotas
 }
 
 // A RuleError says which value of which rule is wrong.
@@ -86,7 +110,7 @@ type rule struct {
 
 // NewPolicy compiles rules. The error joins one *[RuleError] for each fault; a rule whose operations need a list that is empty is a
 // fault, because such a rule could never admit anybody.
-func NewPolicy(rules []ClientRule) (*Policy, error) {
+func NewPolicy(rules []ClientRule, o Options) (*Policy, error) {
 	p := &Policy{clients: make(map[string][]rule)}
 	var errs []error
 	for i, cr := range rules {
@@ -224,7 +248,11 @@ const (
 	RefusedOp     Reason = "operation not allowed"
 	RefusedKey    Reason = "key not allowed"
 	RefusedSNI    Reason = "server name not allowed"
+	RefusedWindow Reason = "outside the time window"
 	RefusedScheme Reason = "scheme not allowed"
+	RefusedLegacy Reason = "switched off on this server"
+	RefusedRate   Reason = "rate is used up"
+	RefusedDaily  Reason = "budget of the day is used up"
 )
 
 // Admits reports whether any rule names the client, so that it may connect.

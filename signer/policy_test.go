@@ -97,7 +97,7 @@ func TestPolicyErrors(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			bad := good
 			tt.edit(&bad)
-			p, err := NewPolicy([]ClientRule{good, bad})
+			p, err := NewPolicy([]ClientRule{good, bad}, Options{})
 			var re *RuleError
 			if !errors.As(err, &re) || p != nil {
 				t.Fatalf("got policy %v, error %v; want a *RuleError", p, err)
@@ -107,7 +107,7 @@ func TestPolicyErrors(t *testing.T) {
 			}
 		})
 	}
-	if _, err := NewPolicy([]ClientRule{good, {}, {ID: "x"}}); strings.Count(err.Error(), "\n") != 3 {
+	if _, err := NewPolicy([]ClientRule{good, {}, {ID: "x"}}, Options{}); strings.Count(err.Error(), "\n") != 3 {
 		t.Errorf("got %v; want every fault of every rule", err)
 	}
 }
@@ -163,7 +163,7 @@ func TestPolicyAnd(t *testing.T) {
 		return ClientRule{ID: id, Keys: []string{key}, Operations: []string{op}, Schemes: schemes, SNIs: []string{"*"}}
 	}
 	compile := func(rules ...ClientRule) *Policy {
-		p, err := NewPolicy(rules)
+		p, err := NewPolicy(rules, Options{})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -27,12 +27,32 @@ type Record struct {
 	Op       string // an [Op] word, or the opcode's name if it is none
 	Scheme   string // as [Algorithm.String]; "" without a signature
 	SKI      keyless.SKI
-	Label    string // of the key, if it was found
-	Home     string // of the key, if it was found; the first if it has several
-	SNI      string // what the client says the visitor asked for
-	ClientIP netip.Addr
-	Result   Result
-	Reason   string // why it was refused or failed; "" if ok
+	Label    string         // of the key, if it was found
+	SNI      string         // what the client says the visitor asked for
+	ClientIP netip.Addr     // the visitor, as the client says
+	ServerIP netip.Addr     // the address that the visitor reached, as the client says
+	Addr     netip.AddrPort // where the client's connection comes from
+	// Hash is SHA-256 of exactly what was asked to be signed or decrypted: the message for tls-sign, the payload otherwise.
+	Hash      [32]byte
+	Home      string        // where the operation was done, or was tried last; "" if no home was asked
+	Waited    time.Duration // for a place in the home
+	Took      time.Duration // in the home
+	Tries     int           // homes and repetitions
+	Hedged    bool          // a second home was asked because the first was slow
+	TraceID   string        // of the client's trace, 32 hex digits; "" without one
+	RequestID string        // what the client calls the request, at most 128 printable characters
+	Result    Result
+	Reason    string // why it was refused or failed; "" if ok
+	Cause     Cause  // the same as one of a fixed list; "" if ok
+}
+
+// An Auditor keeps the records that must not be lost. All methods may be called from several goroutines at once.
+type Auditor interface {
+	// Ready reports whether a record could be kept now. It is asked before a key is used, and must not block.
+	Ready() error
+	// Commit returns when r is kept as durably as the auditor was told to, and owns r from then on. On an error the operation's result is withheld from
+	// the client. ctx bounds the waiting, not the keeping: an operation that a key has done is recorded whatever became of its client.
+	Commit(ctx context.Context, r *Record) error
 }
 
 // Recorder keeps records. Record is called once for each operation, from many goroutines at once, before the reply is sent.
@@ -94,3 +114,6 @@ func (lr logRecorder) Record(r Record) {
 	line.AddAttrs(attrs...)
 	_ = lr.l.Handler().Handle(ctx, line) // as a Logger does: there is nowhere to tell of a log that fails
 }
+
+// A Cause is one of a fixed list of reasons for which an operation is refused or fails, for counting.
+type Cause string

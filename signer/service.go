@@ -25,6 +25,8 @@ type ServiceConfig struct {
 	Sealer *Sealer
 	// Recorder keeps a record of each operation; nil keeps none.
 	Recorder Recorder
+	// Auditor keeps the records of private-key operations, sealing and renewal, refused ones too, before they are answered; nil keeps none.
+	Auditor Auditor
 	// Renew issues a certificate for the client's own identity over the public key of the CSR, and returns the chain with the leaf
 	// first. It must check the CSR and ignore the names in it. Nil turns renewal off.
 	Renew func(ctx context.Context, id string, csrDER []byte) ([][]byte, error)
