@@ -32,6 +32,8 @@ type bench struct {
 	report *report
 	dir    string
 	lab    *lab.Lab
+	peer   string // the existing key server's program, once it is built
+	runs   int    // of key servers with a configuration of the bench
 
 	store   state.Store
 	control *control.Control
@@ -52,8 +54,14 @@ func (b *bench) start(ctx context.Context) (err error) {
 			Routes: []netip.Prefix{netip.MustParsePrefix("127.0.0.1/32")}}},
 		Zones: []lab.ZonePlan{{Host: hosts["P-256"], KeyType: "p256"}, {Host: hosts["RSA-2048"], KeyType: "rsa2048"}},
 	}
-	if b.lab, err = lab.New(ctx, plan); err != nil {
-		return err
+	b.lab, err = lab.New(ctx, plan)
+	return err
+}
+
+// install starts the parts that a tunnel takes, unless they run.
+func (b *bench) install(ctx context.Context) (err error) {
+	if b.edgeID != nil {
+		return nil
 	}
 	if err := b.lab.KeyServer.Start(); err != nil {
 		return err
@@ -185,7 +193,7 @@ type way struct {
 	dial func(ctx context.Context, addr string) (net.Conn, error)
 }
 
-// pids are the processes that do the work: this one, the key server and the connector.
+// pids are the processes that do the work: this one, the key server with its workers, and the connector.
 func (b *bench) pids() []int {
-	return []int{os.Getpid(), b.lab.KeyServer.PID(), b.lab.Sites[0].Connector.PID()}
+	return append(descendants(b.lab.KeyServer.PID()), os.Getpid(), b.lab.Sites[0].Connector.PID())
 }

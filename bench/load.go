@@ -105,3 +105,21 @@ func cpuTime(pids []int) (sum time.Duration) {
 	}
 	return sum
 }
+
+// descendants returns a process and those that it has started, and they.
+func descendants(pid int) []int {
+	all := []int{pid}
+	tasks, _ := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid)) // gone: it has none
+	for _, t := range tasks {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%s/children", pid, t.Name()))
+		if err != nil {
+			continue
+		}
+		for _, f := range strings.Fields(string(b)) {
+			if child, err := strconv.Atoi(f); err == nil {
+				all = append(all, descendants(child)...)
+			}
+		}
+	}
+	return all
+}

@@ -1,6 +1,7 @@
-// Command bench measures Keyhaven against its own parts, in one run on one machine: the PKCS#11 module alone, the key
-// server on loopback and through the tunnel, handshakes with the remote key against a local one, and the tunnel against
-// plain loopback. It prints a table and lines of JSON. The ratios are what counts: rates depend on the machine.
+// Command bench measures Keyhaven in one run on one machine: our key server against the existing one over one token, its
+// fairness, what the worker processes cost; the PKCS#11 module alone, the key server on loopback and through the tunnel,
+// handshakes with the remote key against a local one, and the tunnel against plain loopback. It prints a table and lines
+// of JSON. The ratios are what counts: rates depend on the machine.
 package main
 
 import (
@@ -9,6 +10,8 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -17,27 +20,36 @@ import (
 )
 
 type options struct {
-	bin    string
-	window time.Duration
-	rounds int
-	out    string
+	bin     string
+	window  time.Duration
+	rounds  int
+	out     string
+	only    []string
+	interop string
 }
 
 func main() {
 	ctx, stop := cli.SignalContext()
 	var o options
-	root := cli.New("bench", "Measure Keyhaven against its own parts")
+	root := cli.New("bench", "Measure Keyhaven against the existing key server and its own parts")
 	root.RunE = func(cmd *cobra.Command, _ []string) error { return run(cmd.Context(), o) }
 	root.Flags().StringVar(&o.bin, "bin", "bin", "directory of the built programs")
 	root.Flags().DurationVar(&o.window, "window", 2*time.Second, "how long each case is measured in each round")
 	root.Flags().IntVar(&o.rounds, "rounds", 3, "rounds; a figure is the median of its rounds")
 	root.Flags().StringVar(&o.out, "json", "", "file for the lines of JSON (default: standard output, after the table)")
+	root.Flags().StringSliceVar(&o.only, "only", nil, "measure these parts alone: "+strings.Join(partNames(), ", "))
+	root.Flags().StringVar(&o.interop, "interop", "interop/gokeyless", "directory of the module that builds the existing key server")
 	code := cli.Execute(ctx, root, os.Stderr)
 	stop()
 	os.Exit(code)
 }
 
 func run(ctx context.Context, o options) (err error) {
+	for _, name := range o.only {
+		if !slices.Contains(partNames(), name) {
+			return cli.UsageError("--only: there is no part %q; the parts are %s", name, strings.Join(partNames(), ", "))
+		}
+	}
 	if o.rounds < 1 || o.window < 100*time.Millisecond {
 		return cli.UsageError("--rounds must be at least 1 and --window at least 100ms")
 	}
@@ -55,13 +67,16 @@ func run(ctx context.Context, o options) (err error) {
 	if err := b.start(ctx); err != nil {
 		return err
 	}
-	for _, part := range []struct {
-		name string
-		do   func(context.Context) error
-	}{{"signatures", b.signatures}, {"handshakes", b.handshakes}, {"tunnel", b.flows}} {
-		fmt.Fprintln(os.Stderr, "measuring", part.name)
-		if err := part.do(ctx); err != nil {
-			return fmt.Errorf("%s: %w", part.name, err)
+	for _, p := range parts {
+		if len(o.only) > 0 && !slices.Contains(o.only, p.name) {
+			continue
+		}
+		fmt.Fprintln(os.Stderr, "measuring", p.name)
+		var missing notRun
+		if err := b.part(ctx, p); errors.As(err, &missing) {
+			r.note("NOT RUN: %s: %s", p.name, missing.why)
+		} else if err != nil {
+			return fmt.Errorf("%s: %w", p.name, err)
 		}
 	}
 	r.print(os.Stdout)
@@ -76,6 +91,41 @@ func run(ctx context.Context, o options) (err error) {
 	return errors.Join(r.jsonLines(f), f.Close())
 }
 
+// A part can be chosen with --only.
+type part struct {
+	name      string
+	do        func(*bench, context.Context) error
+	installed bool // takes the running key server and the tunnel
+}
+
+var parts = []part{
+	{"bare", (*bench).bare, false},
+	{"signatures", (*bench).signatures, true},
+	{"handshakes", (*bench).handshakes, true},
+	{"tunnel", (*bench).flows, true},
+}
+
+func partNames() (names []string) {
+	for _, p := range parts {
+		names = append(names, p.name)
+	}
+	return names
+}
+
+func (b *bench) part(ctx context.Context, p part) error {
+	if p.installed {
+		if err := b.install(ctx); err != nil {
+			return err
+		}
+	}
+	return p.do(b, ctx)
+}
+
+// notRun says why a part cannot be measured on this machine; the others go on.
+type notRun struct{ why string }
+
+func (n notRun) Error() string { return n.why }
+
 // measured is one case of a group: it is measured once in each round, so that what disturbs the machine for a while
 // disturbs all cases alike.
 type measured struct {
@@ -83,6 +133,7 @@ type measured struct {
 	name    string
 	callers int
 	op      func(ctx context.Context, caller int) error
+	pids    func() []int // whose processor time counts; nil: the installation's
 	runs    []sample
 }
 
@@ -90,7 +141,11 @@ type measured struct {
 func (b *bench) measure(ctx context.Context, group string, cases []*measured) error {
 	for range b.rounds {
 		for _, c := range cases {
-			s, err := load(ctx, c.callers, b.window, b.pids(), c.op)
+			pids := b.pids
+			if c.pids != nil {
+				pids = c.pids
+			}
+			s, err := load(ctx, c.callers, b.window, pids(), c.op)
 			if err != nil {
 				return fmt.Errorf("%s, %s, %d at a time: %w", c.name, c.key, c.callers, err)
 			}

@@ -52,10 +52,15 @@ type report struct {
 	machine machine
 	rows    []row
 	targets []target
+	notes   []string
 }
 
 func (r *report) add(group, key, what string, callers int, s sample) {
 	r.rows = append(r.rows, row{group, key, what, callers, s.rate(), "op/s", us(s.p50), us(s.p99), us(s.cpu)})
+}
+
+func (r *report) note(format string, args ...any) {
+	r.notes = append(r.notes, fmt.Sprintf(format, args...))
 }
 
 func us(d time.Duration) float64 { return float64(d) / float64(time.Microsecond) }
@@ -105,6 +110,9 @@ func (r *report) print(w io.Writer) {
 		fmt.Fprintf(tw, "%s\t\t\t\t%.2f\t%s\t%s\t\t\n", t.Name, t.Ratio, least, met)
 	}
 	tw.Flush()
+	for _, n := range r.notes {
+		fmt.Fprintln(w, n)
+	}
 }
 
 func dash(s string) string {
@@ -137,6 +145,11 @@ func (r *report) jsonLines(w io.Writer) error {
 	}
 	for _, t := range r.targets {
 		if err := enc.Encode(t); err != nil {
+			return err
+		}
+	}
+	for _, n := range r.notes {
+		if err := enc.Encode(map[string]string{"note": n}); err != nil {
 			return err
 		}
 	}

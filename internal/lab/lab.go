@@ -212,9 +212,12 @@ func (l *Lab) WriteYAML(name string, v any) error {
 	return os.WriteFile(l.Path(name), b, 0o600)
 }
 
-// Process adds one more of the programs to the lab, not yet started.
+// Process adds one more program to the lab, not yet started: one of Plan.Bin, or any other by its absolute path.
 func (l *Lab) Process(name string, ns *testnet.Namespace, prog string, args ...string) *Process {
-	return l.process(name, ns, filepath.Join(l.Plan.Bin, prog), args...)
+	if !filepath.IsAbs(prog) {
+		prog = filepath.Join(l.Plan.Bin, prog)
+	}
+	return l.process(name, ns, prog, args...)
 }
 
 // process adds a program to the lab, not yet started.
