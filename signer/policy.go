@@ -94,10 +94,16 @@ func (e *RuleError) Error() string {
 // rules, admits nobody.
 type Policy struct {
 	clients map[string][]rule
+	source  []ClientRule
+	legacy  Legacy
+	off     schemeSet // what the server's switches forbid, whatever the rules say
+	clock   func() time.Time
+	quotas  *Quotas
 	and     *Policy // if not nil, must allow it too
 }
 
 type rule struct {
+	index    int    // in the configuration
 	ops      uint32 // bit n: Op(n)
 	schemes  schemeSet
 	allKeys  bool
@@ -106,15 +112,24 @@ type rule struct {
 	allSNIs  bool
 	exact    map[string]struct{}
 	suffixes map[string]struct{} // "example.com" for "*.example.com"
+	windows  []Window            // none: always
+	limit    limit
 }
 
 // NewPolicy compiles rules. The error joins one *[RuleError] for each fault; a rule whose operations need a list that is empty is a
 // fault, because such a rule could never admit anybody.
 func NewPolicy(rules []ClientRule, o Options) (*Policy, error) {
-	p := &Policy{clients: make(map[string][]rule)}
+	p := &Policy{clients: make(map[string][]rule), source: slices.Clone(rules), legacy: o.Legacy, off: o.Legacy.off(), clock: o.Clock, quotas: o.Quotas}
+	if p.clock == nil {
+		p.clock = time.Now
+	}
+	if p.quotas == nil {
+		p.quotas = new(Quotas)
+	}
 	var errs []error
+	limits := limiter{quotas: p.quotas, seen: make(map[quotaKey]int)}
 	for i, cr := range rules {
-		c := compiler{rule: i}
+		c := compiler{rule: i, limits: &limits}
 		r := c.compile(cr)
 		if len(c.errs) > 0 {
 			errs = append(errs, c.errs...)
@@ -137,12 +152,15 @@ func (p *Policy) And(q *Policy) *Policy {
 	if p.and != nil {
 		q = p.and.And(q)
 	}
-	return &Policy{clients: p.clients, and: q}
+	both := *p
+	both.and, both.off = q, p.off|q.off
+	return &both
 }
 
 type compiler struct {
-	rule int
-	errs []error
+	rule   int
+	limits *limiter
+	errs   []error
 }
 
 func (c *compiler) fault(key, format string, args ...any) {
@@ -155,11 +173,13 @@ func (c *compiler) compile(cr ClientRule) rule {
 	} else if cr.ID == "*" || strings.ContainsAny(cr.ID, " \t\r\n") || !strings.Contains(cr.ID, "://") {
 		c.fault("id", "%q is not an identity; write the whole URI of the client's certificate, such as spiffe://keys.example/edge/one", cr.ID)
 	}
-	var r rule
+	r := rule{index: c.rule}
 	needsKey, signs := c.operations(cr, &r)
 	c.keys(cr, &r, needsKey)
 	c.schemes(cr, &r, signs)
 	c.snis(cr, &r, needsKey)
+	c.windows(cr, &r)
+	c.limit(cr, &r)
 	return r
 }
 
@@ -238,157 +258,29 @@ func (c *compiler) snis(cr ClientRule, r *rule, needed bool) {
 	}
 }
 
-// A Reason says why a request was refused, for records. It never crosses the wire.
-type Reason string
-
-// The reasons of a policy. The empty Reason means: allowed.
-const (
-	Allowed       Reason = ""
-	RefusedClient Reason = "client unknown"
-	RefusedOp     Reason = "operation not allowed"
-	RefusedKey    Reason = "key not allowed"
-	RefusedSNI    Reason = "server name not allowed"
-	RefusedWindow Reason = "outside the time window"
-	RefusedScheme Reason = "scheme not allowed"
-	RefusedLegacy Reason = "switched off on this server"
-	RefusedRate   Reason = "rate is used up"
-	RefusedDaily  Reason = "budget of the day is used up"
-)
-
-// Admits reports whether any rule names the client, so that it may connect.
-func (p *Policy) Admits(id string) bool {
-	return p != nil && len(p.clients[id]) > 0 && (p.and == nil || p.and.Admits(id))
+func (c *compiler) windows(cr ClientRule, r *rule) {
+	for j, word := range cr.Windows {
+		w, err := ParseWindow(word)
+		if err != nil {
+			c.fault(fmt.Sprintf("windows[%d]", j), "%v", err)
+			continue
+		}
+		r.windows = append(r.windows, w)
+	}
 }
 
-// Check decides whether the client may do op with the key for the server name, signing with the algorithm. Key, algorithm and server
-// name are looked at only if the operation has them. It does not allocate.
-func (p *Policy) Check(id string, op Op, key *Entry, alg Algorithm, sni string) Reason {
-	set, reason := p.grant(id, op, key, sni)
-	if reason == Allowed && op.signs() && set&alg.bit() == 0 {
-		return RefusedScheme
-	}
-	return reason
-}
-
-// grant returns the schemes that the client may use with key and name. If there is none, the reason is that of the rule that came nearest.
-func (p *Policy) grant(id string, op Op, key *Entry, sni string) (schemeSet, Reason) {
-	set, reason := p.ownGrant(id, op, key, sni)
-	if reason != Allowed || p.and == nil {
-		return set, reason
-	}
-	other, reason := p.and.grant(id, op, key, sni)
-	return set & other, reason
-}
-
-func (p *Policy) ownGrant(id string, op Op, key *Entry, sni string) (schemeSet, Reason) {
-	if !p.Admits(id) {
-		return 0, RefusedClient
-	}
-	var (
-		buf     [maxSNI]byte
-		set     schemeSet
-		granted bool
-		reason  = RefusedOp
-	)
-	name, valid := canonicalSNI(buf[:0], sni)
-	rules := p.clients[id]
-	for i := range rules {
-		r := &rules[i]
-		switch {
-		case r.ops&(1<<op) == 0:
-		case !op.needsKey():
-			return 0, Allowed
-		case !r.admitsKey(key):
-			if reason == RefusedOp {
-				reason = RefusedKey
-			}
-		case !r.admitsSNI(name, valid, sni == ""):
-			reason = RefusedSNI
-		default:
-			granted = true
-			set |= r.schemes
+func (c *compiler) limit(cr ClientRule, r *rule) {
+	var rate Rate
+	if cr.Rate != "" {
+		var err error
+		if rate, err = ParseRate(cr.Rate); err != nil {
+			c.fault("rate", "%v", err)
 		}
 	}
-	if !granted {
-		return 0, reason
+	if cr.Daily < 0 {
+		c.fault("daily", "%d operations a day; write how many the rule allows, or leave it out for no limit", cr.Daily)
 	}
-	return set, Allowed
-}
-
-func (r *rule) admitsKey(e *Entry) bool {
-	if e == nil {
-		return false
+	if len(c.errs) == 0 {
+		r.limit = c.limits.limit(cr.ID, rate, cr.Daily)
 	}
-	if r.allKeys {
-		return true
-	}
-	if _, ok := r.skis[e.SKI]; ok {
-		return true
-	}
-	for _, l := range e.Labels {
-		if _, ok := r.labels[l]; ok {
-			return true
-		}
-	}
-	return false
-}
-
-// admitsSNI takes a canonical name. A request without a name passes only "*", as does a text that is no host name, never.
-func (r *rule) admitsSNI(name []byte, valid, absent bool) bool {
-	if absent {
-		return r.allSNIs
-	}
-	if !valid {
-		return false
-	}
-	if r.allSNIs {
-		return true
-	}
-	if _, ok := r.exact[string(name)]; ok {
-		return true
-	}
-	for i, b := range name {
-		if b == '.' {
-			_, ok := r.suffixes[string(name[i+1:])]
-			return ok
-		}
-	}
-	return false
-}
-
-// maxSNI is the longest host name, RFC 1035 section 2.3.4, with a trailing dot.
-const maxSNI = 254
-
-// canonicalSNI appends the host name in lower case and without a trailing dot. It reports false for a text that is no host name (RFC 1123
-// section 2.1, with the underscore that is seen in practice).
-func canonicalSNI(dst []byte, name string) ([]byte, bool) {
-	name = strings.TrimSuffix(name, ".")
-	if name == "" || len(name) >= maxSNI {
-		return dst, false
-	}
-	label := 0
-	for i := range len(name) {
-		b := name[i]
-		switch {
-		case b == '.':
-			if label == 0 || name[i-1] == '-' {
-				return dst, false
-			}
-			label = -1
-		case 'A' <= b && b <= 'Z':
-			b += 'a' - 'A'
-		case 'a' <= b && b <= 'z', '0' <= b && b <= '9', b == '_':
-		case b == '-':
-			if label == 0 {
-				return dst, false
-			}
-		default:
-			return dst, false
-		}
-		if label++; label > 63 {
-			return dst, false
-		}
-		dst = append(dst, b)
-	}
-	return dst, label > 0 && name[len(name)-1] != '-'
 }

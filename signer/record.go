@@ -44,6 +44,9 @@ type Record struct {
 	Result    Result
 	Reason    string // why it was refused or failed; "" if ok
 	Cause     Cause  // the same as one of a fixed list; "" if ok
+
+	client string // Peer, if the policy has a rule for it
+	key    *Entry // if the key was found
 }
 
 // An Auditor keeps the records that must not be lost. All methods may be called from several goroutines at once.
@@ -114,6 +117,3 @@ func (lr logRecorder) Record(r Record) {
 	line.AddAttrs(attrs...)
 	_ = lr.l.Handler().Handle(ctx, line) // as a Logger does: there is nowhere to tell of a log that fails
 }
-
-// A Cause is one of a fixed list of reasons for which an operation is refused or fails, for counting.
-type Cause string

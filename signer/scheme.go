@@ -5,8 +5,58 @@ import (
 	"strings"
 )
 
-// schemeSet is a set of ways to sign, one bit for each entry of schemes.
+// schemeSet is a set of ways to do an operation: one bit for each entry of schemes, and two for what is no signature.
 type schemeSet uint32
+
+const (
+	decrypting schemeSet = 1 << (31 - iota) // raw RSA decryption
+	schemeless                              // anything else that is no signature
+)
+
+// bit returns the way in which op is done with the algorithm; 0 for an algorithm that nothing can sign with.
+func (o Op) bit(alg Algorithm) schemeSet {
+	switch {
+	case o.signs():
+		return alg.bit()
+	case o == OpDecrypt:
+		return decrypting
+	}
+	return schemeless
+}
+
+// off returns what the switches forbid.
+func (l Legacy) off() schemeSet {
+	var off schemeSet
+	for i := range schemes {
+		if name := l.switchOf(1 << i); name != "" {
+			off |= 1 << i
+		}
+	}
+	if l.switchOf(decrypting) != "" {
+		off |= decrypting
+	}
+	return off
+}
+
+// switchOf names the switch that forbids the way, or "".
+func (l Legacy) switchOf(bit schemeSet) string {
+	if bit == decrypting {
+		if !l.Decrypt {
+			return "legacy.decrypt"
+		}
+		return ""
+	}
+	for i := range schemes {
+		switch {
+		case bit != 1<<i:
+		case schemes[i].alg.Hash == crypto.SHA1 && !l.SHA1:
+			return "legacy.sha1"
+		case schemes[i].alg.Hash == crypto.MD5SHA1 && !l.MD5SHA1:
+			return "legacy.md5sha1"
+		}
+	}
+	return ""
+}
 
 // schemes names every way to sign that a policy can grant. The names are those of the TLS SignatureScheme registry (RFC 8446
 // section 4.2.3) where it has one. A name stands for the algorithm: rsa_pss_rsae_sha256 is RSA-PSS with SHA-256

@@ -3,12 +3,7 @@ package signer
 import (
 	"context"
 	"crypto"
-	"crypto/rsa"
-	"crypto/sha256"
-	"crypto/sha512"
 	"errors"
-	"fmt"
-	"slices"
 	"sync/atomic"
 	"time"
 
@@ -38,15 +33,16 @@ type Service struct {
 	policy   atomic.Pointer[Policy]
 	sealer   atomic.Pointer[Sealer]
 	recorder Recorder
+	auditor  Auditor
 	renew    func(ctx context.Context, id string, csrDER []byte) ([][]byte, error)
 }
 
-// maxCSR is the size above which a certificate request is not looked at.
-const maxCSR = 16 << 10
+// lateCommit is how long a record may take to be kept after the time of its operation is over.
+const lateCommit = 2 * time.Second
 
 // NewService returns a service.
 func NewService(c ServiceConfig) *Service {
-	s := &Service{registry: c.Registry, recorder: c.Recorder, renew: c.Renew}
+	s := &Service{registry: c.Registry, recorder: c.Recorder, auditor: c.Auditor, renew: c.Renew}
 	if s.registry == nil {
 		s.registry = NewRegistry()
 	}
@@ -61,61 +57,139 @@ func NewService(c ServiceConfig) *Service {
 // SetPolicy puts a policy in place of the present one; requests that come after it returns are judged by it. Nil admits nobody.
 func (s *Service) SetPolicy(p *Policy) { s.policy.Store(p) }
 
+// Policy returns the present policy.
+func (s *Service) Policy() *Policy { return s.policy.Load() }
+
 // SetSealer puts a sealer in place of the present one. Nil turns sealing off.
 func (s *Service) SetSealer(x *Sealer) { s.sealer.Store(x) }
 
 // Admits reports whether the present policy has a rule for the client.
 func (s *Service) Admits(id string) bool { return s.policy.Load().Admits(id) }
 
-// refusal ends an operation: code crosses the wire, reason goes to the record.
+// A call is one request on its way through a [Service].
+type call struct {
+	req    *keyless.Request
+	op     Op
+	alg    Algorithm // of the plain signing opcodes
+	policy *Policy   // one for the whole request
+	entry  *Entry    // once found
+	grant  grant
+	rec    Record
+}
+
+// A refusal ends an operation: code crosses the wire, the rest goes to the record. The zero value is none.
 type refusal struct {
 	code   *keyless.Error
 	result Result
+	cause  Cause
 	reason string
 }
 
-// Handle implements [keyless.Handler]. Every error it returns is a *[keyless.Error].
+// Handle implements [keyless.Handler]. Every error it returns is a *[keyless.Error]. A panic of a key goes through it after it was recorded.
 func (s *Service) Handle(ctx context.Context, req *keyless.Request) ([]byte, error) {
-	start := time.Now()
-	rec := Record{
-		Time: start, Peer: req.Peer.ID, Op: "unknown", SKI: req.SKI,
-		SNI: req.SNI[:min(len(req.SNI), maxSNI)], ClientIP: req.ClientIP, Result: ResultOK,
+	c := call{req: req, policy: s.policy.Load(), rec: Record{
+		Time: time.Now(), Peer: req.Peer.ID, Addr: req.Peer.Addr, Op: "unknown", SKI: req.SKI,
+		SNI: req.SNI[:min(len(req.SNI), maxSNI)], ClientIP: req.ClientIP, ServerIP: req.ServerIP, Result: ResultOK,
+	}}
+	if c.op, c.alg = operation(req); c.op != OpNone {
+		c.rec.Op = c.op.String()
 	}
-	payload, no := s.dispatch(ctx, req, &rec)
+	if c.policy.Admits(req.Peer.ID) {
+		c.rec.client = req.Peer.ID
+	}
+	if len(req.TraceContext) > 0 || len(req.Context) > 0 {
+		span, id := req.Trace()
+		if c.rec.RequestID = id; span.IsValid() {
+			c.rec.TraceID = span.TraceID().String()
+		}
+	}
+	ended := false
+	defer func() {
+		if !ended { // but panics, on the way to keyless.Server, which logs what it was
+			_, _ = s.finish(ctx, &c, nil, refusal{keyless.ErrInternal, ResultFailed, CausePanic, "the operation panicked; the log of this time says where"})
+		}
+	}()
+	payload, no := s.dispatch(ctx, &c)
+	ended = true
+	return s.finish(ctx, &c, payload, no)
+}
+
+// finish keeps the record, and then lets the result go.
+func (s *Service) finish(ctx context.Context, c *call, payload []byte, no refusal) ([]byte, error) {
 	if no.code != nil {
-		rec.Result, rec.Reason = no.result, no.reason
+		c.rec.Result, c.rec.Cause, c.rec.Reason = no.result, no.cause, no.reason
 	}
-	rec.Duration = time.Since(start)
-	s.recorder.Record(rec)
+	c.rec.Duration = time.Since(c.rec.Time)
+	if err := s.commit(ctx, c); err != nil {
+		clear(payload)
+		payload, no.code = nil, keyless.ErrInternal
+		c.rec.Result, c.rec.Cause, c.rec.Reason = ResultFailed, CauseAudit, "the answer is withheld, as its record was not kept: "+err.Error()
+	}
+	s.recorder.Record(c.rec)
 	if no.code != nil {
 		return nil, no.code
 	}
 	return payload, nil
 }
 
-func (s *Service) dispatch(ctx context.Context, req *keyless.Request, rec *Record) ([]byte, refusal) {
+// commit has the auditor keep a copy of the record, which it owns. A client that is gone, or a time that is over, does not keep the record out.
+func (s *Service) commit(ctx context.Context, c *call) error {
+	if s.auditor == nil || c.op == OpNone {
+		return nil
+	}
+	if ctx.Err() != nil {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(context.WithoutCancel(ctx), lateCommit)
+		defer cancel()
+	}
+	rec := c.rec
+	return s.auditor.Commit(ctx, &rec)
+}
+
+func (s *Service) dispatch(ctx context.Context, c *call) ([]byte, refusal) {
+	switch c.op {
+	case OpSign:
+		return s.sign(ctx, c)
+	case OpTLSSign:
+		return s.tlsSign(ctx, c)
+	case OpDecrypt:
+		return s.decrypt(ctx, c)
+	case OpSeal:
+		return s.seal(c)
+	case OpRenew:
+		return s.renewal(ctx, c)
+	}
+	switch c.req.Opcode {
+	case keyless.OpCustom:
+		return nil, refusal{keyless.ErrBadOpcode, ResultRefused, CauseOpcode, "unknown function"}
+	case keyless.OpRPC:
+		return nil, refusal{keyless.ErrInternal, ResultRefused, CauseOpcode, "remote procedure calls are not offered"}
+	case keyless.OpPong, keyless.OpResponse, keyless.OpError:
+		return nil, refusal{keyless.ErrUnexpectedOpcode, ResultRefused, CauseOpcode, "reply opcode in a request"}
+	}
+	return nil, refusal{keyless.ErrBadOpcode, ResultRefused, CauseOpcode, "unknown opcode"}
+}
+
+// operation returns what the request asks for, OpNone for what no policy can allow, and the algorithm of a plain signing opcode.
+func operation(req *keyless.Request) (Op, Algorithm) {
 	switch req.Opcode {
 	case keyless.OpRSADecrypt, keyless.OpRSADecryptRaw:
-		return s.decrypt(ctx, req, rec)
+		return OpDecrypt, Algorithm{}
 	case keyless.OpSeal, keyless.OpUnseal:
-		return s.seal(req, rec)
+		return OpSeal, Algorithm{}
 	case keyless.OpCustom:
 		switch req.CustomFunc {
 		case keyless.FuncTLSSign:
-			return s.tlsSign(ctx, req, rec)
+			return OpTLSSign, Algorithm{}
 		case keyless.FuncRenew:
-			return s.renewal(ctx, req, rec)
+			return OpRenew, Algorithm{}
 		}
-		return nil, refusal{keyless.ErrBadOpcode, ResultRefused, "unknown function"}
-	case keyless.OpRPC:
-		return nil, refusal{keyless.ErrInternal, ResultRefused, "remote procedure calls are not offered"}
-	case keyless.OpPong, keyless.OpResponse, keyless.OpError:
-		return nil, refusal{keyless.ErrUnexpectedOpcode, ResultRefused, "reply opcode in a request"}
+		return OpNone, Algorithm{}
 	}
 	if alg := opcodeAlgorithms[req.Opcode]; alg.Kind != 0 {
-		return s.sign(ctx, req, rec, alg)
+		return OpSign, alg
 	}
-	return nil, refusal{keyless.ErrBadOpcode, ResultRefused, "unknown opcode"}
+	return OpNone, Algorithm{}
 }
 
 // opcodeAlgorithms holds what each plain signing opcode means.
@@ -132,177 +206,81 @@ var opcodeAlgorithms = func() (t [256]Algorithm) {
 }()
 
 // find looks the key up and asks the policy. All that a client may not know ends in one code.
-func (s *Service) find(req *keyless.Request, op Op, rec *Record) (*Entry, schemeSet, refusal) {
-	rec.Op = op.String()
-	var e *Entry
-	switch {
+func (s *Service) find(c *call) refusal {
+	switch req := c.req; {
 	case !req.SKI.IsZero():
-		e = s.registry.BySKI(req.SKI)
+		c.entry = s.registry.BySKI(req.SKI)
 	case req.Digest != [32]byte{}:
-		e = s.registry.ByDigest(req.Digest)
+		c.entry = s.registry.ByDigest(req.Digest)
 	default:
-		return nil, 0, refusal{keyless.ErrFormat, ResultRefused, "request names no key"}
+		return refusal{keyless.ErrFormat, ResultRefused, CauseFormat, "request names no key"}
 	}
-	if e != nil {
-		rec.SKI, rec.Label, rec.Home = e.SKI, e.Label(), e.home
+	if c.entry != nil {
+		c.rec.SKI, c.rec.Label, c.rec.key = c.entry.SKI, c.entry.Label(), c.entry
 	}
-	set, reason := s.policy.Load().grant(req.Peer.ID, op, e, req.SNI)
+	c.grant = c.policy.grant(c.req.Peer.ID, c.op, c.entry, c.req.SNI)
 	switch {
-	case e == nil:
-		return nil, 0, refusal{keyless.ErrKeyNotFound, ResultRefused, "key not found"}
-	case reason != Allowed:
-		return nil, 0, refusal{keyless.ErrKeyNotFound, ResultRefused, string(reason)}
+	case c.entry == nil:
+		return refusal{keyless.ErrKeyNotFound, ResultRefused, CauseNotFound, "key not found"}
+	case c.grant.reason != Allowed:
+		return refused(keyless.ErrKeyNotFound, c.grant.reason)
 	}
-	return e, set, refusal{}
+	return refusal{}
 }
 
-// sign serves the plain opcodes: the payload is a digest, or a message for Ed25519.
-func (s *Service) sign(ctx context.Context, req *keyless.Request, rec *Record, alg Algorithm) ([]byte, refusal) {
-	rec.Scheme = alg.String()
-	e, set, no := s.find(req, OpSign, rec)
-	switch {
-	case no.code != nil:
-		return nil, no
-	case set&alg.bit() == 0:
-		return nil, refusal{keyless.ErrKeyNotFound, ResultRefused, string(RefusedScheme)}
-	case !Fits(e.public, alg):
-		return nil, refusal{keyless.ErrCrypto, ResultRefused, "opcode does not fit the key's type"}
-	case alg.Hash != 0 && len(req.Payload) != alg.Hash.Size():
-		return nil, refusal{keyless.ErrFormat, ResultRefused, "digest has the wrong length"}
-	}
-	// A copy, so that a backend that outlives its deadline cannot sign bytes of a later request.
-	return s.signed(ctx, req, e, alg, slices.Clone(req.Payload))
+// refused is a policy's refusal.
+func refused(code *keyless.Error, r Reason) refusal {
+	return refusal{code, ResultRefused, causes[r], string(r)}
 }
 
-// tlsSign serves context-bound requests: the payload is all that TLS signs, and the hashing is done here.
-func (s *Service) tlsSign(ctx context.Context, req *keyless.Request, rec *Record) ([]byte, refusal) {
-	e, set, no := s.find(req, OpTLSSign, rec)
-	if no.code != nil {
-		return nil, no
-	}
-	m, err := keyless.ParseTLSSign(req.Payload)
-	if err != nil {
-		return nil, refusal{keyless.ErrFormat, ResultRefused, err.Error()}
-	}
-	alg, ok := AlgorithmOf(m.Scheme)
-	if !ok {
-		return nil, refusal{keyless.ErrFormat, ResultRefused, "unknown signature scheme"}
-	}
-	rec.Scheme = alg.String()
-	switch {
-	case set&alg.bit() == 0:
-		return nil, refusal{keyless.ErrKeyNotFound, ResultRefused, string(RefusedScheme)}
-	}
-	if err := keyless.CheckScheme(e.public, m.Version, m.Scheme); err != nil {
-		return nil, refusal{keyless.ErrFormat, ResultRefused, err.Error()}
-	}
-	input := hashed(alg.Hash, m.Message)
-	if input == nil {
-		return nil, refusal{keyless.ErrFormat, ResultRefused, "no such hash in TLS"}
-	}
-	return s.signed(ctx, req, e, alg, input)
-}
-
-// hashed returns the digest of msg, a copy of msg for hash 0, and nil for a hash that TLS signatures do not use.
-func hashed(h crypto.Hash, msg []byte) []byte {
-	switch h {
-	case 0:
-		return slices.Clone(msg)
-	case crypto.SHA256:
-		d := sha256.Sum256(msg)
-		return d[:]
-	case crypto.SHA384:
-		d := sha512.Sum384(msg)
-		return d[:]
-	case crypto.SHA512:
-		d := sha512.Sum512(msg)
-		return d[:]
-	}
-	return nil
-}
-
-func (s *Service) signed(ctx context.Context, req *keyless.Request, e *Entry, alg Algorithm, input []byte) ([]byte, refusal) {
-	sig, _, err := e.Sign(ctx, Caller{Peer: req.Peer.ID, SNI: req.SNI}, alg, input)
-	if err != nil {
-		return nil, failed(err)
-	}
-	return sig, refusal{}
-}
-
-// decrypt serves raw RSA decryption, which must be allowed for the key and for the client.
-func (s *Service) decrypt(ctx context.Context, req *keyless.Request, rec *Record) ([]byte, refusal) {
-	e, _, no := s.find(req, OpDecrypt, rec)
-	if no.code != nil {
-		return nil, no
-	}
-	if !e.MayDecrypt() {
-		return nil, refusal{keyless.ErrKeyNotFound, ResultRefused, "decryption is off for this key"}
-	}
-	pub, ok := e.public.(*rsa.PublicKey)
-	if !ok {
-		return nil, refusal{keyless.ErrCrypto, ResultRefused, "opcode does not fit the key's type"}
-	}
-	if len(req.Payload) != pub.Size() {
-		return nil, refusal{keyless.ErrFormat, ResultRefused, "ciphertext is not as long as the modulus"}
-	}
-	if modulus := pub.N.FillBytes(make([]byte, pub.Size())); slices.Compare(req.Payload, modulus) >= 0 {
-		return nil, refusal{keyless.ErrFormat, ResultRefused, "ciphertext is not below the modulus"}
-	}
-	block, _, err := e.DecryptRaw(ctx, Caller{Peer: req.Peer.ID, SNI: req.SNI}, slices.Clone(req.Payload))
-	if err != nil {
-		return nil, failed(err)
-	}
-	return block, refusal{}
-}
-
-// seal serves both directions. Off and not allowed look the same from outside.
-func (s *Service) seal(req *keyless.Request, rec *Record) ([]byte, refusal) {
-	rec.Op = OpSeal.String()
-	if _, reason := s.policy.Load().grant(req.Peer.ID, OpSeal, nil, ""); reason != Allowed {
-		return nil, refusal{keyless.ErrBadOpcode, ResultRefused, string(reason)}
-	}
-	sealer := s.sealer.Load()
-	if sealer == nil {
-		return nil, refusal{keyless.ErrBadOpcode, ResultRefused, "no seal key is configured"}
-	}
-	if req.Opcode == keyless.OpSeal {
-		out, err := sealer.Seal(req.Peer.ID, req.Payload)
-		if err != nil {
-			return nil, refusal{keyless.ErrFormat, ResultRefused, err.Error()}
+// admit is the last word before a key is used, once nothing else speaks against it: a record could be kept, and the rules have something left.
+// What it counts is not given back, whatever becomes of the operation.
+func (s *Service) admit(c *call, code *keyless.Error, alg Algorithm) refusal {
+	if s.auditor != nil {
+		if err := s.auditor.Ready(); err != nil {
+			return refusal{keyless.ErrInternal, ResultRefused, CauseAudit, "no record could be kept: " + err.Error()}
 		}
-		return out, refusal{}
 	}
-	out, err := sealer.Unseal(req.Peer.ID, req.Payload)
-	if err != nil {
-		return nil, refusal{keyless.ErrCrypto, ResultRefused, err.Error()}
+	if c.grant.limited(c.op, alg) {
+		if reason := c.policy.take(c.req.Peer.ID, c.op, c.entry, alg, c.req.SNI); reason != Allowed {
+			return refused(code, reason)
+		}
 	}
-	return out, refusal{}
+	return refusal{}
 }
 
-// renewal serves keyless.FuncRenew: a CSR in, the chain's certificates one after the other out.
-func (s *Service) renewal(ctx context.Context, req *keyless.Request, rec *Record) ([]byte, refusal) {
-	rec.Op = OpRenew.String()
-	if _, reason := s.policy.Load().grant(req.Peer.ID, OpRenew, nil, ""); reason != Allowed {
-		return nil, refusal{keyless.ErrBadOpcode, ResultRefused, string(reason)}
+// caller says for whom the key is used.
+func (c *call) caller() Caller {
+	name := c.req.SNI
+	for i := range len(name) {
+		if 'A' <= name[i] && name[i] <= 'Z' || name[i] == '.' && i == len(name)-1 {
+			var buf [maxSNI]byte
+			canonical, _ := canonicalSNI(buf[:0], name)
+			return Caller{Peer: c.req.Peer.ID, SNI: string(canonical)}
+		}
 	}
-	if s.renew == nil {
-		return nil, refusal{keyless.ErrBadOpcode, ResultRefused, "no authority is configured"}
-	}
-	if len(req.Payload) == 0 || len(req.Payload) > maxCSR {
-		return nil, refusal{keyless.ErrFormat, ResultRefused, fmt.Sprintf("certificate request of %d bytes; 1 to %d are looked at", len(req.Payload), maxCSR)}
-	}
-	chain, err := s.renew(ctx, req.Peer.ID, slices.Clone(req.Payload))
-	if err != nil {
-		return nil, refusal{keyless.ErrCrypto, ResultFailed, err.Error()}
-	}
-	return slices.Concat(chain...), refusal{}
+	return Caller{Peer: c.req.Peer.ID, SNI: name}
 }
 
-// failed maps a backend's error. A client may try another key server on an internal error; a cryptography failure would come again.
-func failed(err error) refusal {
-	code := keyless.ErrCrypto
-	if errors.Is(err, ErrUnavailable) || errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) {
-		code = keyless.ErrInternal
+// done notes what became of the operation in the key's homes.
+func (c *call) done(o Outcome, err error) refusal {
+	c.rec.Home, c.rec.Waited, c.rec.Took, c.rec.Tries, c.rec.Hedged = o.Home, o.Waited, o.Took, o.Tries, o.Hedged
+	switch {
+	case err == nil:
+		return refusal{}
+	case errors.Is(err, ErrThrottled):
+		return refusal{keyless.ErrInternal, ResultFailed, CauseThrottled, "throttled"}
+	case errors.Is(err, ErrOverloaded):
+		return refusal{keyless.ErrInternal, ResultRefused, CauseOverloaded, "overloaded"}
+	case errors.Is(err, ErrDeadline):
+		return refusal{keyless.ErrInternal, ResultRefused, CauseDeadline, "deadline cannot be met"}
+	// A client may try another key server after an internal error; a cryptography failure would come again.
+	case errors.Is(err, ErrUnavailable):
+		return refusal{keyless.ErrInternal, ResultFailed, CauseUnavailable, err.Error()}
+	case errors.Is(err, context.DeadlineExceeded):
+		return refusal{keyless.ErrInternal, ResultFailed, CauseTimeout, err.Error()}
+	case errors.Is(err, context.Canceled):
+		return refusal{keyless.ErrInternal, ResultFailed, CauseCanceled, err.Error()}
 	}
-	return refusal{code, ResultFailed, err.Error()}
+	return refusal{keyless.ErrCrypto, ResultFailed, CauseBackend, err.Error()}
 }
