@@ -63,25 +63,33 @@ func keyPairOf(typ string) (keyPair, error) {
 		}
 		return p, nil
 	}
-	return keyPair{}, fmt.Errorf("pkcs11: unknown key type %q: give one of %q", typ, KeyTypes())
+	return keyPair{}, fmt.Errorf("unknown key type %q: give one of %q", typ, KeyTypes())
 }
 
 // Generate makes a key pair inside the token: sensitive, not extractable, private, for signatures only unless o.Decrypt. A label or ID
 // that the token already has for a private key is ErrExists, a type that it cannot make ErrUnsupported. A pair
 // that cannot be used is removed again.
 func (t *Token) Generate(ctx context.Context, o GenerateOptions) (signer.Key, error) {
+	k, err := t.generateKey(ctx, o)
+	if err != nil {
+		return nil, named(err)
+	}
+	return k.face(), nil
+}
+
+func (t *Token) generateKey(ctx context.Context, o GenerateOptions) (*key, error) {
 	pair, err := keyPairOf(o.Type)
 	if err != nil {
 		return nil, err
 	}
 	if o.Label == "" {
-		return nil, errors.New("pkcs11: generate: the key needs a label")
+		return nil, errors.New("generate: the key needs a label")
 	}
 	if len(o.ID) > maxID {
-		return nil, fmt.Errorf("pkcs11: generate: the ID is longer than %d bytes", maxID)
+		return nil, fmt.Errorf("generate: the ID is longer than %d bytes", maxID)
 	}
 	if o.Decrypt && pair.kind != ck.CKK_RSA {
-		return nil, fmt.Errorf("pkcs11: generate: only RSA keys decrypt, not %s", o.Type)
+		return nil, fmt.Errorf("generate: only RSA keys decrypt, not %s", o.Type)
 	}
 	var made *generated
 	err = t.write(ctx, func(s *session) error {
@@ -92,13 +100,13 @@ func (t *Token) Generate(ctx context.Context, o GenerateOptions) (signer.Key, er
 		return err
 	})
 	if err != nil {
-		return nil, fmt.Errorf("pkcs11: generate %s key %q on %s: %w", o.Type, o.Label, t.name, err)
+		return nil, fmt.Errorf("generate %s key %q on %s: %w", o.Type, o.Label, t.name, err)
 	}
-	k, err := t.Key(ctx, Selector{SKI: made.ski, Label: o.Label})
+	k, err := t.key(ctx, Selector{SKI: made.ski, Label: o.Label})
 	if err != nil {
 		remove := func(s *session) error { return t.destroy(s, made.pub, made.priv) }
 		err = errors.Join(err, t.write(context.WithoutCancel(ctx), remove))
-		return nil, fmt.Errorf("pkcs11: generate: key %q was made but cannot be used, and is removed: %w", o.Label, err)
+		return nil, fmt.Errorf("generate: key %q was made but cannot be used, and is removed: %w", o.Label, err)
 	}
 	return k, nil
 }
@@ -182,7 +190,7 @@ func (t *Token) identify(s *session, g *generated, o GenerateOptions) error {
 	return t.m.with(s, func(c *ck.Ctx, h ck.SessionHandle) error {
 		for _, o := range []ck.ObjectHandle{g.pub, g.priv} {
 			if err := c.SetAttributeValue(h, o, []*ck.Attribute{ck.NewAttribute(ck.CKA_ID, g.ski[:])}); err != nil {
-				return fmt.Errorf("set CKA_ID: %w", err)
+				return fmt.Errorf("set CKA_ID: %w", coded(err))
 			}
 		}
 		return nil
@@ -194,7 +202,7 @@ func (t *Token) destroy(s *session, objects ...ck.ObjectHandle) error {
 		var all error
 		for _, o := range objects {
 			if err := c.DestroyObject(h, o); err != nil {
-				all = errors.Join(all, fmt.Errorf("remove object: %w", err))
+				all = errors.Join(all, fmt.Errorf("remove object: %w", coded(err)))
 			}
 		}
 		return all
@@ -204,6 +212,10 @@ func (t *Token) destroy(s *session, objects ...ck.ObjectHandle) error {
 // ImportCertificate puts the certificate beside its key, in place of older ones for the same key. A certificate for another key is
 // ErrCertificateMismatch, and nothing is changed.
 func (t *Token) ImportCertificate(ctx context.Context, sel Selector, cert *x509.Certificate) error {
+	return named(t.importCertificate(ctx, sel, cert))
+}
+
+func (t *Token) importCertificate(ctx context.Context, sel Selector, cert *x509.Certificate) error {
 	k, err := t.key(ctx, sel)
 	if err != nil {
 		return err
@@ -218,7 +230,7 @@ func (t *Token) ImportCertificate(ctx context.Context, sel Selector, cert *x509.
 	}
 	err = t.write(ctx, func(s *session) error { return t.putCertificate(s, info, cert) })
 	if err != nil {
-		return fmt.Errorf("pkcs11: import certificate for key %q: %w", info.Label, err)
+		return fmt.Errorf("import certificate for key %q: %w", info.Label, err)
 	}
 	_, err = t.discover(ctx)
 	return err

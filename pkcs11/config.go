@@ -1,6 +1,7 @@
 package pkcs11
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -31,8 +32,21 @@ type Config struct {
 	AllowExtractable bool
 	// AllowFinalTry logs in even if the token says that one more wrong PIN would lock it.
 	AllowFinalTry bool
+	// Leave is asked before each login, and before each use of a key that wants the PIN anew, where several processes share a
+	// token and none may try a PIN that another saw refused. If nil, no leave is needed. It is called by one operation at a time.
+	Leave func(ctx context.Context) (Leave, error)
+	// Progress is called between the steps of work that takes many, such as a discovery, with the context of that work. It may be nil.
+	Progress func(ctx context.Context)
 	// Logger receives what operators need to know. If nil, nothing is logged.
 	Logger *slog.Logger
+}
+
+// Leave is the permission to log in once.
+type Leave struct {
+	// Unproven means that a login with this PIN had no answer. The login is made only if the token has counted no wrong PIN.
+	Unproven bool
+	// Done is told what became of the login. It must be called.
+	Done func(error)
 }
 
 // FieldError is a fault of a Config.
@@ -86,34 +100,58 @@ func (c *Config) checkURI() error {
 	}
 	switch {
 	case named == 0:
-		return errors.New("pkcs11: the URI names no token: give token, serial or slot-id")
+		return errors.New("the URI names no token: give token, serial or slot-id")
 	case named > 1:
-		return errors.New("pkcs11: the URI names the token in several ways: give exactly one of token, serial and slot-id")
+		return errors.New("the URI names the token in several ways: give exactly one of token, serial and slot-id")
 	}
 	for name, v := range map[string]string{
 		"library-manufacturer": c.URI.LibraryManufacturer, "library-description": c.URI.LibraryDescription,
 		"library-version": c.URI.LibraryVersion, "slot-manufacturer": c.URI.SlotManufacturer, "slot-description": c.URI.SlotDescription,
 	} {
 		if v != "" {
-			return fmt.Errorf("pkcs11: the URI has %s, which does not select tokens here: take it out", name)
+			return fmt.Errorf("the URI has %s, which does not select tokens here: take it out", name)
 		}
 	}
 	if c.URI.Type != "" && c.URI.Type != "private" {
-		return fmt.Errorf("pkcs11: the URI asks for objects of type %s: only private keys are used", c.URI.Type)
+		return fmt.Errorf("the URI asks for objects of type %s: only private keys are used", c.URI.Type)
 	}
 	return nil
 }
 
 func (c *Config) checkSessions() error {
 	if c.Sessions < 0 || c.Sessions > maxSessions {
-		return fmt.Errorf("pkcs11: %d sessions: give 1 to %d, or 0 for %d", c.Sessions, maxSessions, DefaultSessions)
+		return fmt.Errorf("%d sessions: give 1 to %d, or 0 for %d", c.Sessions, maxSessions, DefaultSessions)
 	}
 	return nil
 }
 
+// ModulePath returns the module that Open would load, without symbolic links.
+func (c *Config) ModulePath() (string, error) {
+	path, err := c.resolveModule()
+	return path, named(err)
+}
+
+// ReadPIN reads the PIN as Open would.
+func (c *Config) ReadPIN() (PIN, error) {
+	if err := c.checkPINSources(); err != nil {
+		return PIN{}, named(err)
+	}
+	pin, err := c.pinSource()()
+	return pin, named(err)
+}
+
+// pinSource is what the PIN is read from.
+func (c *Config) pinSource() func() (PIN, error) {
+	if c.PIN != nil {
+		return c.PIN
+	}
+	uri := c.URI
+	return uri.pin
+}
+
 func (c *Config) checkPINSources() error {
 	if c.PIN != nil && (c.URI.PINSource != "" || !c.URI.pinValue.IsZero()) {
-		return errors.New("pkcs11: two sources of the PIN: the URI's and the configuration's; keep one")
+		return errors.New("two sources of the PIN: the URI's and the configuration's; keep one")
 	}
 	return nil
 }

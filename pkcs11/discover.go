@@ -60,7 +60,7 @@ type inventory struct {
 func (t *Token) Keys(ctx context.Context) ([]signer.Key, error) {
 	inv, err := t.discover(ctx)
 	if err != nil {
-		return nil, err
+		return nil, named(err)
 	}
 	keys := make([]signer.Key, len(inv.keys))
 	for i, k := range inv.keys {
@@ -71,7 +71,7 @@ func (t *Token) Keys(ctx context.Context) ([]signer.Key, error) {
 		for _, p := range inv.refused {
 			all = append(all, fmt.Errorf("key %q: %w", p.label, p.why))
 		}
-		return nil, fmt.Errorf("pkcs11: token %s has no usable key: %w", t.name, errors.Join(all...))
+		return nil, named(fmt.Errorf("token %s has no usable key: %w", t.name, errors.Join(all...)))
 	}
 	return keys, nil
 }
@@ -79,7 +79,7 @@ func (t *Token) Keys(ctx context.Context) ([]signer.Key, error) {
 // discover runs one discovery and remembers the keys, so that those already known keep their self-test.
 func (t *Token) discover(ctx context.Context) (*inventory, error) {
 	if err := t.scans.enter(ctx); err != nil {
-		return nil, fmt.Errorf("pkcs11: list keys of %s: %w", t.name, err)
+		return nil, fmt.Errorf("list keys of %s: %w", t.name, err)
 	}
 	defer t.scans.leave()
 	var inv *inventory
@@ -91,7 +91,7 @@ func (t *Token) discover(ctx context.Context) (*inventory, error) {
 		return err
 	})
 	if err != nil {
-		return nil, fmt.Errorf("pkcs11: list keys of %s: %w", t.name, err)
+		return nil, fmt.Errorf("list keys of %s: %w", t.name, err)
 	}
 	clear(t.keys)
 	for _, k := range inv.keys {
@@ -101,11 +101,11 @@ func (t *Token) discover(ctx context.Context) (*inventory, error) {
 }
 
 func (t *Token) scan(ctx context.Context, s *session) (*inventory, error) {
-	privates, err := t.privates(s)
+	privates, err := t.privates(ctx, s)
 	if err != nil {
 		return nil, err
 	}
-	publics, err := t.publics(s)
+	publics, err := t.publics(ctx, s)
 	if err != nil {
 		return nil, err
 	}
@@ -115,6 +115,7 @@ func (t *Token) scan(ctx context.Context, s *session) (*inventory, error) {
 		if err := ctx.Err(); err != nil {
 			return nil, context.Cause(ctx)
 		}
+		t.progress(ctx)
 		k, err := t.admit(ctx, s, &p, publics)
 		if err != nil {
 			return nil, err

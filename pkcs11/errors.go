@@ -3,6 +3,7 @@ package pkcs11
 import (
 	"errors"
 	"fmt"
+	"strings"
 
 	ck "github.com/miekg/pkcs11"
 
@@ -13,47 +14,87 @@ import (
 var (
 	// ErrPINIncorrect means that the token refused the PIN. The token is not asked again before Reopen. It is a
 	// signer.ErrUnavailable: another home of the key may answer.
-	ErrPINIncorrect = error(unavailable("pkcs11: PIN refused"))
+	ErrPINIncorrect = error(&kind{"PIN refused", signer.ErrUnavailable})
 	// ErrPINLocked means that the token accepts no PIN any more; its security officer has to reset it. It is a
 	// signer.ErrUnavailable.
-	ErrPINLocked = error(unavailable("pkcs11: PIN locked"))
+	ErrPINLocked = error(&kind{"PIN locked", signer.ErrUnavailable})
 	// ErrPINFinalTry means that one more wrong PIN would lock the token, and Config.AllowFinalTry is not set. The PIN was
 	// not tried. It is a signer.ErrUnavailable.
-	ErrPINFinalTry = error(unavailable("pkcs11: last try of the PIN"))
-	// errNoUserPIN means that the token says that it has no PIN.
-	errNoUserPIN = errors.New("pkcs11: no user PIN yet")
-	// errUnreadable means that the token does not say how it is.
-	errUnreadable = errors.New("pkcs11: read token")
+	ErrPINFinalTry = error(&kind{"last try of the PIN", signer.ErrUnavailable})
 	// ErrTokenNotFound means that no slot holds the token that the URI names.
-	ErrTokenNotFound = errors.New("pkcs11: token not found")
+	ErrTokenNotFound = errors.New("token not found")
 	// ErrAmbiguous means that more than one token, module, object or key fits. It is a signer.ErrAmbiguous.
-	ErrAmbiguous = fmt.Errorf("pkcs11: ambiguous name: %w", signer.ErrAmbiguous)
+	ErrAmbiguous = error(&kind{"ambiguous name", signer.ErrAmbiguous})
 	// ErrKeyNotFound means that the token has no such usable key. It is a signer.ErrNotFound.
-	ErrKeyNotFound = fmt.Errorf("pkcs11: key not found: %w", signer.ErrNotFound)
+	ErrKeyNotFound = error(&kind{"key not found", signer.ErrNotFound})
 	// ErrExtractable means that the token would give the private key away.
-	ErrExtractable = errors.New("pkcs11: private key can leave the token")
+	ErrExtractable = errors.New("private key can leave the token")
 	// ErrUnsupported means that token or key cannot do what was asked. It is a signer.ErrUnsupported.
-	ErrUnsupported = fmt.Errorf("pkcs11: not supported: %w", signer.ErrUnsupported)
+	ErrUnsupported = error(&kind{"not supported", signer.ErrUnsupported})
 	// ErrInput means that the digest, message or ciphertext has a length or value that cannot be right. The token was not asked.
-	ErrInput = errors.New("pkcs11: input does not fit the algorithm")
-	// ErrDevice means that the device failed or is away. It is a signer.ErrUnavailable: another home of the key may answer.
-	ErrDevice = fmt.Errorf("pkcs11: device failed: %w", signer.ErrUnavailable)
+	ErrInput = errors.New("input does not fit the algorithm")
+	// ErrDevice means that the device failed or is away, and that the module has to be loaded anew. It is a
+	// signer.ErrUnavailable: another home of the key may answer.
+	ErrDevice = error(&kind{"device failed", signer.ErrUnavailable})
+	// ErrBusy means that the device is well and has no room for the operation now. It is a signer.ErrThrottled.
+	ErrBusy = error(&kind{"token is busy", signer.ErrThrottled})
 	// ErrClosed means that the token was closed. It is a signer.ErrUnavailable.
-	ErrClosed = fmt.Errorf("pkcs11: token closed: %w", signer.ErrUnavailable)
+	ErrClosed = error(&kind{"token closed", signer.ErrUnavailable})
+	// ErrModule means that the file is no PKCS#11 module that this program can load.
+	ErrModule = errors.New("module does not load")
 	// ErrModuleNotAllowed means that the URI asks for a module that the configuration does not name.
-	ErrModuleNotAllowed = errors.New("pkcs11: module not allowed")
+	ErrModuleNotAllowed = errors.New("module not allowed")
 	// ErrExists means that the token already has a key of that name.
-	ErrExists = errors.New("pkcs11: key exists")
+	ErrExists = errors.New("key exists")
 	// ErrCertificateMismatch means that a certificate is not for the key.
-	ErrCertificateMismatch = errors.New("pkcs11: certificate does not fit the key")
+	ErrCertificateMismatch = errors.New("certificate does not fit the key")
+
+	// errNoUserPIN means that the token says that it has no PIN.
+	errNoUserPIN = errors.New("no user PIN yet")
+	// errUnproven means that the PIN may be what the token counted as wrong.
+	errUnproven = errors.New("a login with it had no answer, and the token counts a wrong PIN since")
+	// errUnreadable means that the token does not say how it is.
+	errUnreadable = errors.New("read token")
 )
 
-// unavailable is an error that is a signer.ErrUnavailable without saying so.
-type unavailable string
+// kind is an error that is another without saying so.
+type kind struct {
+	text string
+	is   error
+}
 
-func (e unavailable) Error() string { return string(e) }
+func (e *kind) Error() string { return e.text }
 
-func (e unavailable) Is(target error) bool { return target == signer.ErrUnavailable }
+func (e *kind) Unwrap() error { return e.is }
+
+// named puts the package's name before what an exported function returns. It stands nowhere else, so that it is there once.
+func named(err error) error {
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("pkcs11: %w", err)
+}
+
+// code is a module's return value with its name in the standard. It is a ck.Error, whose text has a prefix of its own.
+type code struct{ rv ck.Error }
+
+func (c code) Error() string {
+	text := strings.TrimPrefix(c.rv.Error(), "pkcs11: ")
+	if value, name, ok := strings.Cut(text, ": "); ok && name != "" {
+		return name + " (" + value + ")"
+	}
+	return text
+}
+
+func (c code) Unwrap() error { return c.rv }
+
+// coded makes what miekg's package returns an error of ours.
+func coded(err error) error {
+	if rv, ok := err.(ck.Error); ok {
+		return code{rv}
+	}
+	return err
+}
 
 // fault is what an error of the module asks for.
 type fault int
@@ -64,7 +105,8 @@ const (
 	faultSession              // the session is dead or occupied: another one
 	faultLogin                // the login is gone
 	faultObject               // the object handle is stale
-	faultDevice               // the module or device has to be initialised anew
+	faultBusy                 // the device wants to be asked less
+	faultDevice               // the module has to be loaded anew
 	faultPIN                  // the PIN was refused: terminal
 )
 
@@ -85,6 +127,8 @@ func faultOf(err error) fault {
 		return faultLogin
 	case ck.CKR_OBJECT_HANDLE_INVALID, ck.CKR_KEY_HANDLE_INVALID:
 		return faultObject
+	case ck.CKR_FUNCTION_FAILED, ck.CKR_SESSION_COUNT, ck.CKR_HOST_MEMORY, ck.CKR_DEVICE_MEMORY:
+		return faultBusy
 	case ck.CKR_DEVICE_ERROR, ck.CKR_DEVICE_REMOVED, ck.CKR_TOKEN_NOT_PRESENT, ck.CKR_TOKEN_NOT_RECOGNIZED,
 		ck.CKR_CRYPTOKI_NOT_INITIALIZED, ck.CKR_SLOT_ID_INVALID:
 		return faultDevice

@@ -48,7 +48,6 @@ type decrypter struct{ *key }
 
 var (
 	_ signer.Key       = (*key)(nil)
-	_ signer.Healther  = (*key)(nil)
 	_ signer.Decrypter = decrypter{}
 )
 
@@ -76,9 +75,6 @@ func (k *key) Supports(alg signer.Algorithm) bool {
 	return ok
 }
 
-// Healthy implements [signer.Healther]. It is false while a failed device is left alone before the next attempt.
-func (k *key) Healthy() bool { return k.t.device.due() }
-
 // Sign implements [signer.Key]. It waits for a session until ctx ends; once the token works, nothing can stop it.
 func (k *key) Sign(ctx context.Context, alg signer.Algorithm, input []byte) ([]byte, error) {
 	m, ok := k.methods[alg]
@@ -93,7 +89,7 @@ func (k *key) Sign(ctx context.Context, alg signer.Algorithm, input []byte) ([]b
 }
 
 func (k *key) fault(what string, err error) error {
-	return fmt.Errorf("pkcs11: %s key %q: %w", what, k.info.Load().Label, err)
+	return named(fmt.Errorf("%s key %q: %w", what, k.info.Load().Label, err))
 }
 
 func (k *key) sign(ctx context.Context, alg signer.Algorithm, m method, input []byte) ([]byte, error) {
@@ -192,7 +188,6 @@ func (k *key) perform(ctx context.Context, op *operation) error {
 	for {
 		err := k.attempt(ctx, &l, op)
 		if err == nil {
-			k.t.device.works()
 			return nil
 		}
 		if err := k.t.climb(ctx, &l, err); err != nil {
@@ -228,15 +223,34 @@ func (k *key) attemptOn(ctx context.Context, s *session, l *ladder, op *operatio
 		}
 		k.at.Store(at)
 	}
-	if k.always {
-		pin, err := t.freshPIN(ctx)
-		if err != nil {
-			return err
-		}
-		op.pin = pin
-		defer func() { clear(pin); op.pin = nil }()
+	return k.operate(ctx, s, at.handle, op)
+}
+
+// operate runs op, with the context-specific login if the key wants it.
+func (k *key) operate(ctx context.Context, s *session, h ck.ObjectHandle, op *operation) error {
+	t := k.t
+	if !k.always {
+		return t.m.operate(s, h, op)
 	}
-	return t.m.operate(s, at.handle, op)
+	// In this order: ensureLogin holds the gate that freshPIN passes while it waits for leave.
+	pin, err := t.freshPIN(ctx)
+	if err != nil {
+		return err
+	}
+	defer clear(pin)
+	leave, err := t.leave(ctx)
+	if err != nil {
+		return err
+	}
+	op.pin = pin
+	err = t.m.operate(s, h, op)
+	op.pin = nil
+	if faultOf(err) == faultPIN {
+		leave.Done(pinError(err))
+	} else {
+		leave.Done(nil)
+	}
+	return err
 }
 
 // freshPIN returns the PIN for a context-specific login, unless the token refused it before.
@@ -280,7 +294,7 @@ func (k *key) locate(ctx context.Context, s *session) (*location, error) {
 			return at, nil
 		}
 	}
-	return nil, fmt.Errorf("%w: %w", ErrKeyNotFound, unavailable("it is gone from token "+t.name+", or another took its place; list the keys again"))
+	return nil, fmt.Errorf("%w: %w", ErrKeyNotFound, &kind{"it is gone from token " + t.name + ", or another took its place; list the keys again", signer.ErrUnavailable})
 }
 
 // is reports whether the private key object is this key: by its modulus, or, as EC objects do not hold their public half, by

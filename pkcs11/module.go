@@ -41,13 +41,13 @@ func openModule(path string) (*module, error) {
 	defer modules.mu.Unlock()
 	m := modules.loaded[path]
 	if m == nil {
-		fns, err := loadFunctions(path)
+		fns, err := load(path)
 		if err != nil {
-			return nil, fmt.Errorf("pkcs11: load module %s: %w", path, err)
+			return nil, err
 		}
 		ctx := ck.New(path)
 		if ctx == nil {
-			return nil, fmt.Errorf("pkcs11: load module %s: no function list", path)
+			return nil, fmt.Errorf("%w: %s: no function list", ErrModule, path)
 		}
 		m = &module{path: path, fns: fns, ctx: ctx, sessions: map[ck.SessionHandle]*session{}}
 		modules.loaded[path] = m
@@ -73,7 +73,7 @@ func (m *module) initialiseLocked() error {
 	err := m.ctx.Initialize()
 	m.foreign = errors.Is(err, ck.Error(ck.CKR_CRYPTOKI_ALREADY_INITIALIZED))
 	if err != nil && !m.foreign {
-		return fmt.Errorf("pkcs11: initialise module %s: %w", m.path, err)
+		return fmt.Errorf("initialise module %s: %w", m.path, coded(err))
 	}
 	return nil
 }
@@ -94,7 +94,7 @@ func (m *module) release() error {
 	}
 	err := m.ctx.Finalize()
 	if err != nil && !errors.Is(err, ck.Error(ck.CKR_CRYPTOKI_NOT_INITIALIZED)) {
-		return fmt.Errorf("pkcs11: finalise module %s: %w", m.path, err)
+		return fmt.Errorf("finalise module %s: %w", m.path, coded(err))
 	}
 	return nil
 }
@@ -108,7 +108,7 @@ func (m *module) reinitialise(seen uint64) error {
 		return nil
 	}
 	if m.foreign {
-		return fmt.Errorf("pkcs11: module %s was initialised by another part of this process and cannot be restarted", m.path)
+		return fmt.Errorf("module %s was initialised by another part of this process and cannot be restarted", m.path)
 	}
 	// A failure is of no interest: C_Initialize shows whether the module is usable.
 	_ = m.ctx.Finalize()
@@ -126,7 +126,7 @@ func (m *module) alone() bool {
 func (m *module) call(f func(*ck.Ctx) error) error {
 	m.calls.RLock()
 	defer m.calls.RUnlock()
-	return f(m.ctx)
+	return coded(f(m.ctx))
 }
 
 // resolveModule finds the module that the configuration asks for and checks that it may be loaded. The result has no symbolic
@@ -144,11 +144,11 @@ func (c *Config) resolveModule() (string, error) {
 		return "", err
 	}
 	if !filepath.IsAbs(path) {
-		return "", fmt.Errorf("pkcs11: module %q: give an absolute path", path)
+		return "", fmt.Errorf("module %q: give an absolute path", path)
 	}
 	resolved, err := filepath.EvalSymlinks(path)
 	if err != nil {
-		return "", fmt.Errorf("pkcs11: module %s: %w: install the token's module, or correct the path", path, err)
+		return "", fmt.Errorf("module %s: %w: install the token's module, or correct the path", path, err)
 	}
 	return resolved, nil
 }
@@ -165,7 +165,7 @@ func (c *Config) chooseModule(allowed []string) (string, error) {
 	case c.Module != "":
 		return c.Module, nil
 	}
-	return "", errors.New("pkcs11: no module: set its absolute path in the configuration, or give module-path or module-name in the URI")
+	return "", errors.New("no module: set its absolute path in the configuration, or give module-path or module-name in the URI")
 }
 
 // byName finds the allowed module whose file name is name, name.so, libname.so, or one of these with a version behind it.

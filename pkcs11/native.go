@@ -51,7 +51,7 @@ static const char *kh_load(const char *path, kh_functions **out) {
 		return dlerror();
 	kh_list_fn list = (kh_list_fn)dlsym(h, "C_GetFunctionList");
 	if (list == NULL)
-		return "it has no C_GetFunctionList: not a PKCS#11 module";
+		return "it has no C_GetFunctionList";
 	if (list(out) != 0 || *out == NULL)
 		return "C_GetFunctionList failed";
 	return NULL;
@@ -107,6 +107,16 @@ func loadFunctions(path string) (functions, error) {
 		return functions{}, errors.New(C.GoString(msg))
 	}
 	return f, nil
+}
+
+// missing names a function that is needed and not there, or returns "".
+func (f functions) missing() string {
+	for i, name := range needed {
+		if f.list.f[i] == nil {
+			return name
+		}
+	}
+	return ""
 }
 
 // mechanism is a mechanism with its parameters; hash, mgf and salt are 0 except for RSA-PSS.

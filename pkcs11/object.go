@@ -1,6 +1,7 @@
 package pkcs11
 
 import (
+	"context"
 	"crypto"
 	"crypto/x509"
 	"encoding/binary"
@@ -17,7 +18,11 @@ func (m *module) find(s *session, template []*ck.Attribute) ([]ck.ObjectHandle, 
 		if err := c.FindObjectsInit(h, template); err != nil {
 			return err
 		}
-		defer func() { err = errors.Join(err, c.FindObjectsFinal(h)) }()
+		defer func() {
+			if final := c.FindObjectsFinal(h); err == nil {
+				err = final
+			}
+		}()
 		for {
 			some, _, err := c.FindObjects(h, 100)
 			if err != nil || len(some) == 0 {
@@ -90,7 +95,7 @@ func (a *attributes) ulong(typ uint) (uint, bool) {
 }
 
 // privates reads the private key objects, within the URI's object and id.
-func (t *Token) privates(s *session) ([]private, error) {
+func (t *Token) privates(ctx context.Context, s *session) ([]private, error) {
 	template := []*ck.Attribute{ck.NewAttribute(ck.CKA_CLASS, ck.CKO_PRIVATE_KEY)}
 	if t.cfg.URI.Object != "" {
 		template = append(template, ck.NewAttribute(ck.CKA_LABEL, t.cfg.URI.Object))
@@ -104,6 +109,7 @@ func (t *Token) privates(s *session) ([]private, error) {
 	}
 	all := make([]private, 0, len(handles))
 	for _, h := range handles {
+		t.progress(ctx)
 		p, err := t.readPrivate(s, h)
 		if err != nil {
 			return nil, err
@@ -130,7 +136,7 @@ func (t *Token) readPrivate(s *session, h ck.ObjectHandle) (private, error) {
 
 // publics reads public key objects and certificates. Those that make no sense are left out: they may be another
 // program's.
-func (t *Token) publics(s *session) ([]public, error) {
+func (t *Token) publics(ctx context.Context, s *session) ([]public, error) {
 	var all []public
 	for class, read := range map[uint]func(*attributes, *public) error{ck.CKO_PUBLIC_KEY: readPublic, ck.CKO_CERTIFICATE: readCertificate} {
 		handles, err := t.m.find(s, []*ck.Attribute{ck.NewAttribute(ck.CKA_CLASS, class)})
@@ -138,6 +144,7 @@ func (t *Token) publics(s *session) ([]public, error) {
 			return nil, err
 		}
 		for _, h := range handles {
+			t.progress(ctx)
 			a := attributes{m: t.m, s: s, o: h}
 			q := public{id: a.bytes(ck.CKA_ID), label: string(a.bytes(ck.CKA_LABEL))}
 			err := read(&a, &q)

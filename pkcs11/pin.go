@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
 )
 
 // redacted is what a PIN shows of itself.
@@ -37,6 +38,20 @@ func (p PIN) value() string {
 	return p.reveal()
 }
 
+// WriteTo writes the secret.
+func (p PIN) WriteTo(w io.Writer) (int64, error) {
+	n, err := io.WriteString(w, p.value())
+	return int64(n), err
+}
+
+// Redact takes the secret out of a text.
+func (p PIN) Redact(text string) string {
+	if p.value() == "" {
+		return text
+	}
+	return strings.ReplaceAll(text, p.value(), redacted)
+}
+
 // String returns a fixed text.
 func (p PIN) String() string { return redacted }
 
@@ -55,8 +70,13 @@ func (p PIN) MarshalText() ([]byte, error) { return []byte(redacted), nil }
 // ReadPINFile reads a PIN from a file or an inherited descriptor (/dev/fd/3) and takes one line end off. It refuses a file that group or others may access, one
 // that is neither a regular file nor a pipe, an empty one, and more than one line.
 func ReadPINFile(path string) (PIN, error) {
+	pin, err := readPINFile(path)
+	return pin, named(err)
+}
+
+func readPINFile(path string) (PIN, error) {
 	if !filepath.IsAbs(path) {
-		return PIN{}, fmt.Errorf("pkcs11: PIN file %q: give an absolute path", path)
+		return PIN{}, fmt.Errorf("PIN file %q: give an absolute path", path)
 	}
 	f, err := os.Open(path)
 	if err != nil {
@@ -65,18 +85,18 @@ func ReadPINFile(path string) (PIN, error) {
 	defer f.Close()
 	info, err := f.Stat()
 	if err != nil {
-		return PIN{}, fmt.Errorf("pkcs11: PIN file: %w", err)
+		return PIN{}, fmt.Errorf("PIN file: %w", err)
 	}
 	if err := checkPINFile(path, info); err != nil {
 		return PIN{}, err
 	}
 	b, err := io.ReadAll(io.LimitReader(f, maxPINFile+1))
 	if err != nil {
-		return PIN{}, fmt.Errorf("pkcs11: read PIN file: %w", err)
+		return PIN{}, fmt.Errorf("read PIN file: %w", err)
 	}
 	pin, err := trimPIN(b)
 	if err != nil {
-		return PIN{}, fmt.Errorf("pkcs11: PIN file %q %w", path, err)
+		return PIN{}, fmt.Errorf("PIN file %q %w", path, err)
 	}
 	return NewPIN(pin), nil
 }
@@ -85,17 +105,17 @@ func ReadPINFile(path string) (PIN, error) {
 func checkPINFile(path string, info fs.FileInfo) error {
 	mode := info.Mode()
 	if !mode.IsRegular() && mode.Type() != fs.ModeNamedPipe {
-		return fmt.Errorf("pkcs11: PIN file %q is neither a regular file nor a pipe", path)
+		return fmt.Errorf("PIN file %q is neither a regular file nor a pipe", path)
 	}
 	if mode.Perm()&0o077 != 0 {
-		return fmt.Errorf("pkcs11: PIN file %q has mode %04o: group and others must have no access; chmod 600", path, mode.Perm())
+		return fmt.Errorf("PIN file %q has mode %04o: group and others must have no access; chmod 600", path, mode.Perm())
 	}
 	return nil
 }
 
 // pinFileError says what to do about a file that cannot be opened.
 func pinFileError(err error) error {
-	return fmt.Errorf("pkcs11: open PIN file: %w: write the PIN to a file of mode 600, or correct the path", err)
+	return fmt.Errorf("open PIN file: %w: write the PIN to a file of mode 600, or correct the path", err)
 }
 
 func trimPIN(b []byte) (string, error) {

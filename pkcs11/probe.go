@@ -9,6 +9,7 @@ import (
 	"crypto/rsa"
 	"errors"
 	"math/big"
+	"time"
 
 	ck "github.com/miekg/pkcs11"
 
@@ -96,23 +97,34 @@ func (k *key) tryDecrypt(ctx context.Context, s *session, h ck.ObjectHandle) (bo
 	return new(big.Int).SetBytes(op.out[:op.n]).Cmp(plain) == 0, nil
 }
 
+// tryOn runs op, again after a pause if the token says that it is busy.
 func (k *key) tryOn(ctx context.Context, s *session, h ck.ObjectHandle, op *operation) error {
-	if k.always {
-		pin, err := k.t.freshPIN(ctx)
-		if err != nil {
+	for pause := minBusyPause; ; pause *= 4 {
+		err := k.operate(ctx, s, h, op)
+		if faultOf(err) != faultBusy || pause > maxBusyPause {
 			return err
 		}
-		defer clear(pin)
-		op.pin = pin
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
 	}
-	return k.t.m.operate(s, h, op)
 }
+
+// Bounds of the pauses of a self-test that a busy token interrupts.
+const (
+	minBusyPause = 5 * time.Millisecond
+	maxBusyPause = 80 * time.Millisecond
+)
 
 // inconclusive returns err if a remedy of the ladder may help or the PIN was refused, and nil if the token has said no. After a no, the
 // session is exchanged, as modules have been seen to leave the operation active.
 func (t *Token) inconclusive(s *session, err error) error {
 	var rv ck.Error
-	if faultOf(err) != faultOther || !errors.As(err, &rv) {
+	// CKR_FUNCTION_FAILED, again and again, is how some modules refuse a mechanism.
+	no := faultOf(err) == faultOther || errors.Is(err, ck.Error(ck.CKR_FUNCTION_FAILED))
+	if !no || !errors.As(err, &rv) {
 		return err
 	}
 	return t.pool.exchange(s)

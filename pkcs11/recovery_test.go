@@ -6,11 +6,9 @@ import (
 	"crypto/rand"
 	"encoding/asn1"
 	"errors"
-	"os"
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	ck "github.com/miekg/pkcs11"
 
@@ -79,7 +77,6 @@ func TestRecovery(t *testing.T) {
 				return nil
 			})
 		}},
-		{"module finalised", func() { behind(t, tok, func(c *ck.Ctx, _ uint) error { return c.Finalize() }) }},
 		{"module finalised and initialised", func() {
 			behind(t, tok, func(c *ck.Ctx, _ uint) error { return errors.Join(c.Finalize(), c.Initialize()) })
 		}},
@@ -138,50 +135,6 @@ func TestReopenUnderLoad(t *testing.T) {
 	}
 	close(stop)
 	wg.Wait()
-}
-
-// TestDeviceAway moves the token's files away, so that the module, when it starts again, does not have the token.
-func TestDeviceAway(t *testing.T) {
-	st := softhsm.New(t)
-	tok := openToken(t, st, nil)
-	k := generate(t, tok, "p256")
-	tokens := st.Dir + "/tokens"
-	if err := os.Rename(tokens, tokens+".away"); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Mkdir(tokens, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	behind(t, tok, func(c *ck.Ctx, _ uint) error { return c.Finalize() })
-	for range 3 {
-		err := signOnce(t.Context(), k)
-		if !errors.Is(err, ErrDevice) || !errors.Is(err, signer.ErrUnavailable) {
-			t.Errorf("sign with the token away: %v, want ErrDevice", err)
-		}
-	}
-	if inner(k).Healthy() {
-		t.Error("the key is said to be healthy while its token is away")
-	}
-	if err := os.Remove(tokens); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Rename(tokens+".away", tokens); err != nil {
-		t.Fatal(err)
-	}
-	deadline := time.Now().Add(30 * time.Second)
-	for {
-		err := signOnce(t.Context(), k)
-		if err == nil {
-			break
-		}
-		if !errors.Is(err, ErrDevice) || time.Now().After(deadline) {
-			t.Fatalf("sign with the token back: %v", err)
-		}
-		time.Sleep(50 * time.Millisecond)
-	}
-	if !inner(k).Healthy() {
-		t.Error("the key is not healthy after it signed")
-	}
 }
 
 // putKey puts a known P-256 key on the token behind the package's back.

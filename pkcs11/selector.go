@@ -22,13 +22,18 @@ type Selector struct {
 // ParseSelector reads what an operator calls a key: 40 hexadecimal digits are an SKI, "id:" and hexadecimal digits a CKA_ID,
 // everything else a label.
 func ParseSelector(s string) (Selector, error) {
+	sel, err := parseSelector(s)
+	return sel, named(err)
+}
+
+func parseSelector(s string) (Selector, error) {
 	if s == "" {
-		return Selector{}, errors.New("pkcs11: the name of the key is empty: give its SKI, id:<hex> or label")
+		return Selector{}, errors.New("the name of the key is empty: give its SKI, id:<hex> or label")
 	}
 	if digits, ok := strings.CutPrefix(s, "id:"); ok {
 		id, err := hex.DecodeString(digits)
 		if err != nil || len(id) == 0 {
-			return Selector{}, fmt.Errorf("pkcs11: %q: want hexadecimal digits after id:", s)
+			return Selector{}, fmt.Errorf("%q: want hexadecimal digits after id:", s)
 		}
 		return Selector{ID: id}, nil
 	}
@@ -64,14 +69,14 @@ func (s Selector) fits(ski keyless.SKI, id []byte, label string) bool {
 func (t *Token) Key(ctx context.Context, sel Selector) (signer.Key, error) {
 	k, err := t.key(ctx, sel)
 	if err != nil {
-		return nil, err
+		return nil, named(err)
 	}
 	return k.face(), nil
 }
 
 func (t *Token) key(ctx context.Context, sel Selector) (*key, error) {
 	if sel.isZero() {
-		return nil, errors.New("pkcs11: no key is named: give its SKI, id:<hex> or label")
+		return nil, errors.New("no key is named: give its SKI, id:<hex> or label")
 	}
 	inv, err := t.discover(ctx)
 	if err != nil {
@@ -97,7 +102,7 @@ func (t *Token) key(ctx context.Context, sel Selector) (*key, error) {
 	rest := Selector{ID: sel.ID, Label: sel.Label}
 	for _, p := range inv.refused {
 		if !rest.isZero() && rest.fits(keyless.SKI{}, p.id, p.label) {
-			return nil, fmt.Errorf("pkcs11: key %q: %w", p.label, p.why)
+			return nil, fmt.Errorf("key %q: %w", p.label, p.why)
 		}
 	}
 	return nil, fmt.Errorf("%w: token %s has no usable key %q", ErrKeyNotFound, t.name, sel)

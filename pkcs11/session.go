@@ -20,7 +20,7 @@ type session struct {
 }
 
 // errStale is what a session of an earlier module generation is worth.
-var errStale = ck.Error(ck.CKR_SESSION_HANDLE_INVALID)
+var errStale = coded(ck.Error(ck.CKR_SESSION_HANDLE_INVALID))
 
 // pool hands out sessions, at most cap(permits) at a time. Takers wait in the order of the runtime's channel queue.
 type pool struct {
@@ -146,7 +146,7 @@ func (p *pool) openInto(s *session, writable bool) error {
 	defer m.sessionsMu.Unlock()
 	h, err := m.ctx.OpenSession(uint(p.slot.Load()), flags)
 	if err != nil {
-		return err
+		return coded(err)
 	}
 	if old := m.sessions[h]; old != nil {
 		old.dead.Store(true)
@@ -236,7 +236,7 @@ func (m *module) with(s *session, f func(*ck.Ctx, ck.SessionHandle) error) error
 	if !m.alive(s) {
 		return errStale
 	}
-	return f(m.ctx, s.handle)
+	return coded(f(m.ctx, s.handle))
 }
 
 // operate is with for one signature or decryption, without a closure.
@@ -246,7 +246,7 @@ func (m *module) operate(s *session, key ck.ObjectHandle, op *operation) error {
 	if !m.alive(s) {
 		return errStale
 	}
-	return m.fns.operate(s.handle, key, op)
+	return coded(m.fns.operate(s.handle, key, op))
 }
 
 func (m *module) sessionInfo(s *session) (ck.SessionInfo, error) {

@@ -35,7 +35,7 @@ func (m *module) findToken(u *URI) (found, error) {
 		return nil
 	})
 	if err != nil {
-		return found{}, fmt.Errorf("pkcs11: list slots of %s: %w", m.path, err)
+		return found{}, fmt.Errorf("list slots of %s: %w", m.path, err)
 	}
 	var fit []found
 	for _, f := range all {

@@ -29,8 +29,6 @@ type Token struct {
 	pin    PIN
 	failed error // the token's refusal of the PIN; while it stands, no login is tried
 
-	device device
-
 	// fresh is held around operations of keys that want the PIN each time, so that a wrong one is tried once, not once
 	// for each session. It is entered before login.
 	fresh gate
@@ -59,16 +57,18 @@ func (g gate) leave() { <-g }
 // Open loads the module, finds the token and logs in, once. A wrong PIN costs one try: ErrPINIncorrect. A token
 // that is not there is ErrTokenNotFound, a name that fits several is ErrAmbiguous and lists them. The caller must call Close.
 func Open(ctx context.Context, cfg Config) (*Token, error) {
+	t, err := openConfig(ctx, cfg)
+	return t, named(err)
+}
+
+func openConfig(ctx context.Context, cfg Config) (*Token, error) {
 	if err := cfg.validate(); err != nil {
 		return nil, err
 	}
 	if cfg.Sessions == 0 {
 		cfg.Sessions = DefaultSessions
 	}
-	if cfg.PIN == nil {
-		uri := cfg.URI
-		cfg.PIN = uri.pin
-	}
+	cfg.PIN = cfg.pinSource()
 	cfg.URI.pinValue = PIN{}
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
@@ -154,7 +154,7 @@ func openOnce(ctx context.Context, cfg Config, m *module, pin PIN) (*Token, erro
 	t.pool = newPool(m, &t.slot, size)
 	if err := t.do(ctx, t.ensureLogin); err != nil {
 		t.pool.close()
-		return nil, fmt.Errorf("pkcs11: log in to %s: %w", t.name, err)
+		return nil, fmt.Errorf("log in to %s: %w", t.name, err)
 	}
 	return t, nil
 }
@@ -170,10 +170,15 @@ func (f found) name() string {
 // Name returns the token's label, or its serial if it has none.
 func (t *Token) Name() string { return t.name }
 
-// Check reports whether the token answers and is logged in, and heals it if it can.
-func (t *Token) Check(ctx context.Context) error {
+// Sessions returns how many operations the token does at one time.
+func (t *Token) Sessions() int { return cap(t.pool.permits) }
+
+// Check reports whether the token answers and is logged in, and logs in if it is not.
+func (t *Token) Check(ctx context.Context) error { return named(t.check(ctx)) }
+
+func (t *Token) check(ctx context.Context) error {
 	if err := t.do(ctx, t.ensureLogin); err != nil {
-		return fmt.Errorf("pkcs11: check token %s: %w", t.name, err)
+		return fmt.Errorf("check token %s: %w", t.name, err)
 	}
 	return nil
 }
@@ -183,14 +188,16 @@ func (t *Token) Check(ctx context.Context) error {
 func (t *Token) Close() error {
 	t.closing.Do(func() {
 		t.pool.close()
-		t.closed = t.m.release()
+		t.closed = named(t.m.release())
 	})
 	return t.closed
 }
 
 // Reopen reads the PIN anew, forgets that one was refused, initialises the module again and logs in. Other tokens of
 // the module lose their sessions too and recover by themselves. Operations in progress are waited for.
-func (t *Token) Reopen(ctx context.Context) error {
+func (t *Token) Reopen(ctx context.Context) error { return named(t.reopen(ctx)) }
+
+func (t *Token) reopen(ctx context.Context) error {
 	pin, err := t.cfg.PIN()
 	if err != nil {
 		return err
@@ -201,9 +208,9 @@ func (t *Token) Reopen(ctx context.Context) error {
 	t.pin, t.failed = pin, nil
 	t.login.leave()
 	if err := t.restart(t.m.generation.Load()); err != nil {
-		return fmt.Errorf("pkcs11: reopen token %s: %w", t.name, err)
+		return fmt.Errorf("reopen token %s: %w", t.name, err)
 	}
-	return t.Check(ctx)
+	return t.check(ctx)
 }
 
 // restart initialises the module anew and finds the token again, whose slot may have another number.
@@ -235,10 +242,21 @@ func (t *Token) ensureLogin(ctx context.Context, s *session) error {
 	if info.State == ck.CKS_RO_USER_FUNCTIONS || info.State == ck.CKS_RW_USER_FUNCTIONS {
 		return nil
 	}
-	if err := t.checkTries(); err != nil {
+	leave, err := t.leave(ctx)
+	if err != nil {
 		return err
 	}
-	err = t.m.with(s, func(c *ck.Ctx, h ck.SessionHandle) error { return c.Login(h, ck.CKU_USER, t.pin.value()) })
+	err = t.logInLocked(s, leave)
+	leave.Done(err)
+	return err
+}
+
+// logInLocked asks the token. The caller holds the login gate.
+func (t *Token) logInLocked(s *session, leave Leave) error {
+	if err := t.checkTries(leave); err != nil {
+		return err
+	}
+	err := t.m.with(s, func(c *ck.Ctx, h ck.SessionHandle) error { return c.Login(h, ck.CKU_USER, t.pin.value()) })
 	switch {
 	case err == nil:
 		t.log.Info("logged in to token")
@@ -252,7 +270,7 @@ func (t *Token) ensureLogin(ctx context.Context, s *session) error {
 }
 
 // checkTries keeps a PIN that may be wrong from locking the token. The caller holds the login gate.
-func (t *Token) checkTries() error {
+func (t *Token) checkTries(leave Leave) error {
 	var info ck.TokenInfo
 	err := t.m.call(func(c *ck.Ctx) (err error) {
 		info, err = c.GetTokenInfo(uint(t.slot.Load()))
@@ -260,6 +278,9 @@ func (t *Token) checkTries() error {
 	})
 	if err != nil {
 		return fmt.Errorf("%w: %w", errUnreadable, err)
+	}
+	if leave.Unproven && info.Flags&ck.CKF_USER_PIN_COUNT_LOW != 0 {
+		return t.refuseLocked(errUnproven)
 	}
 	if info.Flags&ck.CKF_USER_PIN_FINAL_TRY == 0 {
 		return nil
@@ -281,13 +302,26 @@ func (t *Token) refuseLocked(err error) error {
 	return t.failed
 }
 
+// leave asks for permission to log in.
+func (t *Token) leave(ctx context.Context) (Leave, error) {
+	if t.cfg.Leave == nil {
+		return Leave{Done: func(error) {}}, nil
+	}
+	return t.cfg.Leave(ctx)
+}
+
+func (t *Token) progress(ctx context.Context) {
+	if t.cfg.Progress != nil {
+		t.cfg.Progress(ctx)
+	}
+}
+
 // do runs f on a session, with the remedies of the ladder.
 func (t *Token) do(ctx context.Context, f func(context.Context, *session) error) error {
 	var l ladder
 	for {
 		err := t.once(ctx, &l, f)
 		if err == nil {
-			t.device.works()
 			return nil
 		}
 		if err := t.climb(ctx, &l, err); err != nil {
@@ -314,8 +348,8 @@ func (t *Token) once(ctx context.Context, l *ladder, f func(context.Context, *se
 
 // ladder records which remedies one operation has had: each once.
 type ladder struct {
-	session, login, object, device bool
-	generation                     uint64 // of the module before the last try
+	session, login, object bool
+	generation             uint64 // of the module before the last try
 }
 
 // climb applies the remedy that err asks for. It returns nil if the operation should be tried again, and otherwise
@@ -334,19 +368,20 @@ func (t *Token) climb(ctx context.Context, l *ladder, err error) error {
 	}
 	switch faultOf(err) {
 	case faultSession:
+		if l.session && errors.Is(err, ck.Error(ck.CKR_OPERATION_ACTIVE)) {
+			// On a new session: that is how some network HSMs throttle.
+			return fmt.Errorf("%w: %w", ErrBusy, err)
+		}
 		return take(&l.session)
 	case faultLogin:
 		return take(&l.login)
 	case faultObject:
 		t.pool.doubt()
 		return take(&l.object)
+	case faultBusy:
+		return fmt.Errorf("%w: %w", ErrBusy, err)
 	case faultDevice:
-		err = fmt.Errorf("%w: %w", ErrDevice, err)
-		if take(&l.device) != nil {
-			t.device.fails()
-			return err
-		}
-		return t.heal(ctx, l, err)
+		return fmt.Errorf("%w: %w", ErrDevice, err)
 	case faultPIN:
 		return t.refuse(ctx, err)
 	}
@@ -363,70 +398,6 @@ func (t *Token) refuse(ctx context.Context, err error) error {
 	}
 	defer t.login.leave()
 	return t.refuseLocked(err)
-}
-
-// heal initialises the module anew after a device failure, if a try is due.
-func (t *Token) heal(ctx context.Context, l *ladder, cause error) error {
-	if !t.device.due() {
-		return cause
-	}
-	if err := t.login.enter(ctx); err != nil {
-		return err
-	}
-	defer t.login.leave()
-	t.log.Warn("device failed; initialising the module anew", "err", cause)
-	if err := t.restart(l.generation); err != nil {
-		wait := t.device.fails()
-		t.log.Error("device does not come back", "err", err, "dur", wait)
-		return fmt.Errorf("%w: %w", ErrDevice, err)
-	}
-	l.login = true
-	return nil
-}
-
-// Bounds of the back-off between attempts to bring a device back.
-const (
-	minBackoff = time.Second
-	maxBackoff = 30 * time.Second
-)
-
-// device is what is known about the health of the hardware. The zero value is healthy.
-type device struct {
-	mu    sync.Mutex // guards next and delay
-	ill   atomic.Bool
-	next  time.Time
-	delay time.Duration
-}
-
-// fails records a failure and returns how long nothing will be tried.
-func (d *device) fails() time.Duration {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.delay = min(max(2*d.delay, minBackoff), maxBackoff)
-	d.next = time.Now().Add(d.delay)
-	d.ill.Store(true)
-	return d.delay
-}
-
-// works records a success.
-func (d *device) works() {
-	if !d.ill.Load() {
-		return
-	}
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.delay, d.next = 0, time.Time{}
-	d.ill.Store(false)
-}
-
-// due reports whether an attempt may be made.
-func (d *device) due() bool {
-	if !d.ill.Load() {
-		return true
-	}
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return !time.Now().Before(d.next)
 }
 
 var _ signer.Backend = (*Token)(nil)

@@ -73,7 +73,7 @@ func TestOpenRefuses(t *testing.T) {
 		{"no module", Config{URI: URI{Token: "a", PINSource: pin}}, nil, []string{"no module"}},
 		{"module missing", Config{URI: URI{Token: "a", PINSource: pin}, Module: "/nonexistent/module.so"}, os.ErrNotExist, []string{"/nonexistent/module.so"}},
 		{"module relative", Config{URI: URI{Token: "a", PINSource: pin}, Module: "module.so"}, nil, []string{"absolute"}},
-		{"module no library", Config{URI: URI{Token: "a", PINSource: pin}, Module: other}, nil, []string{"load module", other}},
+		{"module no library", Config{URI: URI{Token: "a", PINSource: pin}, Module: other}, ErrModule, []string{"no shared library", other}},
 		{"module of the URI without a list", Config{URI: URI{Token: "a", PINSource: pin, ModulePath: st.Module}}, ErrModuleNotAllowed, []string{st.Module}},
 		{"module of the URI not in the list", Config{URI: URI{Token: "a", PINSource: pin, ModulePath: other}, AllowedModules: []string{st.Module}}, ErrModuleNotAllowed, []string{other}},
 		{"module of the URI not the configured one", Config{URI: URI{Token: "a", PINSource: pin, ModulePath: other}, Module: st.Module}, ErrModuleNotAllowed, []string{other}},

@@ -69,7 +69,7 @@ const maxID = 255 // bytes of CKA_ID
 func ParseURI(s string) (URI, error) {
 	u, err := parseURI(s)
 	if err != nil {
-		return URI{}, fmt.Errorf("pkcs11: URI: %w", err)
+		return URI{}, named(fmt.Errorf("URI: %w", err))
 	}
 	return u, nil
 }
@@ -297,17 +297,17 @@ func (u *URI) pin() (PIN, error) {
 	if err != nil {
 		return PIN{}, err
 	}
-	return ReadPINFile(path)
+	return readPINFile(path)
 }
 
 // pinFile returns the path that pin-source names.
 func (u *URI) pinFile() (string, error) {
 	if u.PINSource == "" {
-		return "", errors.New("pkcs11: no PIN: give pin-source=/path/of/a/file in the URI")
+		return "", errors.New("no PIN: give pin-source=/path/of/a/file in the URI")
 	}
 	path, err := pinPath(u.PINSource)
 	if err != nil {
-		return "", fmt.Errorf("pkcs11: pin-source %w", err)
+		return "", fmt.Errorf("pin-source %w", err)
 	}
 	return path, nil
 }
