@@ -37,6 +37,7 @@ func run() error {
 	uris := flag.String("uris", "", "file with a PKCS#11 URI on each line; options such as max-sessions stand in the URI")
 	dir := flag.String("keys", "", "directory of *.key files")
 	extras := flag.Bool("extras", false, "seal and unseal with a key of this run, and answer the custom function \"echo\"")
+	idle := flag.Duration("idle", 0, "after how long without a request a connection is closed; 0 for the library's own default")
 	flag.Parse()
 
 	keys, err := loadKeys(*uris, *dir)
@@ -44,6 +45,9 @@ func run() error {
 		return err
 	}
 	config := server.DefaultServeConfig()
+	if *idle > 0 {
+		config = config.WithTCPTimeout(*idle)
+	}
 	if *extras {
 		config = config.WithCustomOpFunction(custom)
 	}
