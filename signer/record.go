@@ -19,7 +19,7 @@ const (
 	ResultFailed  Result = "failed"  // the request was right and the key's home could not serve it
 )
 
-// Record is what is kept of one operation. It never holds what was signed, decrypted or sealed.
+// Record is what is kept of one operation. It never holds what was signed, decrypted or sealed, only its hash.
 type Record struct {
 	Time     time.Time // when the request was taken up
 	Duration time.Duration
@@ -93,7 +93,7 @@ func (lr logRecorder) Record(r Record) {
 	if !lr.l.Enabled(ctx, level) {
 		return
 	}
-	attrs := make([]slog.Attr, 0, 11)
+	attrs := make([]slog.Attr, 0, 18)
 	attrs = append(attrs, slog.String("peer", r.Peer), slog.String("op", r.Op))
 	text := func(key, value string) {
 		if value != "" {
@@ -109,6 +109,20 @@ func (lr logRecorder) Record(r Record) {
 	text("sni", r.SNI)
 	if r.ClientIP.IsValid() {
 		attrs = append(attrs, slog.String("visitor", r.ClientIP.String()))
+	}
+	if r.Addr.IsValid() {
+		attrs = append(attrs, slog.String("addr", r.Addr.String()))
+	}
+	text("trace_id", r.TraceID)
+	text("request_id", r.RequestID)
+	if r.Tries > 1 {
+		attrs = append(attrs, slog.Int("tries", r.Tries))
+	}
+	if r.Hedged {
+		attrs = append(attrs, slog.Bool("hedged", true))
+	}
+	if r.Waited > 0 {
+		attrs = append(attrs, slog.Duration("waited", r.Waited))
 	}
 	text("result", string(r.Result))
 	text("reason", r.Reason)

@@ -84,7 +84,13 @@ func TestMetrics(t *testing.T) {
 		"keyhaven_signer_operations_total sign ok ecdsa_secp256r1_sha256": 3,
 		"keyhaven_signer_operations_total unknown refused ":               3,
 		"keyhaven_signer_operation_seconds sign ecdsa_secp256r1_sha256":   3,
+		"keyhaven_signer_key_operations_total p256 ok":                    3,
+		"keyhaven_signer_key_operations_total other refused":              3,
+		"keyhaven_signer_client_operations_total " + edgeOne + " ok":      3,
+		"keyhaven_signer_client_operations_total " + edgeOne + " refused": 3,
+		"keyhaven_signer_refusals_total opcode":                           3,
 	}
+	delete(got, "keyhaven_signer_home_seconds memory")
 	if len(got) != len(want) {
 		t.Errorf("got %d series, want %d: %v", len(got), len(want), got)
 	}

@@ -58,14 +58,16 @@ func (l Legacy) switchOf(bit schemeSet) string {
 	return ""
 }
 
-// schemes names every way to sign that a policy can grant. The names are those of the TLS SignatureScheme registry (RFC 8446
-// section 4.2.3) where it has one. A name stands for the algorithm: rsa_pss_rsae_sha256 is RSA-PSS with SHA-256
-// whoever asks for it.
-var schemes = [...]struct {
+type schemeEntry struct {
 	name   string
 	alg    Algorithm
 	legacy bool // not covered by "*"
-}{
+}
+
+// schemes names every way to sign that a policy can grant. The names are those of the TLS SignatureScheme registry (RFC 8446
+// section 4.2.3) where it has one. A name stands for the algorithm: rsa_pss_rsae_sha256 is RSA-PSS with SHA-256
+// whoever asks for it.
+var schemes = [...]schemeEntry{
 	{"ecdsa_secp256r1_sha256", Algorithm{ECDSA, crypto.SHA256}, false},
 	{"ecdsa_secp384r1_sha384", Algorithm{ECDSA, crypto.SHA384}, false},
 	{"ecdsa_secp521r1_sha512", Algorithm{ECDSA, crypto.SHA512}, false},
