@@ -1,8 +1,13 @@
 package signer
 
 import (
+	"context"
+	"errors"
+	"fmt"
 	"log/slog"
+	"math"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -12,90 +17,373 @@ type LaneConfig struct {
 	Name string
 	// Capacity is how many operations are in the home at once; below 1 it is 1. See [Lane.SetCapacity].
 	Capacity int
-	// Queue is how many operations wait at most; 0 is 1024, below 0 none.
+	// Queue is how many operations wait at most; 0 is 1024, below 0 none. When it is full, the newest operation of the longest flow is
+	// refused, which may be the one that comes.
 	Queue int
 	// Breaker says when the home counts as failed.
 	Breaker BreakerConfig
 	// Hedge says when a second home is asked.
 	Hedge HedgeConfig
-	// Logger is told when the home fails and recovers; nil discards.
+	// Logger is told when the home fails, throttles and recovers; nil discards.
 	Logger *slog.Logger
 }
 
-// BreakerConfig says when a home counts as failed. The zero value has the defaults.
-type BreakerConfig struct {
-	// Failures is how many failures in succession open the breaker; 0 is 5.
-	Failures int
-	// MinOpen is how long the breaker stays open at first, MaxOpen to how long that doubles as trials fail; 0 is 1 s and 30 s.
-	MinOpen, MaxOpen time.Duration
-}
+const defaultQueue = 1024
 
-// HedgeConfig says when a second home is asked because the first takes long. The zero value turns hedging off.
-type HedgeConfig struct {
-	// Percentile is the share of operations, such as 0.95, that the home answers faster than a second one is asked; 0 or 1 turns
-	// hedging off.
-	Percentile float64
-	// Budget is the share of operations for which a second home may be asked; 0 is 0.05.
-	Budget float64
-	// Min is the shortest time after which a second home is asked.
-	Min time.Duration
-}
-
-// A Lane is the way into one place that holds keys: a token, a Transit mount, or all file keys. All keys of the place share one lane, and it
-// outlives reloads. Make one with [NewLane]; all methods may be called from several goroutines at once. It has no goroutines of its own.
+// A Lane is the way into one place that holds keys: a token, a Transit mount, or all file keys. All keys of the place share one
+// lane, and it outlives reloads. Make one with [NewLane]; all methods may be called from several goroutines at once. It has no goroutines.
+//
+// Operations that find the home busy wait. Each client has the same share of the home's time, and within it each server name, so that
+// one that asks for more than its share waits for itself. An operation that would not be done before its deadline is refused at once.
 type Lane struct {
 	config LaneConfig
 
-	mu sync.Mutex // guards all below
-	n  int
+	// For choosing among lanes, written with mu held.
+	load  atomic.Int64 // operations in the home and in the queue
+	room  atomic.Int64 // operations in the home at once
+	opens atomic.Int64 // when the home may be asked: 0 is now, otherwise on the clock; see notNow
+
+	hedges    hedger
+	failovers atomic.Uint64
+
+	mu       sync.Mutex // guards all below
+	capacity int
+	limit    float64       // what a throttling home takes; from 1 to capacity
+	cut      time.Duration // when limit was lowered last
+	inFlight int
+	root     flow
+	breaker  breaker
+	cost     [keyClasses]average // service time
+	mean     average             // service time of all
+	latency  [keyClasses]latency // queue and service
+	service  latency
+	spare    *waiter // for reuse, linked by next
+	counts   LaneStats
 }
 
+// notNow is the value of Lane.opens while nothing may be asked until something happens.
+const notNow = math.MaxInt64
+
+// errOpen ends operations that a home's breaker keeps out.
+var errOpen = fmt.Errorf("the breaker is open after failures: %w", ErrUnavailable)
+
+// epoch is the zero of the clock that lanes use.
+var epoch = time.Now()
+
+func clock() time.Duration { return time.Since(epoch) }
+
 // NewLane returns a lane that is idle and takes the home to be well.
-func NewLane(c LaneConfig) *Lane { return &Lane{config: c, n: c.Capacity} }
+func NewLane(c LaneConfig) *Lane {
+	c.Capacity = max(c.Capacity, 1)
+	switch {
+	case c.Queue == 0:
+		c.Queue = defaultQueue
+	case c.Queue < 0:
+		c.Queue = 0
+	}
+	c.Breaker = c.Breaker.withDefaults()
+	c.Hedge = c.Hedge.withDefaults()
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	l := &Lane{config: c, capacity: c.Capacity, limit: float64(c.Capacity), root: newRoot(), breaker: breaker{config: c.Breaker}}
+	l.hedges.config = c.Hedge
+	l.publishLocked()
+	return l
+}
 
 // Name returns what operators call the place.
 func (l *Lane) Name() string { return l.config.Name }
 
-// SetCapacity changes how many operations are in the home at once. With 0 the home takes none: operations that wait fail
-// with [ErrUnavailable], and so do those that come.
+// SetCapacity changes how many operations are in the home at once. Those that are in it stay. With 0 the home takes none: operations that wait
+// fail with [ErrUnavailable], and so do those that come.
 func (l *Lane) SetCapacity(n int) {
+	n = max(n, 0)
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.n = n
+	if l.limit >= float64(l.capacity) || l.limit > float64(n) {
+		l.limit = float64(max(n, 1))
+	}
+	l.capacity = n
+	if n == 0 {
+		l.refuseAllLocked()
+	}
+	l.dispatchLocked(clock())
+	l.publishLocked()
 }
 
-// Stats returns the lane's present state and its counts since it was made.
-func (l *Lane) Stats() LaneStats { return LaneStats{} }
-
-// LaneStats is the state of a [Lane]. Counts only grow.
-type LaneStats struct {
-	Name     string
-	Capacity int    // operations in the home at once, as configured
-	Limit    int    // the same, as far as a throttling home takes them now; at most Capacity
-	InFlight int    // operations in the home
-	Waiting  int    // operations in the queue
-	Breaker  string // "closed", "open" or "half-open"
-
-	Done      uint64 // operations that the home answered with a result
-	Failed    uint64 // failures that the breaker counted
-	Opened    uint64 // how often the breaker opened
-	Throttled uint64 // answers by which the home asked to be left alone
-	Failovers uint64 // operations that went on to another home from this one
-	Hedges    uint64 // operations for which a second home was asked because this one took long
-	HedgesWon uint64 // those that the second home answered first
-
-	Refused LaneRefused
-
-	Latency Percentiles // of results lately, from asking for the home to its answer, the queue included
-	Service Percentiles // of results lately, in the home alone
+// A place is what an operation holds while it is in the home.
+type place struct {
+	class keyClass
+	trial bool
+	asked time.Duration // when it came
+	from  time.Duration // when service began
+	w     *waiter       // nil if it did not wait
 }
 
-// LaneRefused counts operations that a [Lane] did not let into the home.
-type LaneRefused struct {
-	Overloaded uint64 // the queue was full
-	Deadline   uint64 // the deadline would have been missed
-	Open       uint64 // the breaker was open, or opened while the operation waited
+// acquire waits for a place in the home. Its error is ErrOverloaded, ErrDeadline, ErrUnavailable or the context's. A place must be given back with release.
+func (l *Lane) acquire(ctx context.Context, c Caller, class keyClass, now time.Duration) (place, error) {
+	p := place{class: class, asked: now, from: now}
+	l.mu.Lock()
+	ok, trial := l.capacity > 0, false
+	if ok {
+		ok, trial = l.breaker.admit(now)
+	}
+	var w *waiter
+	var err error
+	switch {
+	case !ok:
+		l.counts.Refused.Open++
+		err = errOpen
+	case trial, l.root.queued == 0 && l.inFlight < l.roomLocked():
+		p.trial = trial
+		l.inFlight++
+	default:
+		w, err = l.enqueueLocked(ctx, c, class, now)
+	}
+	l.publishLocked()
+	l.mu.Unlock()
+	if err != nil {
+		return p, fmt.Errorf("signer: %s: %w", l.config.Name, err)
+	}
+	if w != nil {
+		return l.wait(ctx, p, w)
+	}
+	return p, nil
 }
 
-// Percentiles are estimates from the results of the last minutes at most, too high by at most an eighth. All are 0 without results.
-type Percentiles struct{ P50, P95, P99 time.Duration }
+// enqueueLocked puts an operation into the queue, or refuses it or another one.
+func (l *Lane) enqueueLocked(ctx context.Context, c Caller, class keyClass, now time.Duration) (*waiter, error) {
+	f := l.root.find(c)
+	cost := l.costLocked(class)
+	var until time.Duration
+	if t, ok := ctx.Deadline(); ok {
+		left := time.Until(t)
+		until = now + left
+		if l.measuredLocked(class) && l.expectedLocked(f, cost)+cost > left {
+			l.counts.Refused.Deadline++
+			return nil, ErrDeadline
+		}
+	}
+	if l.root.queued >= l.config.Queue {
+		surplus := l.root.surplus(f)
+		if surplus == nil {
+			l.counts.Refused.Overloaded++
+			return nil, ErrOverloaded
+		}
+		l.counts.Refused.Overloaded++
+		surplus.flow.remove(surplus)
+		surplus.end(ErrOverloaded)
+	}
+	w := l.spare
+	if w == nil {
+		w = &waiter{ready: make(chan struct{}, 1)}
+	} else {
+		l.spare = w.next
+	}
+	w.flow, w.cost, w.class, w.deadline, w.err, w.next = f, cost, class, until, nil, nil
+	f.push(w)
+	return w, nil
+}
+
+// expectedLocked estimates how long an operation of that cost would wait in the flow.
+func (l *Lane) expectedLocked(f *flow, cost time.Duration) time.Duration {
+	return (f.ahead(cost) + l.mean.get()) / time.Duration(l.roomLocked())
+}
+
+// end wakes a waiter that is not queued any more.
+func (w *waiter) end(err error) {
+	w.err = err
+	w.ready <- struct{}{}
+}
+
+// wait returns when the waiter got its place, was refused or has no time left.
+func (l *Lane) wait(ctx context.Context, p place, w *waiter) (place, error) {
+	p.w = w
+	select {
+	case <-w.ready:
+	case <-ctx.Done():
+		l.mu.Lock()
+		if w.queued {
+			w.flow.remove(w)
+			l.publishLocked()
+			l.mu.Unlock()
+			p.from = clock()
+			return p, fmt.Errorf("signer: waiting for %s: %w", l.config.Name, ctx.Err())
+		}
+		l.mu.Unlock()
+		<-w.ready // there since it left the queue
+	}
+	if w.err != nil {
+		p.from = clock()
+		return p, fmt.Errorf("signer: %s: %w", l.config.Name, w.err)
+	}
+	p.from = w.from
+	if ctx.Err() != nil {
+		l.withdraw(&p)
+		return p, fmt.Errorf("signer: waiting for %s: %w", l.config.Name, ctx.Err())
+	}
+	return p, nil
+}
+
+// withdraw gives a place back that was granted to a waiter and not used.
+func (l *Lane) withdraw(p *place) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.inFlight--
+	p.w.flow.charge(-p.w.cost)
+	l.dispatchLocked(clock())
+	l.publishLocked()
+}
+
+// dispatchLocked lets operations in as long as there is room.
+func (l *Lane) dispatchLocked(now time.Duration) {
+	for l.root.queued > 0 && l.inFlight < l.roomLocked() {
+		w := l.root.pop()
+		if w.deadline != 0 && l.measuredLocked(w.class) && now+w.cost > w.deadline {
+			w.flow.charge(-w.cost)
+			l.counts.Refused.Deadline++
+			w.end(ErrDeadline)
+			continue
+		}
+		l.inFlight++
+		w.from = now
+		w.end(nil)
+	}
+	if l.root.queued == 0 && l.inFlight == 0 {
+		l.root.reset()
+	}
+}
+
+// refuseAllLocked ends all that waits.
+func (l *Lane) refuseAllLocked() {
+	for l.root.queued > 0 {
+		l.counts.Refused.Open++
+		l.root.pop().end(errOpen)
+	}
+}
+
+// release gives a place back after the home's answer, and returns how long it was held.
+func (l *Lane) release(ctx context.Context, p *place, err error) time.Duration {
+	now := clock()
+	took := now - p.from
+	result := err == nil
+	throttled := !result && errors.Is(err, ErrThrottled)
+	hedged := !result && context.Cause(ctx) == errHedged
+
+	l.mu.Lock()
+	v := well
+	if !result && !throttled {
+		v = l.verdictLocked(ctx, err, p.class, took)
+	}
+	l.inFlight--
+	if w := p.w; w != nil {
+		w.flow.charge(min(took, 8*w.cost) - w.cost) // a home that hangs is not the caller's fault
+		w.flow, w.next = nil, l.spare
+		l.spare = w
+	}
+	var t throttleChange
+	switch {
+	case result:
+		l.counts.Done++
+		l.measureLocked(p.class, took)
+		l.service.add(took, now)
+		t = l.creepLocked()
+	case throttled:
+		l.counts.Throttled++
+		t = l.throttleLocked(p.from, now)
+	case v == ill:
+		l.counts.Failed++
+	}
+	if result || hedged {
+		l.noteLocked(p.class, now-p.asked, now)
+	}
+	change := l.recordLocked(v, p.trial, now)
+	l.dispatchLocked(now)
+	l.publishLocked()
+	l.mu.Unlock()
+	l.log(change, t, err)
+	return took
+}
+
+// verdictLocked judges a home by an error. A caller that went away says nothing of the home. One that ran out of time does if the home had it for much longer than it
+// takes.
+func (l *Lane) verdictLocked(ctx context.Context, err error, class keyClass, took time.Duration) verdict {
+	switch {
+	case errors.Is(ctx.Err(), context.Canceled):
+		return noVerdict
+	case errors.Is(err, context.DeadlineExceeded), ctx.Err() != nil:
+		if took > 0 && (!l.measuredLocked(class) || took >= 2*l.costLocked(class)) {
+			return ill
+		}
+		return noVerdict
+	case errors.Is(err, ErrUnavailable):
+		return ill
+	}
+	return noVerdict
+}
+
+// observe takes the result of a probe, which held no place.
+func (l *Lane) observe(ctx context.Context, class keyClass, took time.Duration, err error) {
+	l.mu.Lock()
+	v := well
+	if err != nil && !errors.Is(err, ErrThrottled) {
+		v = l.verdictLocked(ctx, err, class, took)
+	}
+	change := unchanged
+	if v != noVerdict { // else it would end the trial of an operation
+		change = l.recordLocked(v, true, clock())
+	}
+	l.publishLocked()
+	l.mu.Unlock()
+	l.log(change, throttleUnchanged, err)
+}
+
+// recordLocked tells the breaker. What waits before a home that turns out to be away goes elsewhere at once.
+func (l *Lane) recordLocked(v verdict, trial bool, now time.Duration) breakerChange {
+	change := l.breaker.record(v, trial, now)
+	if change == hasOpened {
+		l.counts.Opened++
+		l.refuseAllLocked()
+	}
+	return change
+}
+
+// publishLocked tells those who choose among lanes.
+func (l *Lane) publishLocked() {
+	l.load.Store(int64(l.inFlight + l.root.queued))
+	if room := int64(l.roomLocked()); room != l.room.Load() {
+		l.room.Store(room)
+	}
+	opens := int64(0)
+	switch b := &l.breaker; {
+	case l.capacity == 0, b.state == halfOpen && b.trial:
+		opens = notNow
+	case b.state == open:
+		opens = int64(b.until)
+	}
+	if opens != l.opens.Load() {
+		l.opens.Store(opens)
+	}
+}
+
+// ready reports whether the home may be asked.
+func (l *Lane) ready(now time.Duration) bool {
+	opens := l.opens.Load()
+	return opens == 0 || opens <= int64(now)
+}
+
+func (l *Lane) log(change breakerChange, t throttleChange, err error) {
+	switch change {
+	case hasOpened:
+		l.config.Logger.Warn("the home fails; it is left alone for a while", "home", l.config.Name, "err", err)
+	case hasClosed:
+		l.config.Logger.Info("the home is well again", "home", l.config.Name)
+	}
+	switch t {
+	case throttleBegan:
+		l.config.Logger.Warn("the home throttles; fewer operations are sent at once", "home", l.config.Name, "err", err)
+	case throttleEnded:
+		l.config.Logger.Info("the home takes its full load again", "home", l.config.Name)
+	}
+}

@@ -1,9 +1,7 @@
 package signer
 
 import (
-	"context"
 	"crypto"
-	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -25,6 +23,8 @@ type Home struct {
 	// Lane queues the home's operations and watches its health; homes in the same place share one. Nil: no bound, and
 	// healthy unless the key says otherwise.
 	Lane *Lane
+
+	name string // of the place, as the key has it
 }
 
 // Caller says on whose behalf a key is used, for fair shares of its homes. The zero value is a caller like any other.
@@ -42,7 +42,7 @@ type Outcome struct {
 	Hedged bool          // a second home was asked because the first took long
 }
 
-// maxHomes bounds the homes of one key; see Entry.next.
+// maxHomes bounds the homes of one key; see Entry.do.
 const maxHomes = 64
 
 // An Entry is one private key, in one or several homes. It is immutable.
@@ -55,6 +55,9 @@ type Entry struct {
 
 	public crypto.PublicKey
 	home   string // the first home's name
+	class  keyClass
+
+	flights *flights // the registry's
 }
 
 // Public returns the public key.
@@ -73,84 +76,6 @@ func (e *Entry) Supports(alg Algorithm) bool {
 	return slices.ContainsFunc(e.Homes, func(h Home) bool { return h.Key.Supports(alg) })
 }
 
-// Sign has the first home sign that is healthy and supports the algorithm. A home that turns out to be unavailable is passed
-// over for the next one, and each is asked once; any other error is final. Errors are those of [Key.Sign].
-func (e *Entry) Sign(ctx context.Context, c Caller, alg Algorithm, input []byte) ([]byte, Outcome, error) {
-	sig, err := e.sign(ctx, alg, input)
-	return sig, Outcome{Home: e.home, Tries: 1}, err
-}
-
-func (e *Entry) sign(ctx context.Context, alg Algorithm, input []byte) ([]byte, error) {
-	err := error(ErrUnsupported)
-	var asked uint64
-	for range e.Homes {
-		i := e.next(asked, func(h *Home) bool { return h.Key.Supports(alg) })
-		if i < 0 {
-			break
-		}
-		asked |= 1 << i
-		var sig []byte
-		sig, err = e.Homes[i].Key.Sign(ctx, alg, input)
-		if err == nil || !errors.Is(err, ErrUnavailable) || ctx.Err() != nil {
-			return sig, err
-		}
-	}
-	return nil, err
-}
-
-// DecryptRaw has the first home decrypt that is healthy and allowed to, in the manner of Sign. ErrUnsupported if no home is allowed to
-// decrypt or able to.
-func (e *Entry) DecryptRaw(ctx context.Context, c Caller, ciphertext []byte) ([]byte, Outcome, error) {
-	block, err := e.decryptRaw(ctx, ciphertext)
-	return block, Outcome{Home: e.home, Tries: 1}, err
-}
-
-// Probe has a home, named by its index, sign a random digest, and verifies the signature; with -1 it asks each home. It passes the queue by, and what
-// it finds closes or opens the home's breaker like any other operation.
-func (e *Entry) Probe(ctx context.Context, home int) error { return nil }
-
-func (e *Entry) decryptRaw(ctx context.Context, ciphertext []byte) ([]byte, error) {
-	err := error(ErrUnsupported)
-	var asked uint64
-	for range e.Homes {
-		i := e.next(asked, (*Home).decrypts)
-		if i < 0 {
-			break
-		}
-		asked |= 1 << i
-		var block []byte
-		block, err = e.Homes[i].Key.(Decrypter).DecryptRaw(ctx, ciphertext)
-		if err == nil || !errors.Is(err, ErrUnavailable) || ctx.Err() != nil {
-			return block, err
-		}
-	}
-	return nil, err
-}
-
-func (h *Home) decrypts() bool {
-	_, ok := h.Key.(Decrypter)
-	return ok && h.Decrypt
-}
-
-// next returns the first healthy home that is able and was not asked yet, or else the first that is not healthy, or -1. Whether a home is healthy may
-// change while the others are asked.
-func (e *Entry) next(asked uint64, able func(*Home) bool) int {
-	ill := -1
-	for i := range e.Homes {
-		h := &e.Homes[i]
-		if asked&(1<<i) != 0 || !able(h) {
-			continue
-		}
-		if healthy(h.Key) {
-			return i
-		}
-		if ill < 0 {
-			ill = i
-		}
-	}
-	return ill
-}
-
 // MayDecrypt reports whether a home of the key is allowed to decrypt.
 func (e *Entry) MayDecrypt() bool {
 	return slices.ContainsFunc(e.Homes, func(h Home) bool { return h.Decrypt })
@@ -163,7 +88,8 @@ func healthy(k Key) bool {
 
 // Registry finds keys. Look-ups take no lock. Make one with [NewRegistry]; all methods may be called from several goroutines at once.
 type Registry struct {
-	snap atomic.Pointer[snapshot]
+	snap    atomic.Pointer[snapshot]
+	flights flights
 }
 
 type snapshot struct {
@@ -174,7 +100,7 @@ type snapshot struct {
 
 // Wait returns when no goroutine of a hedged operation is left. Operations that come meanwhile are waited for too. A home that does not obey its context is
 // waited for until it answers or is closed.
-func (r *Registry) Wait() {}
+func (r *Registry) Wait() { r.flights.wait() }
 
 // NewRegistry returns an empty registry.
 func NewRegistry() *Registry {
@@ -193,6 +119,7 @@ func (r *Registry) Replace(homes []Home) error {
 		}
 	}
 	for _, e := range s.entries {
+		e.flights = &r.flights
 		slices.Sort(e.Labels)
 	}
 	slices.SortFunc(s.entries, func(a, b *Entry) int { return slices.Compare(a.SKI[:], b.SKI[:]) })
@@ -208,7 +135,7 @@ func (s *snapshot) add(h Home) error {
 	}
 	e := s.bySKI[ski]
 	if e == nil {
-		e = &Entry{SKI: ski, Type: TypeOf(pub), public: pub, home: info.Home}
+		e = &Entry{SKI: ski, Type: TypeOf(pub), public: pub, home: info.Home, class: classOf(pub)}
 		s.entries = append(s.entries, e)
 		s.bySKI[ski] = e
 		// Ed25519 keys are younger than the digest and have none.
@@ -225,6 +152,7 @@ func (s *snapshot) add(h Home) error {
 	if len(e.Homes) == maxHomes {
 		return fmt.Errorf("signer: key %q of %s: the key has %d homes already", info.Label, info.Home, maxHomes)
 	}
+	h.name = info.Home
 	e.Homes = append(e.Homes, h)
 	if info.Label != "" && !slices.Contains(e.Labels, info.Label) {
 		e.Labels = append(e.Labels, info.Label)

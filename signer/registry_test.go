@@ -65,20 +65,20 @@ func TestSeveralHomes(t *testing.T) {
 		wantErr      error
 		cancelBefore bool
 	}{
-		{name: "first is healthy", one: faultyKey{healthy: true}, two: faultyKey{healthy: true}, calls1: 1},
+		{name: "first class is healthy", one: faultyKey{healthy: true}, two: faultyKey{healthy: true}, calls1: 1},
 		{name: "first is not healthy", one: faultyKey{}, two: faultyKey{healthy: true}, calls2: 1},
 		{name: "first turns out away", one: faultyKey{healthy: true, err: away}, two: faultyKey{healthy: true}, calls1: 1, calls2: 1},
 		{name: "first refuses", one: faultyKey{healthy: true, err: errors.New("no")}, two: faultyKey{healthy: true}, calls1: 1, wantErr: errAny},
 		{name: "both away", one: faultyKey{healthy: true, err: away}, two: faultyKey{err: away}, calls1: 1, calls2: 1, wantErr: ErrUnavailable},
 		{name: "none healthy, one works", one: faultyKey{err: away}, two: faultyKey{}, calls1: 1, calls2: 1},
-		{name: "out of time", one: faultyKey{healthy: true, err: away}, two: faultyKey{healthy: true}, calls1: 1, wantErr: ErrUnavailable, cancelBefore: true},
+		{name: "out of time", one: faultyKey{healthy: true, err: away}, two: faultyKey{healthy: true}, wantErr: context.Canceled, cancelBefore: true},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			one, two := tt.one, tt.two
 			one.Key, one.home, two.Key, two.home = memoryKey(t, "p256"), "one", memoryKey(t, "p256"), "two"
 			r := NewRegistry()
-			if err := r.Replace([]Home{{Key: &one}, {Key: &two}}); err != nil {
+			if err := r.Replace([]Home{{Key: &one}, {Key: &two, Priority: 1}}); err != nil {
 				t.Fatal(err)
 			}
 			if len(r.Entries()) != 1 || len(r.Entries()[0].Homes) != 2 {

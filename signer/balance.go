@@ -1,0 +1,273 @@
+package signer
+
+import (
+	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/rand"
+	"crypto/rsa"
+	"errors"
+	"fmt"
+	mathrand "math/rand/v2"
+	"time"
+)
+
+// keyUse is what a key is used for.
+type keyUse struct {
+	alg     Algorithm // of a signature
+	input   []byte
+	decrypt bool
+}
+
+// able reports whether the home can do the operation, and is allowed to.
+func (o *keyUse) able(h *Home) bool {
+	if o.decrypt {
+		_, ok := h.Key.(Decrypter)
+		return ok && h.Decrypt
+	}
+	return h.Key.Supports(o.alg)
+}
+
+func (o *keyUse) do(ctx context.Context, k Key) ([]byte, error) {
+	if o.decrypt {
+		return k.(Decrypter).DecryptRaw(ctx, o.input)
+	}
+	return k.Sign(ctx, o.alg, o.input)
+}
+
+// Sign has one of the key's homes sign that supports the algorithm: of those that are healthy, in the lowest class of priority, the one with the
+// fewest operations in proportion to weight and capacity. A home that turns out to be unavailable is passed over for the next one at once, and each is
+// asked once; one that throttles is asked again; any other error is final. If the home takes longer than usual, and its lane's budget allows, another is
+// asked besides, and the first result wins. Sign does not keep input.
+//
+// Errors are those of [Key.Sign] and [Lane]; ErrUnavailable if the breakers of all homes are open.
+func (e *Entry) Sign(ctx context.Context, c Caller, alg Algorithm, input []byte) ([]byte, Outcome, error) {
+	return e.do(ctx, c, keyUse{alg: alg, input: input})
+}
+
+// DecryptRaw has a home decrypt that is allowed to, in the manner of Sign. ErrUnsupported if no home is allowed to decrypt or able to.
+func (e *Entry) DecryptRaw(ctx context.Context, c Caller, ciphertext []byte) ([]byte, Outcome, error) {
+	return e.do(ctx, c, keyUse{input: ciphertext, decrypt: true})
+}
+
+func (e *Entry) do(ctx context.Context, c Caller, o keyUse) ([]byte, Outcome, error) {
+	var out Outcome
+	if err := ctx.Err(); err != nil {
+		return nil, out, fmt.Errorf("signer: no home was asked: %w", err)
+	}
+	var asked uint64
+	var err error
+	for before := -1; ; {
+		now := clock()
+		home, none := e.next(&o, asked, now)
+		if home < 0 {
+			if err == nil {
+				err = none
+			}
+			return nil, out, err
+		}
+		if before >= 0 {
+			e.Homes[before].failedOver()
+		}
+		before = home
+		asked |= 1 << home
+		if after := e.hedgeAfter(&o, home, asked, now); after > 0 {
+			return e.race(ctx, c, o, home, asked, after, out)
+		}
+		var result []byte
+		result, err = e.Homes[home].ask(ctx, c, &o, e.class, &out)
+		if err == nil || !movesOn(ctx, err) {
+			return result, out, err
+		}
+	}
+}
+
+// movesOn reports whether an operation with that error is for another home.
+func movesOn(ctx context.Context, err error) bool {
+	return errors.Is(err, ErrUnavailable) && ctx.Err() == nil
+}
+
+// failedOver counts an operation that goes on to another home.
+func (h *Home) failedOver() {
+	if h.Lane != nil {
+		h.Lane.failovers.Add(1)
+	}
+}
+
+// next chooses among the homes that are able and were not asked yet. Homes whose key says that it is not healthy come last, since it may be wrong; those whose breaker
+// is open are left out. Without any it returns -1 and the reason.
+func (e *Entry) next(o *keyUse, asked uint64, now time.Duration) (int, error) {
+	best, reason := -1, ErrUnsupported
+	var chosen candidate
+	for i := range e.Homes {
+		h := &e.Homes[i]
+		if asked&(1<<i) != 0 || !o.able(h) {
+			continue
+		}
+		if h.Lane != nil && !h.Lane.ready(now) {
+			reason = errAllOpen
+			continue
+		}
+		x := h.candidate()
+		switch {
+		case best < 0, x.before(&chosen):
+			best, chosen = i, x
+		case !chosen.before(&x):
+			// Equals are taken in proportion to what they can do.
+			chosen.among += x.share
+			if mathrand.Int64N(chosen.among) < x.share {
+				x.among = chosen.among
+				best, chosen = i, x
+			}
+		}
+	}
+	if best < 0 {
+		return best, reason
+	}
+	return best, nil
+}
+
+// errAllOpen ends operations for which there is no home but such with open breakers.
+var errAllOpen = fmt.Errorf("signer: the breaker of each home is open after failures: %w", ErrUnavailable)
+
+// candidate is what the choice among homes goes by.
+type candidate struct {
+	ill      bool
+	priority int
+	load     int64 // operations
+	share    int64 // capacity times weight
+	among    int64 // the sum of the shares of all equals that were seen
+}
+
+func (h *Home) candidate() candidate {
+	x := candidate{ill: !healthy(h.Key), priority: h.Priority, share: int64(min(max(h.Weight, 1), maxWeight))}
+	if h.Lane != nil {
+		x.load = h.Lane.load.Load()
+		x.share *= min(h.Lane.room.Load(), maxRoom)
+	}
+	x.among = x.share
+	return x
+}
+
+// Bounds that keep the products of the comparison within 64 bits.
+const (
+	maxWeight = 1 << 16
+	maxRoom   = 1 << 20
+)
+
+func (x *candidate) before(y *candidate) bool {
+	switch {
+	case x.ill != y.ill:
+		return y.ill
+	case x.priority != y.priority:
+		return x.priority < y.priority
+	}
+	return x.load*y.share < y.load*x.share
+}
+
+// ask has the home do the operation, again and again within the deadline if it throttles.
+func (h *Home) ask(ctx context.Context, c Caller, o *keyUse, class keyClass, out *Outcome) ([]byte, error) {
+	out.Home = h.name
+	for try := 0; ; try++ {
+		result, err := h.once(ctx, c, o, class, out)
+		if err == nil || !errors.Is(err, ErrThrottled) {
+			return result, err
+		}
+		began := clock()
+		again := pauseThrottled(ctx, try)
+		out.Waited += clock() - began
+		if !again {
+			return nil, fmt.Errorf("%w: %w", ErrDeadline, err)
+		}
+	}
+}
+
+// once has the home do the operation when there is a place.
+func (h *Home) once(ctx context.Context, c Caller, o *keyUse, class keyClass, out *Outcome) ([]byte, error) {
+	now := clock()
+	if h.Lane == nil {
+		out.Tries++
+		result, err := o.do(ctx, h.Key)
+		out.Took = clock() - now
+		return result, err
+	}
+	p, err := h.Lane.acquire(ctx, c, class, now)
+	out.Waited += p.from - now
+	if err != nil {
+		return nil, err
+	}
+	out.Tries++
+	result, err := o.do(ctx, h.Key)
+	out.Took = h.Lane.release(ctx, &p, err)
+	return result, err
+}
+
+// Probe has a home, named by its index, sign a random digest, and verifies the signature; with -1 it asks each home. It passes the queue by. What
+// it finds counts for the home's breaker, and a success closes it. Nil means that all that were asked signed.
+func (e *Entry) Probe(ctx context.Context, home int) error {
+	if home >= len(e.Homes) {
+		return fmt.Errorf("signer: home %d of key %s, which has %d: %w", home, e.SKI, len(e.Homes), ErrNotFound)
+	}
+	if home >= 0 {
+		return e.Homes[home].probe(ctx, e.public)
+	}
+	var errs []error
+	for i := range e.Homes {
+		errs = append(errs, e.Homes[i].probe(ctx, e.public))
+	}
+	return errors.Join(errs...)
+}
+
+func (h *Home) probe(ctx context.Context, pub crypto.PublicKey) error {
+	alg, ok := probeAlgorithm(h.Key)
+	if !ok {
+		return fmt.Errorf("signer: probe of %s: no algorithm works: %w", h.name, ErrUnsupported)
+	}
+	size := 32
+	if alg.Hash != 0 {
+		size = alg.Hash.Size()
+	}
+	digest := make([]byte, size)
+	rand.Read(digest)
+	began := clock()
+	sig, err := h.Key.Sign(ctx, alg, digest)
+	if err == nil && !verifies(pub, alg, digest, sig) {
+		err = fmt.Errorf("the signature is wrong: %w", ErrUnavailable)
+	}
+	if l := h.Lane; l != nil {
+		l.observe(ctx, classOf(pub), clock()-began, err)
+	}
+	if err != nil {
+		return fmt.Errorf("signer: probe of %s: %w", h.name, err)
+	}
+	return nil
+}
+
+// probeAlgorithm returns the first algorithm that the key supports.
+func probeAlgorithm(k Key) (Algorithm, bool) {
+	for _, alg := range [...]Algorithm{
+		{ECDSA, crypto.SHA256}, {ECDSA, crypto.SHA384}, {ECDSA, crypto.SHA512}, {Ed25519, 0},
+		{PSS, crypto.SHA256}, {PKCS1v15, crypto.SHA256}, {PSS, crypto.SHA384}, {PKCS1v15, crypto.SHA384},
+	} {
+		if k.Supports(alg) {
+			return alg, true
+		}
+	}
+	return Algorithm{}, false
+}
+
+func verifies(pub crypto.PublicKey, alg Algorithm, input, sig []byte) bool {
+	switch k := pub.(type) {
+	case *ecdsa.PublicKey:
+		return ecdsa.VerifyASN1(k, input, sig)
+	case ed25519.PublicKey:
+		return ed25519.Verify(k, input, sig)
+	case *rsa.PublicKey:
+		if alg.Kind == PSS {
+			return rsa.VerifyPSS(k, alg.Hash, input, sig, &rsa.PSSOptions{SaltLength: rsa.PSSSaltLengthEqualsHash}) == nil
+		}
+		return rsa.VerifyPKCS1v15(k, alg.Hash, input, sig) == nil
+	}
+	return false
+}

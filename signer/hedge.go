@@ -1,0 +1,243 @@
+package signer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// HedgeConfig says when a second home is asked because the first takes long. The zero value turns hedging off.
+type HedgeConfig struct {
+	// Percentile is the share of operations, such as 0.95, that the home answers sooner than a second one is asked. Outside of
+	// the range between 0 and 1 there is no hedging.
+	Percentile float64
+	// Budget is the share of operations for which a second home may be asked; 0 is 0.05.
+	Budget float64
+	// Min is the shortest time after which a second home is asked.
+	Min time.Duration
+}
+
+func (c HedgeConfig) withDefaults() HedgeConfig {
+	if !(c.Percentile > 0 && c.Percentile < 1) {
+		c.Percentile = 0
+	}
+	if !(c.Budget > 0) {
+		c.Budget = 0.05
+	}
+	c.Budget = min(c.Budget, 1)
+	c.Min = max(c.Min, time.Microsecond)
+	return c
+}
+
+const (
+	// A hedge costs hedgePrice; each operation earns its share of it, up to hedgeSavings.
+	hedgePrice   = 1 << 20
+	hedgeSavings = 10 * hedgePrice
+	// Every so many results the delay is computed anew.
+	hedgeRefresh = 32
+)
+
+// errHedged is the cause with which an operation ends that another home has answered meanwhile.
+var errHedged = errors.New("signer: another home answered first")
+
+// A hedger holds what a lane knows of hedging. Its fields are atomic, because they are read without the lane's lock.
+type hedger struct {
+	config HedgeConfig // not changed after NewLane
+	delays [keyClasses]atomic.Int64
+	budget atomic.Int64
+	asked  atomic.Uint64
+	won    atomic.Uint64
+}
+
+// after returns how long to wait for the home before another is asked; 0 is for ever.
+func (h *hedger) after(class keyClass) time.Duration {
+	if h.budget.Load() < hedgePrice {
+		return 0
+	}
+	return time.Duration(h.delays[class].Load())
+}
+
+// take pays for a hedge, if the budget allows one.
+func (h *hedger) take() bool {
+	for {
+		b := h.budget.Load()
+		if b < hedgePrice {
+			return false
+		}
+		if h.budget.CompareAndSwap(b, b-hedgePrice) {
+			h.asked.Add(1)
+			return true
+		}
+	}
+}
+
+// earn adds the share of one operation to the budget.
+func (h *hedger) earn() {
+	if h.config.Percentile == 0 || h.budget.Load() >= hedgeSavings {
+		return
+	}
+	h.budget.Add(int64(h.config.Budget * hedgePrice))
+}
+
+// noteLocked takes the time in which an operation was answered, or after which it was given up because another home had answered.
+func (l *Lane) noteLocked(class keyClass, stay, now time.Duration) {
+	h := &l.latency[class]
+	h.add(stay, now)
+	l.hedges.earn()
+	if c := l.hedges.config; c.Percentile > 0 && h.count() >= enough && h.n%hedgeRefresh == 0 {
+		l.hedges.delays[class].Store(int64(max(h.percentile(c.Percentile), c.Min)))
+	}
+}
+
+// flights counts the goroutines of hedged operations.
+type flights struct {
+	mu   sync.Mutex
+	n    int
+	done chan struct{} // closed when n gets to 0; nil while nobody waits
+}
+
+func (f *flights) goes(fn func()) {
+	f.mu.Lock()
+	f.n++
+	f.mu.Unlock()
+	go func() {
+		defer f.ends()
+		fn()
+	}()
+}
+
+func (f *flights) ends() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.n--; f.n == 0 && f.done != nil {
+		close(f.done)
+		f.done = nil
+	}
+}
+
+func (f *flights) wait() {
+	f.mu.Lock()
+	if f.n == 0 {
+		f.mu.Unlock()
+		return
+	}
+	if f.done == nil {
+		f.done = make(chan struct{})
+	}
+	done := f.done
+	f.mu.Unlock()
+	<-done
+}
+
+// hedgeAfter returns how long to wait for a home before another is asked; 0 if there is no other, or no hedging.
+func (e *Entry) hedgeAfter(o *keyUse, home int, asked uint64, now time.Duration) time.Duration {
+	l := e.Homes[home].Lane
+	if l == nil || len(e.Homes) < 2 {
+		return 0
+	}
+	after := l.hedges.after(e.class)
+	if after == 0 {
+		return 0
+	}
+	if next, _ := e.next(o, asked, now); next < 0 {
+		return 0
+	}
+	return after
+}
+
+// answer is what a home made of a hedged operation.
+type answer struct {
+	home   int
+	result []byte
+	out    Outcome
+	err    error
+}
+
+// A race is an operation that may be in several homes at once.
+type race struct {
+	e       *Entry
+	ctx     context.Context // ends with the race
+	caller  Caller
+	op      keyUse
+	asked   uint64
+	pending int
+	answers chan answer
+}
+
+// start asks a home.
+func (r *race) start(home int) {
+	r.asked |= 1 << home
+	r.pending++
+	r.e.flights.goes(func() {
+		a := answer{home: home}
+		a.result, a.err = r.e.Homes[home].ask(r.ctx, r.caller, &r.op, r.e.class, &a.out)
+		r.answers <- a
+	})
+}
+
+// another asks one more home, if there is one, and reports whether there was.
+func (r *race) another() bool {
+	next, _ := r.e.next(&r.op, r.asked, clock())
+	if next >= 0 {
+		r.start(next)
+	}
+	return next >= 0
+}
+
+// race asks a home, and another one if the first has not answered in time. The first result wins. It returns when the context ends, while homes that do
+// not obey theirs may be at work still; hence the copy of the input. asked holds the homes that are not to be asked any more, and out what became
+// of the operation so far.
+func (e *Entry) race(ctx context.Context, c Caller, o keyUse, home int, asked uint64, after time.Duration, out Outcome) ([]byte, Outcome, error) {
+	o.input = slices.Clone(o.input)
+	inner, cancel := context.WithCancelCause(ctx)
+	defer cancel(errHedged)
+	r := &race{e: e, ctx: inner, caller: c, op: o, asked: asked, answers: make(chan answer, len(e.Homes))}
+	r.start(home)
+	timer := time.NewTimer(after)
+	defer timer.Stop()
+
+	first := &e.Homes[home].Lane.hedges
+	var failure error
+	for r.pending > 0 {
+		select {
+		case a := <-r.answers:
+			r.pending--
+			out.Home, out.Took = a.out.Home, a.out.Took
+			out.Tries += a.out.Tries
+			out.Waited += a.out.Waited
+			if a.err == nil {
+				if out.Hedged && a.home != home {
+					first.won.Add(1)
+				}
+				out.Tries += r.pending
+				return a.result, out, nil
+			}
+			failure = worse(failure, a.err)
+			if r.pending == 0 && movesOn(ctx, failure) && r.another() {
+				e.Homes[a.home].failedOver()
+			}
+		case <-timer.C:
+			if next, _ := e.next(&r.op, r.asked, clock()); next >= 0 && first.take() {
+				out.Hedged = true
+				r.start(next)
+			}
+		case <-ctx.Done():
+			out.Home = e.Homes[home].name
+			out.Tries += r.pending
+			return nil, out, fmt.Errorf("signer: no answer from %s: %w", out.Home, ctx.Err())
+		}
+	}
+	return nil, out, failure
+}
+
+// worse returns the error that says more of an operation that two homes failed: the one that is final.
+func worse(a, b error) error {
+	if a == nil || errors.Is(a, ErrUnavailable) {
+		return b
+	}
+	return a
+}
