@@ -11,7 +11,7 @@ GOVULNCHECK = golang.org/x/vuln/cmd/govulncheck@v1.8.0
 LDFLAGS = -s -w
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo demo-check test unit netns browser fuzz lint vuln bench cover clean
+.PHONY: help setup build demo demo-check test unit netns browser interop peer transit reliability fuzz lint vuln bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,17 @@ browser: ## the tests with a real browser, over HTTP/2 and HTTP/3 (installs Chro
 	@./scripts/setup browser
 	./scripts/rootless $(GO) test -race -count=1 -tags 'netns browser' -run Browser -v ./integration
 
+interop: peer transit ## against the other implementations: the two targets below
+
+peer: setup ## our key server and client against the existing client and key server of the protocol
+	cd interop/gokeyless && $(GO) vet ./... && $(GO) test -race -count=1 ./...
+
+transit: ## the Transit backend against Vault's own engine
+	cd interop/vault && $(GO) vet ./... && $(GO) test -race -count=1 ./...
+
+reliability: setup ## the fault matrix, with its table written into docs/reliability.md
+	$(GO) run ./reliability/cmd/matrix
+
 fuzz: ## each fuzz target for FUZZTIME
 	@GO="$(GO)" ./scripts/fuzz $(FUZZTIME)
 
@@ -55,6 +66,8 @@ lint: ## gofmt, go vet, staticcheck
 	$(GO) vet ./...
 	$(GO) vet -tags 'netns browser' ./internal/testnet ./integration
 	$(GO) run $(STATICCHECK) -tags netns,browser ./...
+	cd interop/vault && $(GO) run $(STATICCHECK) ./...
+	@if cd interop/gokeyless && $(GO) mod download github.com/cloudflare/gokeyless >/dev/null 2>&1; then $(GO) run $(STATICCHECK) -tags pkcs11 ./...; fi
 
 vuln: ## known vulnerabilities in what is reachable from our code (needs the vulnerability database's host)
 	$(GO) run $(GOVULNCHECK) ./...

@@ -23,6 +23,7 @@ var allowed = map[string][]string{
 	"keyless":   {},
 	"signer":    {"keyless"},
 	"pkcs11":    {"signer", "keyless"},
+	"transit":   {"signer", "keyless"},
 	"mtls":      {},
 	"vnet":      {},
 	"tunnel":    {"mtls", "vnet"},
@@ -32,7 +33,7 @@ var allowed = map[string][]string{
 }
 
 // harness are the trees that wire or test the others.
-var harness = []string{"cmd", "demo", "bench", "integration", "internal", "examples", "images", "packaging"}
+var harness = []string{"cmd", "demo", "bench", "integration", "internal", "examples", "images", "packaging", "reliability"}
 
 type pkg struct {
 	ImportPath string
