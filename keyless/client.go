@@ -168,6 +168,8 @@ const (
 // sealing. Such an operation also moves on to another server when one answers CodeInternal or CodeKeyNotFound. Do fails with
 // ErrUnavailable when no server can be reached, at once while all are known to be down; with ErrOverloaded when all
 // connections are full; with context.DeadlineExceeded when ctx or ClientConfig.Timeout ends first.
+//
+// An OpenTelemetry span context in ctx, and a request id (see [WithRequestID]), are sent along, unless op carries others.
 func (c *Client) Do(ctx context.Context, op *Operation) ([]byte, error) {
 	return c.do(ctx, op, c.cfg.Timeout)
 }
@@ -185,7 +187,7 @@ func (c *Client) do(ctx context.Context, op *Operation, timeout time.Duration) (
 		c.timers.Put(timer)
 	}()
 	res := ClientResult{Opcode: op.Opcode, Func: funcLabel(op)}
-	payload, err := c.attempts(ctx, timer.C, op, &res)
+	payload, err := c.attempts(ctx, timer.C, traced(ctx, op), &res)
 	if c.cfg.OnResult != nil {
 		res.Duration, res.Err = time.Since(start), err
 		c.cfg.OnResult(res)
