@@ -268,6 +268,7 @@ type Counters struct {
 	LoginsPeak    uint64 // most C_Login at one time
 	PINFailures   uint64 // wrong PINs since the latest right one
 	Short         uint64 // ECDSA signatures with a short r or s
+	Processes     uint64 // that ever initialised the module
 	InFlight      uint64 // operations now
 	Sessions      uint64 // open now
 	PIDs          []int  // processes that have the module initialised, or had and still run
@@ -280,7 +281,7 @@ func (c *Control) Counters() Counters {
 	n := func(i int) uint64 { return c.load(wCounters + i) }
 	got := Counters{
 		Calls: n(0), Faults: n(1), Logins: n(2), LoginsFailed: n(3), Operations: n(4), Overlaps: n(5), FinalizedBusy: n(6), Forked: n(7),
-		MaxInFlight: n(8), Hanging: n(9), Crashes: n(10), SessionsPeak: n(11), LoginsPeak: n(13), PINFailures: n(14), Short: n(15),
+		MaxInFlight: n(8), Hanging: n(9), Crashes: n(10), SessionsPeak: n(11), LoginsPeak: n(13), PINFailures: n(14), Short: n(15), Processes: n(16),
 	}
 	for at := range c.processes() {
 		got.InFlight += c.load(at + qInFlight)

@@ -403,6 +403,9 @@ func TestOtherProcesses(t *testing.T) {
 	if got.Crashes != 1 || got.Operations != 13 || len(got.PIDs) != 1 {
 		t.Errorf("got %d crashes, %d operations and processes %v, want 1, 13 and this one", got.Crashes, got.Operations, got.PIDs)
 	}
+	if got.Processes != 3 {
+		t.Errorf("got %d processes, want 3", got.Processes)
+	}
 	if got.Forked != 0 || got.Overlaps != 0 || got.FinalizedBusy != 0 {
 		t.Errorf("got %d forked calls, %d overlaps, %d finalised under calls", got.Forked, got.Overlaps, got.FinalizedBusy)
 	}

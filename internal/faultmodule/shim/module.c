@@ -124,6 +124,7 @@ static void enlist(void) {
 		for (int w = Q_PID + 1; w < PROCESS_WORDS; w++)
 			__atomic_store_n(&page[p + w], 0, __ATOMIC_RELEASE);
 		mine = p;
+		add(P_ENLISTED, 1);
 		return;
 	}
 	abort(); // more processes than a test has

@@ -38,6 +38,7 @@ enum {
 	P_LOGINS_PEAK,
 	P_PIN_FAILURES,
 	P_SHORT,
+	P_ENLISTED,
 
 	P_RULES = 64, // RULES times RULE_WORDS
 	P_SERVED = 128, // MAX_SERVE words: when each place of the token is free again
