@@ -2,9 +2,10 @@ package main
 
 import (
 	"context"
-	"crypto/rand"
+	"crypto/ed25519"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"os"
@@ -23,6 +24,7 @@ type obj = map[string]any
 // A keyServer is one running key server, ours or the existing one, with a client of its own.
 type keyServer struct {
 	name   string
+	addr   string
 	proc   *lab.Process
 	client *keyless.Client
 }
@@ -49,6 +51,9 @@ func (b *bench) buildPeer(ctx context.Context) error {
 	}
 	out := filepath.Join(b.dir, "peerserver")
 	if msg, err := goTool(ctx, dir, "mod", "download", "github.com/cloudflare/gokeyless"); err != nil {
+		if strings.Contains(msg, "checksum mismatch") {
+			return fmt.Errorf("the existing key server: %s", msg)
+		}
 		return notRun{fmt.Sprintf("the module of the existing key server cannot be obtained: %s", lastLine(msg))}
 	}
 	if msg, err := goTool(ctx, dir, "build", "-tags", "pkcs11", "-o", out, "./cmd/peerserver"); err != nil {
@@ -107,7 +112,7 @@ func (b *bench) startOurs(ctx context.Context, name string, t token, settings, e
 		tok[k] = v
 	}
 	var clients []obj
-	for _, c := range []string{"edge1"} {
+	for _, c := range append([]string{"edge1"}, crowd...) {
 		clients = append(clients, obj{"id": "spiffe://" + lab.KeyDomain + "/edge/" + c, "keys": []string{"*"}, "operations": []string{"tls-sign", "sign"},
 			"schemes": []string{"*"}, "snis": []string{"*"}})
 	}
@@ -136,7 +141,7 @@ func (b *bench) serve(ctx context.Context, name, identity, addr string, proc *la
 	if err != nil {
 		return nil, errors.Join(err, proc.Stop())
 	}
-	k := &keyServer{name: name, proc: proc, client: client}
+	k := &keyServer{name: name, addr: addr, proc: proc, client: client}
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
 	for _, key := range keyTypes {
@@ -204,8 +209,6 @@ func (b *bench) digestOp(c *keyless.Client, key, sni string) (func(context.Conte
 	if err != nil {
 		return nil, err
 	}
-	digest := make([]byte, 32)
-	rand.Read(digest)
 	return func(ctx context.Context, _ int) error {
 		op := keyless.Operation{Opcode: digestOps[key], SKI: ski, SNI: sni, Payload: digest}
 		_, err := c.Do(ctx, &op)
@@ -216,4 +219,20 @@ func (b *bench) digestOp(c *keyless.Client, key, sni string) (func(context.Conte
 func (b *bench) leaf(key string) (*x509.Certificate, error) { return readLeaf(b.lab.Chain(hosts[key])) }
 
 // auditRequired is the configuration under which no signature leaves without a durable record.
-func (b *bench) auditRequired() obj { return nil }
+func (b *bench) auditRequired() (obj, error) {
+	_, key, err := ed25519.GenerateKey(nil)
+	if err != nil {
+		return nil, err
+	}
+	der, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		return nil, err
+	}
+	b.runs++
+	dir := b.lab.Path(fmt.Sprintf("audit-%d", b.runs))
+	file := dir + ".key"
+	if err := os.WriteFile(file, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), 0o600); err != nil {
+		return nil, err
+	}
+	return obj{"audit": obj{"mode": "required", "dir": dir, "key_file": file}}, nil
+}

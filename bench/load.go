@@ -58,18 +58,27 @@ func load(ctx context.Context, callers int, d time.Duration, pids []int, op func
 	if err := context.Cause(ctx); err != nil {
 		return sample{}, err
 	}
-	all := slices.Concat(lats...)
-	slices.Sort(all)
-	s := sample{elapsed: d}
+	s := sampleOf(slices.Concat(lats...), d)
+	s.ops = 0 // all of them, remembered or not
 	for _, n := range counts {
 		s.ops += n
 	}
-	if len(all) > 0 {
-		s.p50, s.p99 = all[len(all)/2], all[len(all)*99/100]
+	if s.ops > 0 {
 		s.cpu = (cpuTime(pids) - spent) / time.Duration(s.ops)
 	}
 	return s, nil
 }
+
+func sampleOf(lats []time.Duration, d time.Duration) sample {
+	s := sample{elapsed: d, ops: len(lats)}
+	if len(lats) > 0 {
+		slices.Sort(lats)
+		s.p50, s.p99 = lats[len(lats)/2], lats[len(lats)*99/100]
+	}
+	return s
+}
+
+func self() []int { return descendants(os.Getpid()) }
 
 // median returns the run with the median rate.
 func median(runs []sample) sample {

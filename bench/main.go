@@ -100,6 +100,9 @@ type part struct {
 
 var parts = []part{
 	{"bare", (*bench).bare, false},
+	{"network-hsm", (*bench).slow, false},
+	{"boundary", (*bench).boundary, false},
+	{"fairness", (*bench).fairness, false},
 	{"signatures", (*bench).signatures, true},
 	{"handshakes", (*bench).handshakes, true},
 	{"tunnel", (*bench).flows, true},

@@ -47,7 +47,11 @@ func (b *bench) compareServers(ctx context.Context, c comparison) (err error) {
 		}
 		return k, err
 	}
-	ours, err := add(b.startOurs(ctx, "ours", c.token, c.ours, b.auditRequired()))
+	audit, err := b.auditRequired()
+	if err != nil {
+		return err
+	}
+	ours, err := add(b.startOurs(ctx, "ours", c.token, c.ours, audit))
 	if err != nil {
 		return err
 	}

@@ -26,11 +26,12 @@ type row struct {
 	CPU     float64 `json:"cpu_us,omitempty"` // processor time of one operation, all processes together
 }
 
-// target is a ratio of two rates of the same run.
+// target is a ratio of two figures of the same run. Without Least and Most it is for information.
 type target struct {
 	Name  string  `json:"target"`
 	Ratio float64 `json:"ratio"`
-	Least float64 `json:"least"` // 0: no target, for information
+	Least float64 `json:"least,omitempty"`
+	Most  float64 `json:"most,omitempty"`
 	Met   bool    `json:"met"`
 }
 
@@ -86,7 +87,11 @@ func (r *report) best(group, key, what string) (best float64) {
 }
 
 func (r *report) compare(name string, a, b, least float64) {
-	r.targets = append(r.targets, target{name, a / b, least, a/b >= least})
+	r.targets = append(r.targets, target{Name: name, Ratio: a / b, Least: least, Met: a/b >= least})
+}
+
+func (r *report) atMost(name string, a, b, most float64) {
+	r.targets = append(r.targets, target{Name: name, Ratio: a / b, Most: most, Met: a/b <= most})
 }
 
 func (r *report) print(w io.Writer) {
@@ -98,16 +103,21 @@ func (r *report) print(w io.Writer) {
 	for _, x := range r.rows {
 		fmt.Fprintf(tw, "%s\t%s\t%s\t%d\t%s\t%s\t%s\t%s\t%s\n", x.Group, dash(x.Key), x.Case, x.Callers, number(x.Rate), x.Unit, number(x.P50), number(x.P99), number(x.CPU))
 	}
-	fmt.Fprintln(tw, "\nratio\t\t\t\tmeasured\tat least\t\t\t")
+	fmt.Fprintln(tw, "\nratio\t\t\t\tmeasured\ttarget\t\t\t")
 	for _, t := range r.targets {
-		least, met := "-", ""
-		if t.Least > 0 {
-			least, met = fmt.Sprintf("%.2f", t.Least), "met"
-			if !t.Met {
-				met = "MISSED"
-			}
+		goal, met := "-", "MISSED"
+		switch {
+		case t.Least > 0:
+			goal = fmt.Sprintf(">= %.2f", t.Least)
+		case t.Most > 0:
+			goal = fmt.Sprintf("<= %.2f", t.Most)
+		default:
+			met = ""
 		}
-		fmt.Fprintf(tw, "%s\t\t\t\t%.2f\t%s\t%s\t\t\n", t.Name, t.Ratio, least, met)
+		if t.Met && met != "" {
+			met = "met"
+		}
+		fmt.Fprintf(tw, "%s\t\t\t\t%.2f\t%s\t%s\t\t\n", t.Name, t.Ratio, goal, met)
 	}
 	tw.Flush()
 	for _, n := range r.notes {

@@ -29,6 +29,13 @@ var (
 	inFlight = []int{1, 8, 64}
 )
 
+// digest is what is signed where it does not matter what.
+var digest = func() []byte {
+	b := make([]byte, 32)
+	rand.Read(b)
+	return b
+}()
+
 // signatures measures signing: by the module alone, through the key server on loopback, and through the tunnel.
 func (b *bench) signatures(ctx context.Context) (err error) {
 	cases, closeTokens, err := b.rawCases(ctx)
@@ -82,29 +89,17 @@ func (b *bench) rawCases(ctx context.Context) (cases []*measured, closeAll func(
 	if err != nil {
 		return nil, closeAll, err
 	}
-	digest := make([]byte, 32)
-	rand.Read(digest)
 	for _, n := range sessions {
 		t, err := pkcs11.Open(ctx, pkcs11.Config{URI: uri, Module: b.lab.Token.Module, Sessions: n})
 		if err != nil {
 			return nil, closeAll, err
 		}
 		open = append(open, t)
-		keys, err := t.Keys(ctx)
+		found, err := b.backendCases(ctx, "module alone", t, []int{n})
 		if err != nil {
 			return nil, closeAll, err
 		}
-		for _, key := range keyTypes {
-			i := slices.IndexFunc(keys, func(k signer.Key) bool { return k.Info().Label == hosts[key] })
-			if i < 0 {
-				return nil, closeAll, fmt.Errorf("the token has no key %s", hosts[key])
-			}
-			k, alg := keys[i], algs[key]
-			cases = append(cases, &measured{key: key, name: "module alone", callers: n, op: func(ctx context.Context, _ int) error {
-				_, err := k.Sign(ctx, alg, digest)
-				return err
-			}})
-		}
+		cases = append(cases, found...)
 	}
 	return cases, closeAll, nil
 }

@@ -1,3 +1,5 @@
+//lint:file-ignore SA1019 TLS 1.2 without ECDHE has no other padding
+
 package gokeyless
 
 import (
