@@ -59,7 +59,7 @@ func (e *Entry) do(ctx context.Context, c Caller, o keyUse) ([]byte, Outcome, er
 	var asked uint64
 	var err error
 	for before := -1; ; {
-		now := clock()
+		now := laneTime()
 		home, none := e.next(&o, asked, now)
 		if home < 0 {
 			if err == nil {
@@ -174,9 +174,9 @@ func (h *Home) ask(ctx context.Context, c Caller, o *keyUse, class keyClass, out
 		if err == nil || !errors.Is(err, ErrThrottled) {
 			return result, err
 		}
-		began := clock()
+		began := laneTime()
 		again := pauseThrottled(ctx, try)
-		out.Waited += clock() - began
+		out.Waited += laneTime() - began
 		if !again {
 			return nil, fmt.Errorf("%w: %w", ErrDeadline, err)
 		}
@@ -185,11 +185,11 @@ func (h *Home) ask(ctx context.Context, c Caller, o *keyUse, class keyClass, out
 
 // once has the home do the operation when there is a place.
 func (h *Home) once(ctx context.Context, c Caller, o *keyUse, class keyClass, out *Outcome) ([]byte, error) {
-	now := clock()
+	now := laneTime()
 	if h.Lane == nil {
 		out.Tries++
 		result, err := o.do(ctx, h.Key)
-		out.Took = clock() - now
+		out.Took = laneTime() - now
 		return result, err
 	}
 	p, err := h.Lane.acquire(ctx, c, class, now)
@@ -230,13 +230,13 @@ func (h *Home) probe(ctx context.Context, pub crypto.PublicKey) error {
 	}
 	digest := make([]byte, size)
 	rand.Read(digest)
-	began := clock()
+	began := laneTime()
 	sig, err := h.Key.Sign(ctx, alg, digest)
 	if err == nil && !verifies(pub, alg, digest, sig) {
 		err = fmt.Errorf("the signature is wrong: %w", ErrUnavailable)
 	}
 	if l := h.Lane; l != nil {
-		l.observe(ctx, classOf(pub), clock()-began, err)
+		l.observe(ctx, classOf(pub), laneTime()-began, err)
 	}
 	if err != nil {
 		return fmt.Errorf("signer: probe of %s: %w", h.name, err)

@@ -181,7 +181,7 @@ func (r *race) start(home int) {
 
 // another asks one more home, if there is one, and reports whether there was.
 func (r *race) another() bool {
-	next, _ := r.e.next(&r.op, r.asked, clock())
+	next, _ := r.e.next(&r.op, r.asked, laneTime())
 	if next >= 0 {
 		r.start(next)
 	}
@@ -221,7 +221,7 @@ func (e *Entry) race(ctx context.Context, c Caller, o keyUse, home int, asked ui
 				e.Homes[a.home].failedOver()
 			}
 		case <-timer.C:
-			if next, _ := e.next(&r.op, r.asked, clock()); next >= 0 && first.take() {
+			if next, _ := e.next(&r.op, r.asked, laneTime()); next >= 0 && first.take() {
 				out.Hedged = true
 				r.start(next)
 			}

@@ -67,10 +67,11 @@ const notNow = math.MaxInt64
 // errOpen ends operations that a home's breaker keeps out.
 var errOpen = fmt.Errorf("the breaker is open after failures: %w", ErrUnavailable)
 
-// epoch is the zero of the clock that lanes use.
+// epoch is the zero of that clock.
 var epoch = time.Now()
 
-func clock() time.Duration { return time.Since(epoch) }
+// laneTime is the time on the clock of all lanes.
+func laneTime() time.Duration { return time.Since(epoch) }
 
 // NewLane returns a lane that is idle and takes the home to be well.
 func NewLane(c LaneConfig) *Lane {
@@ -108,7 +109,7 @@ func (l *Lane) SetCapacity(n int) {
 	if n == 0 {
 		l.refuseAllLocked()
 	}
-	l.dispatchLocked(clock())
+	l.dispatchLocked(laneTime())
 	l.publishLocked()
 }
 
@@ -208,14 +209,14 @@ func (l *Lane) wait(ctx context.Context, p place, w *waiter) (place, error) {
 			w.flow.remove(w)
 			l.publishLocked()
 			l.mu.Unlock()
-			p.from = clock()
+			p.from = laneTime()
 			return p, fmt.Errorf("signer: waiting for %s: %w", l.config.Name, ctx.Err())
 		}
 		l.mu.Unlock()
 		<-w.ready // there since it left the queue
 	}
 	if w.err != nil {
-		p.from = clock()
+		p.from = laneTime()
 		return p, fmt.Errorf("signer: %s: %w", l.config.Name, w.err)
 	}
 	p.from = w.from
@@ -232,7 +233,7 @@ func (l *Lane) withdraw(p *place) {
 	defer l.mu.Unlock()
 	l.inFlight--
 	p.w.flow.charge(-p.w.cost)
-	l.dispatchLocked(clock())
+	l.dispatchLocked(laneTime())
 	l.publishLocked()
 }
 
@@ -265,7 +266,7 @@ func (l *Lane) refuseAllLocked() {
 
 // release gives a place back after the home's answer, and returns how long it was held.
 func (l *Lane) release(ctx context.Context, p *place, err error) time.Duration {
-	now := clock()
+	now := laneTime()
 	took := now - p.from
 	result := err == nil
 	throttled := !result && errors.Is(err, ErrThrottled)
@@ -332,7 +333,7 @@ func (l *Lane) observe(ctx context.Context, class keyClass, took time.Duration, 
 	}
 	change := unchanged
 	if v != noVerdict { // else it would end the trial of an operation
-		change = l.recordLocked(v, true, clock())
+		change = l.recordLocked(v, true, laneTime())
 	}
 	l.publishLocked()
 	l.mu.Unlock()

@@ -36,7 +36,7 @@ type flow struct {
 	index  int           // in the parent's heap; -1 if nothing is queued
 
 	// Of a flow with children.
-	clock    time.Duration // virtual time of the child served last
+	clock    time.Duration // virtual time at which children begin
 	children map[string]*flow
 	shared   *flow    // for names beyond max
 	max      int      // children
@@ -147,6 +147,12 @@ func (f *flow) pop() *waiter {
 	w := f.head
 	f.charge(w.cost)
 	f.remove(w)
+	// Flows that leave take their service time with them. Others are not to wait for ever while new ones come in their place.
+	for ; f.parent != nil; f = f.parent {
+		if p := f.parent; f.index < 0 {
+			p.clock += w.cost / time.Duration(len(p.active)+1)
+		}
+	}
 	return w
 }
 
