@@ -56,12 +56,13 @@ func (p *Policy) Explain(q Query) Decision {
 	if p == nil {
 		return d
 	}
-	ask := question{op: q.Op, key: q.Key, bit: q.Op.bit(q.Scheme), sni: q.SNI, at: p.when(q.At)}
+	at := p.when(q.At)
+	ask := question{op: q.Op, key: q.Key, bit: q.Op.bit(q.Scheme), sni: q.SNI}
 	var buf [maxSNI]byte
 	ask.name, ask.host = canonicalSNI(buf[:0], q.SNI)
 	for i := range p.clients[q.Client] {
 		r := &p.clients[q.Client][i]
-		v := p.verdict(r, &ask)
+		v := p.verdict(r, &ask, at)
 		d.Rules = append(d.Rules, v)
 		if d.Rule < 0 || !d.Allowed && (v.Reason == Allowed || nearer(v.Reason, d.Reason) != d.Reason) {
 			d.Allowed, d.Reason, d.Rule = v.Reason == Allowed, v.Reason, r.index
@@ -78,10 +79,10 @@ var fields = map[Reason]string{
 	RefusedRate: "rate", RefusedDaily: "daily",
 }
 
-func (p *Policy) verdict(r *rule, q *question) RuleVerdict {
+func (p *Policy) verdict(r *rule, q *question, at time.Time) RuleVerdict {
 	v := RuleVerdict{Rule: r.index}
 	bit := q.bit
-	if v.Reason = p.match(r, q); v.Reason == Allowed && r.set(q.op)&bit == 0 {
+	if v.Reason = p.match(r, q, at); v.Reason == Allowed && r.set(q.op)&bit == 0 {
 		v.Reason = RefusedScheme // an algorithm that nothing signs with
 	}
 	if v.Reason == Allowed && p.off&bit != 0 {
@@ -89,7 +90,7 @@ func (p *Policy) verdict(r *rule, q *question) RuleVerdict {
 		return v
 	}
 	if v.Reason == Allowed && r.limit.set() {
-		v.Reason = p.quotas.peek(r.limit, q.at)
+		v.Reason = p.quotas.peek(r.limit, at)
 	}
 	v.Field = fields[v.Reason]
 	return v

@@ -78,9 +78,8 @@ type question struct {
 	key  *Entry
 	bit  schemeSet // of the algorithm; 0 if any will do
 	sni  string
-	at   time.Time // zero: now
-	name []byte    // the server name in canonical form
-	host bool      // it is one
+	name []byte // the server name in canonical form
+	host bool   // it is one
 }
 
 // grant returns what the client's rules allow with key and name.
@@ -106,7 +105,7 @@ func (p *Policy) ownGrant(id string, q question) grant {
 	rules := p.clients[id]
 	for i := range rules {
 		r := &rules[i]
-		if reason := p.match(r, &q); reason != Allowed {
+		if reason := p.match(r, &q, time.Time{}); reason != Allowed {
 			if g.schemes == 0 {
 				g.reason = nearer(g.reason, reason)
 			}
@@ -122,8 +121,8 @@ func (p *Policy) ownGrant(id string, q question) grant {
 	return g
 }
 
-// match reports why the rule does not allow what is asked, its schemes and limits aside.
-func (p *Policy) match(r *rule, q *question) Reason {
+// match reports why the rule does not allow what is asked at that time, zero being now. Limits are not looked at, nor are schemes without a bit.
+func (p *Policy) match(r *rule, q *question, at time.Time) Reason {
 	switch {
 	case r.ops&(1<<q.op) == 0:
 		return RefusedOp
@@ -131,7 +130,7 @@ func (p *Policy) match(r *rule, q *question) Reason {
 		return RefusedKey
 	case q.op.needsKey() && !r.admitsSNI(q.name, q.host, q.sni == ""):
 		return RefusedSNI
-	case len(r.windows) > 0 && !r.open(p.when(q.at)):
+	case len(r.windows) > 0 && !r.open(p.when(at)):
 		return RefusedWindow
 	case q.bit != 0 && r.set(q.op)&q.bit == 0:
 		return RefusedScheme
@@ -169,15 +168,15 @@ func (p *Policy) ownTake(id string, q question, taken limit) (limit, Reason) {
 	reason := RefusedClient
 	rules := p.clients[id]
 	for i := range rules {
-		if r := &rules[i]; !r.limit.set() && p.match(r, &q) == Allowed {
+		if r := &rules[i]; !r.limit.set() && p.match(r, &q, time.Time{}) == Allowed {
 			return taken, Allowed
 		}
 	}
 	for i := range rules {
 		r := &rules[i]
-		no := p.match(r, &q)
+		no := p.match(r, &q, time.Time{})
 		if no == Allowed && r.limit != taken {
-			no = p.quotas.take(r.limit, p.when(q.at))
+			no = p.quotas.take(r.limit, p.clock())
 		}
 		if no == Allowed {
 			return r.limit, Allowed

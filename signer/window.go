@@ -44,7 +44,7 @@ func ParseWindow(s string) (Window, error) {
 		}
 		w.days, fields = days, fields[1:]
 	}
-	if len(fields) == 0 || len(fields) > 2 {
+	if len(fields) == 0 || len(fields) > 2 || fields[0] == "" {
 		return Window{}, fmt.Errorf("%q is no time window; write days, times and time zone with one space between, such as %q", s, exampleWindow)
 	}
 	var err error
