@@ -108,6 +108,9 @@ func (t *tokenFile) login(ctx context.Context) (*login, secrets, error) {
 		if err != nil || n < 0 || n > 1<<31 {
 			return nil, used, &fault{text: "transit: the server gave a token's lifetime that is none", classes: []error{ErrLogin, errNoAnswer}}
 		}
+		if n == 0 && s.Data["expire_time"] != nil {
+			return nil, used, &fault{text: "transit: the token has ended: " + t.remedy(), classes: []error{ErrLogin, errNoAnswer}}
+		}
 		auth.LeaseDuration = int(n)
 	}
 	auth.Renewable, _ = s.Data["renewable"].(bool)

@@ -144,7 +144,11 @@ func (s *Server) auth(w http.ResponseWriter, r *http.Request, path string, data 
 		t, now := s.token(r), time.Now()
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		answer(w, map[string]any{"data": map[string]any{"ttl": t.left(now), "renewable": t.life.TTL > 0}})
+		data := map[string]any{"ttl": t.left(now), "renewable": t.life.TTL > 0, "expire_time": nil}
+		if !t.expires.IsZero() {
+			data["expire_time"] = t.expires
+		}
+		answer(w, map[string]any{"data": data})
 	case path == "auth/token/renew-self":
 		s.counts.renewals.Add(1)
 		t := s.token(r)
