@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"slices"
 
 	"github.com/keyhaven/keyhaven/internal/cli"
 	"github.com/keyhaven/keyhaven/internal/conf"
@@ -26,32 +27,32 @@ func check(ctx context.Context, o loadOptions, online bool, logger *slog.Logger,
 			return err
 		}
 	}
-	fmt.Fprintf(out, "%s: good: %d tokens, %d file keys, %d client rules, identity %s until %s\n", o.path,
-		len(p.tokens), len(p.homes), len(p.cfg.Clients), p.source.Identity(), p.source.NotAfter().UTC().Format("2006-01-02 15:04 MST"))
+	fmt.Fprintf(out, "%s: good: %d tokens, %d Transit mounts, %d file keys, %d client rules, audit %s, identity %s until %s\n", o.path,
+		len(p.cfg.Tokens), len(p.cfg.Transit), len(p.cfg.FileKeys), len(p.cfg.Clients), p.cfg.Audit.mode(), p.source.Identity(), p.source.NotAfter().UTC().Format("2006-01-02 15:04 MST"))
 	return nil
 }
 
 func checkOnline(ctx context.Context, p *plan, out io.Writer) (err error) {
+	for _, s := range p.places {
+		s.lane.Logger = nil
+	}
 	keys := newKeyring(slog.New(slog.DiscardHandler)) // what it would log is returned
 	defer func() { err = errors.Join(err, keys.close()) }()
-	if err := keys.start(ctx, p); err != nil {
-		return err
-	}
-	var errs conf.Errors
-	ours := false
-	for i, s := range keys.present() {
-		if s.err != nil {
-			errs = append(errs, p.file.Errorf(fmt.Sprintf("tokens[%d].uri", i), "%v", s.err))
-			ours = ours || configured(s.err)
-		}
-	}
+	errs := conf.Errors(keys.replace(ctx, p.places))
+	ours := slices.ContainsFunc(errs, configured)
 	switch err := errs.Err(); { // what is missing then follows from it
 	case ours:
 		return cli.ConfigError(err)
 	case err != nil:
 		return err
 	}
+	var silent []error
 	for _, e := range keys.registry.Entries() {
+		for i, h := range e.Homes {
+			if err := e.Probe(ctx, i); err != nil {
+				silent = append(silent, fmt.Errorf("key %v in %s: %w", e, homeName(h), err))
+			}
+		}
 		fmt.Fprintf(out, "key %v in %d homes\n", e, len(e.Homes))
 	}
 	found := func(key, name string) {
@@ -67,6 +68,9 @@ func checkOnline(ctx context.Context, p *plan, out io.Writer) (err error) {
 			found(fmt.Sprintf("tokens[%d].decrypt[%d]", i, j), name)
 		}
 	}
+	if name := p.cfg.Audit.Key; name != "" {
+		found("audit.key", name)
+	}
 	for i, c := range p.cfg.Clients {
 		for j, name := range c.Keys {
 			if name != "*" {
@@ -74,7 +78,10 @@ func checkOnline(ctx context.Context, p *plan, out io.Writer) (err error) {
 			}
 		}
 	}
-	return cli.ConfigError(errs.Err())
+	if len(errs) > 0 {
+		return cli.ConfigError(errs)
+	}
+	return errors.Join(silent...)
 }
 
 // configured reports whether a token does not open because of what the configuration, or the PIN's file, says of it.

@@ -70,7 +70,7 @@ func TestCheckNamesTheFault(t *testing.T) {
 		{"seal key", good + "\nseal_key_file: " + badSeal + "\n", []string{":16: seal_key_file:", "64 hex digits"}},
 		{"token without URI", token("sessions: 1"), []string{":17: tokens[0].uri: is missing"}},
 		{"token with PIN", token("uri: pkcs11:token=a?pin-value=canary-wrong"), []string{":17: tokens[0].uri:", "pin-source"}},
-		{"token without PIN", token("uri: pkcs11:token=a?module-path=" + module), []string{":17: tokens[0].uri: pkcs11: no PIN", "pin-source"}},
+		{"token without PIN", token("uri: pkcs11:token=a?module-path=" + module), []string{":17: tokens[0].uri: no PIN", "pin-source"}},
 		{"PIN file not there", token("uri: pkcs11:token=a?pin-source=/no/such&module-path=" + module), []string{":17: tokens[0].uri:", "/no/such", "correct the path"}},
 		{"PIN file open to others", token("uri: pkcs11:token=a?pin-source=file://" + open + "&module-path=" + module), []string{":17: tokens[0].uri:", "0644", "chmod 600"}},
 		{"token named twice over", token("uri: pkcs11:token=a;serial=b?pin-source=/p&module-path=" + module), []string{":17: tokens[0].uri:", "exactly one"}},
@@ -88,7 +88,7 @@ func TestCheckNamesTheFault(t *testing.T) {
 		cfg := s.write("c.yaml", 0o600, tt.text)
 		code, out := s.try("check", "--config", cfg)
 		if tt.want == nil {
-			if code != 0 || !strings.Contains(out, "good: 0 tokens, 1 file keys, 1 client rules, identity spiffe://keys.example/keyserver/hsm") {
+			if code != 0 || !strings.Contains(out, "good: 0 tokens, 0 Transit mounts, 1 file keys, 1 client rules, audit off, identity spiffe://keys.example/keyserver/hsm") {
 				t.Errorf("%s: got %d, %s", tt.name, code, out)
 			}
 			continue

@@ -96,13 +96,14 @@ type TransitKeyConfig struct {
 
 // TransitAuthConfig says how to log in. Secrets are in files.
 type TransitAuthConfig struct {
-	Method       string `mapstructure:"method"`
-	TokenFile    string `mapstructure:"token_file"`
-	RoleIDFile   string `mapstructure:"role_id_file"`
-	SecretIDFile string `mapstructure:"secret_id_file"`
-	Role         string `mapstructure:"role"`
-	JWTFile      string `mapstructure:"jwt_file"`
-	Mount        string `mapstructure:"mount"`
+	Method          string `mapstructure:"method"`
+	TokenFile       string `mapstructure:"token_file"`
+	RoleIDFile      string `mapstructure:"role_id_file"`
+	SecretIDFile    string `mapstructure:"secret_id_file"`
+	SecretIDWrapped bool   `mapstructure:"secret_id_wrapped"`
+	Role            string `mapstructure:"role"`
+	JWTFile         string `mapstructure:"jwt_file"`
+	Mount           string `mapstructure:"mount"`
 }
 
 // TransitTLSConfig says how to know the server, and by what it knows the key server.
@@ -195,8 +196,9 @@ func defaults() Config {
 
 // loadOptions say where the configuration comes from.
 type loadOptions struct {
-	path  string
-	flags *pflag.FlagSet
+	path   string
+	flags  *pflag.FlagSet
+	quotas *signer.Quotas // what clients have used so far; nil: nothing
 }
 
 func optionsOf(cmd *cobra.Command) loadOptions {

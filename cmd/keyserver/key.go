@@ -54,14 +54,14 @@ func (f *tokenFlags) with(cmd *cobra.Command, work func(ctx context.Context, t *
 	if err != nil {
 		return err
 	}
-	l, quiet := tokenLogger(logger, slog.LevelDebug)
-	quiet.Store(true) // the error ends the command, and says it
-	c.Logger = l
+	if logger.Enabled(cmd.Context(), slog.LevelDebug) { // else the error, which ends the command, says all there is to say
+		c.Logger = logger
+	}
 	t, err := pkcs11.Open(cmd.Context(), c)
 	if err != nil {
-		return plain(err)
+		return err
 	}
-	defer func() { err = plain(errors.Join(err, t.Close())) }()
+	defer func() { err = errors.Join(err, t.Close()) }()
 	return work(cmd.Context(), t)
 }
 
@@ -102,13 +102,11 @@ func (f *tokenFlags) fromConfig() (pkcs11.Config, error) {
 	}
 	var fits []pkcs11.Config
 	for i, t := range cfg.Tokens {
-		uri, err := t.parse()
+		c, err := t.token(cfg.Modules)
 		if err != nil {
 			return pkcs11.Config{}, cli.ConfigError(file.Errorf(fmt.Sprintf("tokens[%d].uri", i), "%v", err))
 		}
-		if f.token == "" || f.token == uri.Token || f.token == uri.Serial {
-			c := tokenConfig(uri, t.Module, cfg.Modules)
-			t.apply(&c)
+		if f.token == "" || f.token == c.URI.Token || f.token == c.URI.Serial {
 			c.AllowExtractable, c.AllowFinalTry = c.AllowExtractable || f.extractable, c.AllowFinalTry || f.finalTry
 			fits = append(fits, c)
 		}

@@ -3,48 +3,12 @@ package main
 import (
 	"context"
 	"errors"
-	"sync/atomic"
 	"testing"
-	"testing/synctest"
-	"time"
 
 	"github.com/keyhaven/keyhaven/keyless"
 	"github.com/keyhaven/keyhaven/pkcs11"
 	"github.com/keyhaven/keyhaven/signer"
 )
-
-// TestProbe has a module hang: askers give up at their deadlines, and one call alone is made.
-func TestProbe(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		var calls atomic.Int32
-		release := make(chan struct{})
-		p := new(probe)
-		hang := func(context.Context) error {
-			calls.Add(1)
-			<-release
-			return nil
-		}
-		for range 3 {
-			ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
-			if err := p.ask(ctx, hang); !errors.Is(err, context.DeadlineExceeded) {
-				t.Errorf("got %v, want a deadline", err)
-			}
-			cancel()
-		}
-		if n := calls.Load(); n != 1 {
-			t.Errorf("got %d calls into a module that hangs, want 1", n)
-		}
-		close(release)
-		synctest.Wait()
-		want := errors.New("gone")
-		if err := p.ask(t.Context(), func(context.Context) error { return want }); err != want {
-			t.Errorf("got %v, want %v", err, want)
-		}
-		if err := p.ask(t.Context(), func(context.Context) error { return nil }); err != nil {
-			t.Errorf("got %v", err)
-		}
-	})
-}
 
 func TestFinal(t *testing.T) {
 	for err, want := range map[error]bool{

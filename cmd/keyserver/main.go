@@ -8,10 +8,13 @@ import (
 	"context"
 	"log/slog"
 	"os"
+	_ "time/tzdata" // windows of rules name time zones, and not every host has their files
 
 	"github.com/spf13/cobra"
 
 	"github.com/keyhaven/keyhaven/internal/cli"
+	"github.com/keyhaven/keyhaven/pkcs11/worker"
+	"github.com/keyhaven/keyhaven/signer"
 )
 
 const (
@@ -19,7 +22,13 @@ const (
 	defaultConfig = "/etc/keyhaven/keyserver.yaml"
 )
 
+// workerCommand is what the program is run as, by itself, to load a module. It takes no flags and no configuration.
+const workerCommand = "worker"
+
 func main() {
+	if len(os.Args) == 2 && os.Args[1] == workerCommand {
+		os.Exit(worker.Main(context.Background()))
+	}
 	ctx, stop := cli.SignalContext()
 	code := cli.Execute(ctx, newRoot(), os.Stderr)
 	stop()
@@ -28,7 +37,7 @@ func main() {
 
 func newRoot() *cobra.Command {
 	root := cli.New("keyhaven-keyserver", "Sign TLS handshakes with keys that stay in a token")
-	root.AddCommand(newRun(), newCheck(), newCA(), newClient(), newKey())
+	root.AddCommand(newRun(), newCheck(), newStatus(), newReload(), newToken(), newPolicy(), newAudit(), newCA(), newClient(), newKey())
 	return root
 }
 
@@ -78,9 +87,19 @@ func newCheck() *cobra.Command {
 
 // run serves until ctx ends.
 func run(ctx context.Context, o loadOptions, logger *slog.Logger) error {
+	o.quotas = new(signer.Quotas)
 	p, err := load(o, logger)
 	if err != nil {
 		return cli.ConfigError(err)
 	}
-	return newServer(p, o, logger).run(ctx)
+	if path := p.cfg.beside(quotaFile); path != "" {
+		if err := o.quotas.Load(path); err != nil {
+			return cli.ConfigError(p.file.Errorf("state_dir", "%v", err))
+		}
+	}
+	s, err := newServer(ctx, p, o, logger)
+	if err != nil {
+		return err
+	}
+	return s.run(ctx)
 }

@@ -2,7 +2,6 @@ package main
 
 import (
 	"cmp"
-	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -12,19 +11,18 @@ import (
 
 	"github.com/keyhaven/keyhaven/internal/conf"
 	"github.com/keyhaven/keyhaven/mtls"
-	"github.com/keyhaven/keyhaven/pkcs11"
 	"github.com/keyhaven/keyhaven/signer"
 )
 
-// A plan is a configuration with everything loaded that it names, but for tokens: those take a PIN's try to open.
+// A plan is a configuration with everything loaded that it names, but for the places of keys: a token takes a PIN's try to open.
 type plan struct {
 	cfg    Config
 	file   *conf.File
 	policy *signer.Policy
-	tokens []pkcs11.Config
-	homes  []signer.Home // of file keys
+	places []*spec
 	source *mtls.Source
 	sealer *signer.Sealer // nil: off
+	quotas *signer.Quotas // outlive the plan; nil: begin anew
 
 	authority *mtls.Authority // nil without ca_dir
 	revoked   *revocations    // nil without ca_dir
@@ -36,20 +34,18 @@ func load(o loadOptions, logger *slog.Logger) (*plan, error) {
 	if err != nil && file == nil {
 		return nil, err
 	}
-	p := &plan{cfg: cfg, file: file}
+	p := &plan{cfg: cfg, file: file, quotas: o.quotas}
 	var errs conf.Errors
 	if err != nil {
 		errs = append(errs, err.(conf.Errors)...)
 	}
 	errs = append(errs, p.loadPolicy()...)
-	for i := range cfg.Tokens {
-		errs = append(errs, p.addToken(i, logger)...)
-	}
-	errs = append(errs, p.loadFileKeys(logger)...)
+	errs = append(errs, p.loadPlaces(logger)...)
 	errs = append(errs, p.loadIdentity(logger)...)
 	errs = append(errs, p.checkClients()...)
 	errs = append(errs, p.loadAuthority()...)
 	errs = append(errs, p.loadSealer()...)
+	errs = append(errs, p.checkAudit()...)
 	errs = append(errs, p.leaveOutRevoked()...)
 	if err := errs.Err(); err != nil {
 		slices.SortStableFunc(errs, byLine)
@@ -69,107 +65,31 @@ func byLine(a, b error) int {
 	return cmp.Or(line(a)-line(b), strings.Compare(a.Error(), b.Error()))
 }
 
+// policyOf compiles rules with what the configuration says besides.
+func (p *plan) policyOf(rules []signer.ClientRule) (*signer.Policy, error) {
+	l := p.cfg.Legacy
+	return signer.NewPolicy(rules, signer.Options{Legacy: signer.Legacy{SHA1: l.SHA1, MD5SHA1: l.MD5SHA1, Decrypt: l.Decrypt}, Quotas: p.quotas})
+}
+
 func (p *plan) loadPolicy() (errs conf.Errors) {
-	policy, err := signer.NewPolicy(p.cfg.Clients, signer.Options{})
+	policy, err := p.policyOf(p.cfg.Clients)
 	p.policy = policy
 	if err == nil {
 		return nil
 	}
 	for _, e := range err.(interface{ Unwrap() []error }).Unwrap() {
-		re, ok := errors.AsType[*signer.RuleError](e)
-		if !ok {
-			errs = append(errs, p.file.Errorf("clients", "%v", e))
-			continue
-		}
-		errs = append(errs, p.file.Errorf(fmt.Sprintf("clients[%d].%s", re.Rule, re.Key), "%s", re.Problem))
+		errs = append(errs, p.ruleError(e))
 	}
 	return errs
 }
 
-// addToken turns the configuration of a token into that of its backend.
-func (p *plan) addToken(i int, logger *slog.Logger) (errs conf.Errors) {
-	c := p.cfg.Tokens[i]
-	key := func(name string) string { return fmt.Sprintf("tokens[%d].%s", i, name) }
-	uri, err := c.parse()
-	if err != nil {
-		return conf.Errors{p.file.Errorf(key("uri"), "%v", err)}
+// ruleError adds file and line to an error about a rule.
+func (p *plan) ruleError(err error) error {
+	re, ok := errors.AsType[*signer.RuleError](err)
+	if !ok {
+		return p.file.Errorf("clients", "%v", err)
 	}
-	if p.tokenTwice(i) {
-		errs = append(errs, p.file.Errorf(key("uri"), "is given twice; remove one"))
-	}
-	tc := tokenConfig(uri, c.Module, p.cfg.Modules)
-	c.apply(&tc)
-	tc.Logger = logger
-	for _, err := range tc.Check() {
-		name := "uri"
-		if fe, ok := errors.AsType[*pkcs11.FieldError](err); ok {
-			switch {
-			case fe.Field == "Sessions":
-				name = "sessions"
-			case fe.Field == "Module" && uri.ModulePath+uri.ModuleName == "":
-				name = "module"
-			}
-		}
-		errs = append(errs, p.file.Errorf(key(name), "%v", err))
-	}
-	p.tokens = append(p.tokens, tc)
-	return errs
-}
-
-// parse reads the token's URI.
-func (c *TokenConfig) parse() (pkcs11.URI, error) {
-	switch {
-	case c.URI == "":
-		return pkcs11.URI{}, errors.New("is missing; write a PKCS#11 URI, such as pkcs11:token=site?pin-source=/etc/keyhaven/pin")
-	case strings.Contains(c.URI, "pin-value"):
-		return pkcs11.URI{}, errors.New("has a pin-value; a PIN has no place in a configuration: write it to a file of mode 600 and name that with pin-source")
-	}
-	return pkcs11.ParseURI(c.URI)
-}
-
-// apply passes on what the configuration says about the token beside its name.
-func (c *TokenConfig) apply(tc *pkcs11.Config) {
-	tc.Sessions, tc.AllowExtractable, tc.AllowFinalTry = c.Sessions, c.AllowExtractable, c.AllowFinalTry
-}
-
-// tokenConfig names token and module. Whoever writes a module's path into the configuration, or on the command line, allows that
-// module; a list of modules narrows that down.
-func tokenConfig(uri pkcs11.URI, module string, modules []string) pkcs11.Config {
-	c := pkcs11.Config{URI: uri, Module: module, AllowedModules: modules}
-	if len(modules) == 0 && module == "" {
-		c.Module = uri.ModulePath
-	}
-	return c
-}
-
-func (p *plan) tokenTwice(i int) bool {
-	for _, other := range p.cfg.Tokens[:i] {
-		if other.URI == p.cfg.Tokens[i].URI {
-			return true
-		}
-	}
-	return false
-}
-
-func (p *plan) loadFileKeys(logger *slog.Logger) (errs conf.Errors) {
-	for i, c := range p.cfg.FileKeys {
-		if c.Path == "" {
-			continue
-		}
-		files, err := signer.LoadFileKeys(logger, c.Path)
-		if err != nil {
-			errs = append(errs, p.file.Errorf(fmt.Sprintf("file_keys[%d].path", i), "%v", remedy(err)))
-			continue
-		}
-		keys, err := files.Keys(context.Background())
-		if err != nil {
-			errs = append(errs, p.file.Errorf(fmt.Sprintf("file_keys[%d].path", i), "%v", err))
-		}
-		for _, k := range keys {
-			p.homes = append(p.homes, signer.Home{Key: k, Decrypt: c.Decrypt})
-		}
-	}
-	return errs
+	return p.file.Errorf(fmt.Sprintf("clients[%d].%s", re.Rule, re.Key), "%s", re.Problem)
 }
 
 // loadIdentity opens the server's certificate, key and roots.

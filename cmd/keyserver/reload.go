@@ -3,40 +3,90 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"reflect"
 	"slices"
+	"strings"
+	"time"
 
 	"github.com/keyhaven/keyhaven/internal/conf"
 	"github.com/keyhaven/keyhaven/keyless"
 	"github.com/keyhaven/keyhaven/signer"
 )
 
-// reload puts a new configuration in place, or returns an error and changes nothing.
-func (s *server) reload(ctx context.Context) error {
+// A reloadReport says what became of a new configuration.
+type reloadReport struct {
+	At     time.Time     `json:"at"`
+	Took   time.Duration `json:"took_ns"`
+	Taken  bool          `json:"taken"`            // false: refused as a whole, and the old one goes on
+	Errors []string      `json:"errors,omitempty"` // why it was refused
+	Faults []string      `json:"faults,omitempty"` // what of it does not work, while the rest does
+}
+
+// reload puts a new configuration in place, or says why not and changes nothing. Reloads come one after the other.
+func (s *server) reload(ctx context.Context) reloadReport {
+	s.reloading.Lock()
+	defer s.reloading.Unlock()
+	start := time.Now()
+	s.notify.reloading()
+	faults, err := s.exchange(ctx)
+	r := reloadReport{At: start, Took: time.Since(start), Taken: err == nil, Errors: lines(err), Faults: lines(errors.Join(faults...))}
+	if err != nil {
+		s.logger.Error("new configuration refused; the old one goes on", "err", err)
+	}
+	s.last.Store(&r)
+	s.metrics.reloaded(r)
+	s.notify.ready(s.summary())
+	return r
+}
+
+// lines are the single errors of an error.
+func lines(err error) []string {
+	if err == nil {
+		return nil
+	}
+	return strings.Split(err.Error(), "\n") // conf.Errors, and what errors.Join returns, have a line for each
+}
+
+// exchange loads the configuration and puts it in place. The faults are those of parts that do not work while the rest does.
+func (s *server) exchange(ctx context.Context) (faults []error, err error) {
 	next, err := load(s.options, s.logger)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	old := s.current.Load()
 	if err := fixed(&old.cfg, next); err != nil {
-		return err
+		return nil, err
 	}
 	keysBefore := keyNames(s.keys.registry)
-	// Keys and policy change one after the other: in between, only what both policies allow is done.
-	narrow := func() { s.service.SetPolicy(old.policy.And(next.policy)) }
-	if err := s.keys.replace(ctx, next, narrow); err != nil {
-		s.service.SetPolicy(old.policy)
-		return err
+	// Until keys have changed too, which may take as long as a token takes to open, only what both policies allow is done; so what is taken
+	// away is gone at once.
+	s.service.SetPolicy(old.policy.And(next.policy))
+	s.closeGone(false)
+	faults = s.keys.replace(ctx, next.places)
+	if err := s.auditor.use(next); err != nil {
+		faults = append(faults, fmt.Errorf("%s: %w", next.where("audit"), err))
+		s.logger.Error("the audit is out of order", "config", next.where("audit"), "err", err)
 	}
 	s.service.SetPolicy(next.policy)
 	s.service.SetSealer(next.sealer)
 	s.use(next)
-	select {
-	case s.renewals <- struct{}{}:
-	default:
+	s.probes.set(next.cfg.Probe.Interval)
+	for _, news := range []chan struct{}{s.renewals, s.expiryNews} {
+		select {
+		case news <- struct{}{}:
+		default:
+		}
 	}
-	newRoots := !bytes.Equal(old.source.RootsPEM(), next.source.RootsPEM()) // who is connected was verified with the old ones
+	s.closeGone(!bytes.Equal(old.source.RootsPEM(), next.source.RootsPEM())) // who is connected was verified with the old ones
+	s.logChanges(old.plan, next, keysBefore)
+	s.warnAboutPolicy()
+	return faults, nil
+}
+
+// closeGone closes the connections of clients that may not connect any more, or all.
+func (s *server) closeGone(newRoots bool) {
 	s.keyless.CloseIf(func(p keyless.Peer) bool {
 		gone := !s.service.Admits(p.ID) // which leaves revoked clients out
 		switch {
@@ -47,16 +97,14 @@ func (s *server) reload(ctx context.Context) error {
 		}
 		return gone || newRoots
 	})
-	s.logChanges(old.plan, next, keysBefore)
-	s.warnAboutPolicy()
-	return nil
 }
 
 // fixed returns an error for each value that a running server cannot change.
 func fixed(old *Config, next *plan) error {
 	var errs conf.Errors
 	for key, changed := range map[string]bool{
-		"listen": old.Listen != next.cfg.Listen, "ops": old.Ops != next.cfg.Ops,
+		"listen": old.Listen != next.cfg.Listen, "ops": old.Ops != next.cfg.Ops, "control": old.Control != next.cfg.Control,
+		"state_dir": old.StateDir != next.cfg.StateDir, "tracing": old.Tracing != next.cfg.Tracing,
 		"limits": old.Limits != next.cfg.Limits, "timeouts": old.Timeouts != next.cfg.Timeouts,
 	} {
 		if changed {
@@ -73,7 +121,7 @@ func (s *server) logChanges(old, next *plan, keysBefore []string) {
 	s.logger.Info("configuration reloaded",
 		"keys_added", missingFrom(keysBefore, keysAfter), "keys_removed", missingFrom(keysAfter, keysBefore),
 		"clients_added", missingFrom(clientIDs(old), clientIDs(next)), "clients_removed", missingFrom(clientIDs(next), clientIDs(old)),
-		"rules_changed", !reflect.DeepEqual(old.cfg.Clients, next.cfg.Clients),
+		"rules_changed", !reflect.DeepEqual(old.cfg.Clients, next.cfg.Clients), "audit_changed", old.cfg.Audit != next.cfg.Audit,
 		"certificate_changed", !old.source.Leaf().Equal(next.source.Leaf()), "not_after", next.source.NotAfter())
 }
 

@@ -9,10 +9,10 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"sync"
 	"sync/atomic"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/keyhaven/keyhaven/internal/cli"
@@ -29,15 +29,27 @@ var errDraining = errors.New("draining")
 type server struct {
 	options loadOptions
 	logger  *slog.Logger
+	started time.Time
 	keys    *keyring
+	probes  *prober
 	service *signer.Service
+	auditor *auditor
+	tracer  *tracer // nil: no tracing
 	keyless *keyless.Server
 	ops     *ops.Server
+	control *control // nil: none
 	records *signer.Queue
+	metrics *metrics
+	notify  notifier
 
-	current  atomic.Pointer[live]
-	draining atomic.Bool
-	renewals chan struct{} // holds a value when the identity was replaced
+	reloading sync.Mutex // held during a reload
+	current   atomic.Pointer[live]
+	last      atomic.Pointer[reloadReport] // of the last reload; nil before the first
+	endings   atomic.Pointer[[]expiry]     // as of the last look
+	draining  atomic.Bool
+	renewals  chan struct{} // holds a value when the identity was replaced
+
+	expiryNews chan struct{} // holds a value when the configuration was replaced
 }
 
 // live is a plan with the TLS configuration made of it.
@@ -46,29 +58,38 @@ type live struct {
 	tls *tls.Config
 }
 
-func newServer(p *plan, o loadOptions, logger *slog.Logger) *server {
-	s := &server{options: o, logger: logger, keys: newKeyring(logger), renewals: make(chan struct{}, 1)}
-	metrics := ops.NewRegistry()
-	metrics.MustRegister(s.keys, s.certificateExpiry())
-	s.records = signer.NewQueue(plainReasons{signer.LogRecorder(logger)}, recordQueue)
+// newServer wires a server. Nothing is opened yet but the exporter of spans, which connects later.
+func newServer(ctx context.Context, p *plan, o loadOptions, logger *slog.Logger) (*server, error) {
+	s := &server{options: o, logger: logger, started: time.Now(), keys: newKeyring(logger), notify: notifier{logger},
+		renewals: make(chan struct{}, 1), expiryNews: make(chan struct{}, 1)}
+	s.probes = newProber(s.keys.registry, p.cfg.Probe.Interval, logger)
+	s.auditor = newAuditor(s.keys.registry, logger)
+	registry := ops.NewRegistry()
+	s.records = signer.NewQueue(signer.LogRecorder(logger), recordQueue)
 	s.service = signer.NewService(signer.ServiceConfig{
-		Registry: s.keys.registry, Policy: p.policy, Sealer: p.sealer, Renew: s.renewClient,
-		Recorder: signer.Recorders{s.records, signer.NewMetrics(metrics, s.keys.registry)},
+		Registry: s.keys.registry, Policy: p.policy, Sealer: p.sealer, Renew: s.renewClient, Auditor: s.auditor,
+		Recorder: signer.Recorders{s.records, signer.NewMetrics(registry, s.keys.registry)},
 	})
-	metrics.MustRegister(s.lostRecords())
+	s.metrics = newMetrics(registry, s)
 	s.use(p)
-	s.ops = &ops.Server{Addr: p.cfg.Ops.Listen, AllowNonLoopback: p.cfg.Ops.AllowNonLoopback, Ready: s.ready, Registry: metrics, Logger: logger, Listening: func(a net.Addr) {
-		logger.Info("serving health and metrics", "addr", a.String())
-	}}
+	s.ops = &ops.Server{Addr: p.cfg.Ops.Listen, AllowNonLoopback: p.cfg.Ops.AllowNonLoopback, Ready: s.ready, Degraded: s.degraded, Registry: registry, Logger: logger}
+	handler := keyless.Handler(s.service)
+	if p.cfg.Tracing.OTLPEndpoint != "" {
+		var err error
+		if s.tracer, err = newTracer(ctx, p.cfg.Tracing, p.source.Identity().String(), handler, logger); err != nil {
+			return nil, err
+		}
+		handler = s.tracer
+	}
 	l, t := p.cfg.Limits, p.cfg.Timeouts
 	s.keyless = &keyless.Server{
-		Handler: s.service, TLS: s.tlsConfig(), Identify: identify, Refused: newRefusals(logger).refused,
+		Handler: handler, TLS: s.tlsConfig(), Identify: identify, Refused: newRefusals(logger).refused,
 		HandshakeTimeout: t.Handshake, IdleTimeout: t.Idle, HeaderTimeout: t.Header, BodyTimeout: t.Body, WriteTimeout: t.Write,
 		OpTimeout: t.Operation, DrainTimeout: t.Drain,
 		MaxInFlight: l.InFlight, MaxConns: l.Connections, MaxConnsPerPeer: l.ConnectionsPerClient,
-		Logger: logger, Metrics: connectionMetrics(metrics),
+		Logger: logger, Metrics: connectionMetrics(registry),
 	}
-	return s
+	return s, nil
 }
 
 // use makes a plan the present one for handshakes that begin from now on.
@@ -117,13 +138,6 @@ const recordQueue = 16 << 10
 // logTimeout bounds the wait for the log at the end.
 const logTimeout = 3 * time.Second
 
-func (s *server) lostRecords() prometheus.Collector {
-	return prometheus.NewCounterFunc(prometheus.CounterOpts{
-		Namespace: "keyhaven", Subsystem: "keyserver", Name: "records_lost_total",
-		Help: "Operations that are not in the log, because it was not read fast enough.",
-	}, func() float64 { return float64(s.records.Lost()) })
-}
-
 // renewClient issues a certificate for a connected client's own identity.
 func (s *server) renewClient(_ context.Context, peer string, csrDER []byte) ([][]byte, error) {
 	l := s.current.Load()
@@ -147,109 +161,174 @@ func (s *server) renewClient(_ context.Context, peer string, csrDER []byte) ([][
 	return chain, recordClient(l.cfg.CADir, id, chain)
 }
 
+// ready returns why the server cannot do all its work.
 func (s *server) ready(ctx context.Context) error {
 	if s.draining.Load() {
 		return errDraining
 	}
-	return errors.Join(s.keys.check(ctx), s.current.Load().source.Check())
+	ctx, cancel := context.WithTimeout(ctx, readyTimeout)
+	defer cancel()
+	v := s.probes.verdict(ctx)
+	errs := append(v.failing, s.unserved(v)...)
+	if err := s.auditor.Ready(); err != nil {
+		errs = append(errs, fmt.Errorf("audit: %w", err))
+	}
+	return errors.Join(append(errs, s.current.Load().source.Check())...)
 }
+
+// degraded returns what does not work without keeping the server from its work.
+func (s *server) degraded() (lines []string) {
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel() // what there is, without waiting
+	for _, err := range append(s.probes.verdict(ctx).degraded, s.keys.faults()...) {
+		lines = append(lines, err.Error())
+	}
+	if err := s.auditor.trouble(); err != nil {
+		lines = append(lines, "audit: "+err.Error())
+	}
+	return lines
+}
+
+const (
+	// readyTimeout bounds the wait for first probes, within the deadline of the operations server.
+	readyTimeout = 3 * time.Second
+	// startTimeout is how long the start waits for places; those that take longer come later.
+	startTimeout = 15 * time.Second
+)
 
 // run serves until ctx ends and what is in flight then is done.
 func (s *server) run(ctx context.Context) (err error) {
 	hangups := cli.Hangups(ctx) // from the start, as an unexpected SIGHUP ends a process
-	plan := s.current.Load().plan
-	err = bounded(ctx, hangTimeout, func() error { return s.keys.start(ctx, plan) })
-	switch {
-	case errors.Is(err, errHangs):
-		return err
-	case err != nil:
-		return errors.Join(err, s.closeKeys())
-	}
+	l := s.current.Load()
+	starting, cancel := context.WithTimeout(ctx, startTimeout)
+	s.keys.start(starting, l.places)
+	cancel()
 	defer func() {
-		if !errors.Is(err, errHangs) {
-			err = errors.Join(err, s.closeKeys())
-		}
+		s.keys.registry.Wait()
+		err = errors.Join(err, s.keys.close())
 	}()
-	logging, endLogging := context.WithCancel(context.WithoutCancel(ctx))
+	if err := s.auditor.use(l.plan); err != nil {
+		s.logger.Error("the audit is out of order", "err", err)
+	}
+	defer func() { err = errors.Join(err, s.auditor.close()) }() // before the keys, one of which may sign the last checkpoint
+	defer s.log(&err)()
+	s.warnAboutPolicy()
+	ln, err := (&net.ListenConfig{}).Listen(ctx, "tcp", l.cfg.Listen)
+	if err != nil {
+		return cli.ListenError(fmt.Errorf("listen: %w", err))
+	}
+	if s.control, err = s.listenControl(l.cfg.Control); err != nil {
+		return errors.Join(err, ln.Close())
+	}
+	s.logger.Info("serving", "addr", ln.Addr().String(), "identity", l.source.Identity().String(), "keys", len(s.keys.registry.Entries()))
+	err = s.serve(ctx, ln, hangups)
+	if s.tracer != nil {
+		err = errors.Join(err, s.tracer.close(ctx))
+	}
+	s.logger.Info("stopped")
+	return err
+}
+
+// log runs the log of operations until what it returns is called.
+func (s *server) log(err *error) (end func()) {
+	logging, endLogging := context.WithCancel(context.Background())
 	logged := make(chan struct{})
 	go func() {
 		defer close(logged)
 		s.records.Run(logging)
 	}()
-	defer func() { // before the tokens close, as that may take its time
+	return func() {
 		endLogging()
 		select {
 		case <-logged:
 		case <-time.After(logTimeout):
-			err = errors.Join(err, errors.New("the last operations are not in the log: nobody reads it"))
+			*err = errors.Join(*err, errors.New("the last operations are not in the log: nobody reads it"))
 		}
-	}()
-	s.warnAboutPolicy()
-	ln, err := (&net.ListenConfig{}).Listen(ctx, "tcp", s.current.Load().cfg.Listen)
-	if err != nil {
-		return cli.ListenError(fmt.Errorf("listen: %w", err))
 	}
-	s.logger.Info("serving", "addr", ln.Addr().String(), "identity", s.current.Load().source.Identity().String(), "keys", len(s.keys.registry.Entries()))
+}
 
+// serve runs all loops until ctx ends and what is in flight then is done.
+func (s *server) serve(ctx context.Context, ln net.Listener, hangups <-chan os.Signal) error {
 	// The side services outlive the drain, so that /readyz can tell of it.
 	side, endSide := context.WithCancel(context.WithoutCancel(ctx))
 	defer endSide()
 	stop := context.AfterFunc(ctx, func() {
 		s.draining.Store(true)
+		s.notify.stopping("finishing operations in flight")
 		s.logger.Info("draining: no new connections; operations in flight are finished")
 	})
 	defer stop()
 	g, main := errgroup.WithContext(ctx)
+	bound := make(chan struct{}) // closed when health and metrics are served
+	s.ops.Listening = func(a net.Addr) {
+		s.logger.Info("serving health and metrics", "addr", a.String())
+		close(bound)
+	}
+	if s.ops.Addr == "" {
+		close(bound)
+	}
 	g.Go(func() error {
 		defer endSide()
 		return s.keyless.Serve(main, ln)
 	})
 	g.Go(func() error { return cli.ListenError(s.ops.Run(side)) })
+	g.Go(func() error { return s.control.serve(side) })
 	g.Go(func() error { return s.keys.run(main) })
+	g.Go(func() error { return s.probes.run(main) })
 	g.Go(func() error { return s.keepRenewed(main) })
+	g.Go(func() error { return s.watchExpiry(main) })
+	g.Go(func() error { return s.keepQuotas(side) })
 	g.Go(func() error { return s.reloads(main, hangups) })
-	err = bounded(main, s.current.Load().cfg.Timeouts.Drain+hangTimeout, g.Wait)
-	s.logger.Info("stopped")
-	return err
+	g.Go(func() error {
+		select {
+		case <-bound:
+			s.notify.ready(s.summary())
+		case <-main.Done():
+			return nil
+		}
+		return s.notify.watchdog(side, s.alive)
+	})
+	return g.Wait()
 }
 
-// bounded runs f, but waits for it no longer than limit once ctx has ended: a call into a module that hangs cannot be ended but
-// with the process.
-func bounded(ctx context.Context, limit time.Duration, f func() error) error {
-	ended := make(chan error, 1)
-	go func() { ended <- f() }()
+// summary is a line about the server for the service manager.
+func (s *server) summary() string {
+	open, places := 0, s.keys.present()
+	for _, p := range places {
+		if p.backend != nil {
+			open++
+		}
+	}
+	return fmt.Sprintf("serving %d keys from %d of %d homes", len(s.keys.registry.Entries()), open, len(places))
+}
+
+// alive returns an error if a part of the server does not go on: a lock that is not given back, or a loop that stands still.
+func (s *server) alive(ctx context.Context) error {
+	answered := make(chan struct{})
+	go func() { // left behind if a lock is not given back; the process is to be ended then
+		defer close(answered)
+		s.keys.present()
+		s.probes.all()
+		s.service.Admits("")
+	}()
 	select {
-	case err := <-ended:
-		return err
+	case <-answered:
 	case <-ctx.Done():
+		return errors.New("a lock is not given back")
 	}
-	select {
-	case err := <-ended:
-		return err
-	case <-time.After(limit):
-		return fmt.Errorf("operations did not end within %v: %w; the process ends, and they with it", limit, errHangs)
+	if s.draining.Load() {
+		return nil
 	}
+	for name, beat := range map[string]*atomic.Int64{"the loop that opens homes": &s.keys.beat, "the loop that probes keys": &s.probes.beat} {
+		if at := time.Unix(0, beat.Load()); time.Since(at) > beatTimeout {
+			return fmt.Errorf("%s stands still since %v", name, at.UTC().Format(time.RFC3339))
+		}
+	}
+	return nil
 }
 
-var errHangs = errors.New("a token's module hangs")
-
-// Bounds of the wait for modules at the end.
-const (
-	hangTimeout  = 5 * time.Second // after the drain
-	closeTimeout = 10 * time.Second
-)
-
-// closeKeys closes the tokens. A module that hangs must not keep the process from ending, which ends the module too.
-func (s *server) closeKeys() error {
-	closed := make(chan error, 1)
-	go func() { closed <- s.keys.close() }()
-	select {
-	case err := <-closed:
-		return err
-	case <-time.After(closeTimeout):
-		return fmt.Errorf("a token did not close within %v: %w", closeTimeout, errHangs)
-	}
-}
+// beatTimeout is how long a loop that looks around several times a second may stand still.
+const beatTimeout = 10 * time.Second
 
 // keepRenewed renews the server's own certificate where the authority is at hand.
 func (s *server) keepRenewed(ctx context.Context) error {
@@ -282,49 +361,24 @@ func (s *server) reloads(ctx context.Context, hangups <-chan os.Signal) error {
 		case <-ctx.Done():
 			return nil
 		case <-hangups:
-			if err := s.reload(ctx); err != nil {
-				s.logger.Error("new configuration refused; the old one goes on", "err", err)
-			}
+			s.reload(ctx)
 		}
 	}
 }
 
-// warnAboutPolicy tells of rules that name a key in doubt: none, or several under one label.
+// keepQuotas saves what clients have used of their daily budgets, until ctx ends.
+func (s *server) keepQuotas(ctx context.Context) error {
+	path := s.current.Load().cfg.beside(quotaFile)
+	if path == "" || s.options.quotas == nil {
+		return nil
+	}
+	return s.options.quotas.Run(ctx, path, 0, s.logger)
+}
+
+// warnAboutPolicy tells of what the rules hold that matches nothing at present, or too much.
 func (s *server) warnAboutPolicy() {
-	for i, rule := range s.current.Load().cfg.Clients {
-		for _, name := range rule.Keys {
-			if name == "*" {
-				continue
-			}
-			switch n := len(s.keys.registry.ByName(name)); {
-			case n == 0:
-				s.logger.Warn("a rule names a key that is not here now", "rule", i, "peer", rule.ID, "key", name)
-			case n > 1:
-				s.logger.Warn("a rule's label stands for several keys; name them by SKI to tell them apart", "rule", i, "peer", rule.ID, "key", name, "count", n)
-			}
-		}
-	}
-}
-
-func (s *server) certificateExpiry() prometheus.Collector {
-	return prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-		Namespace: "keyhaven", Subsystem: "keyserver", Name: "certificate_not_after_seconds",
-		Help: "When the server's own certificate runs out, in seconds since 1970.",
-	}, func() float64 { return float64(s.current.Load().source.NotAfter().Unix()) })
-}
-
-// connectionMetrics counts connections and what is refused before a request is read.
-func connectionMetrics(reg prometheus.Registerer) keyless.ServerMetrics {
-	opts := func(name, help string) prometheus.Opts {
-		return prometheus.Opts{Namespace: "keyhaven", Subsystem: "keyserver", Name: name, Help: help}
-	}
-	conns := prometheus.NewGauge(prometheus.GaugeOpts(opts("connections", "Authenticated connections.")))
-	inFlight := prometheus.NewGauge(prometheus.GaugeOpts(opts("operations_in_flight", "Operations that are being served.")))
-	refused := prometheus.NewCounterVec(prometheus.CounterOpts(opts("connections_refused_total", "Connections refused, by reason.")), []string{"reason"})
-	reg.MustRegister(conns, inFlight, refused)
-	return keyless.ServerMetrics{
-		Connections: func(d int) { conns.Add(float64(d)) },
-		InFlight:    func(d int) { inFlight.Add(float64(d)) },
-		Refused:     func(reason string) { refused.WithLabelValues(reason).Inc() },
+	p := s.current.Load().plan
+	for _, err := range p.policy.Warnings(s.keys.registry) {
+		s.logger.Warn("a rule matches nothing, or is in doubt", "err", p.ruleError(err))
 	}
 }

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/keyhaven/keyhaven/internal/conf"
+	"github.com/keyhaven/keyhaven/signer/audit"
 )
 
 // maxUnixPath is the longest path that a Unix socket can have, see unix(7).
@@ -172,36 +173,7 @@ func (v *validator) shares(key func(string) string, weight, priority, queue int)
 func (v *validator) transit(i int) {
 	t := v.cfg.Transit[i]
 	key := func(name string) string { return fmt.Sprintf("transit[%d].%s", i, name) }
-	u, err := url.Parse(t.Address)
-	switch {
-	case t.Address == "":
-		v.fault(key("address"), "is missing; write the server's URL, such as https://vault.example:8200")
-	case err != nil || u.Host == "" || u.User != nil || u.RawQuery != "" || u.Scheme != "https" && u.Scheme != "http":
-		v.fault(key("address"), "is no URL of a server; write https://host:port") // not quoted: it may hold a password
-	case u.Scheme == "http" && !loopback(u.Hostname()):
-		v.fault(key("address"), "%q would send the login in the clear; write https, which http is only good for on loopback", t.Address)
-	}
-	if len(t.Keys) == 0 {
-		v.fault(key("keys"), "is empty; name each key that is to be used")
-	}
-	for j, k := range t.Keys {
-		if k.Name == "" {
-			v.fault(fmt.Sprintf("transit[%d].keys[%d].name", i, j), "is missing")
-		}
-		v.integer(fmt.Sprintf("transit[%d].keys[%d].version", i, j), k.Version, 0, 1<<30)
-	}
-	v.word(key("auth.method"), t.Auth.Method, "token-file", "approle", "kubernetes")
-	v.integer(key("batch"), t.Batch, 0, 1024)
-	v.integer(key("in_flight"), t.InFlight, 0, 1024)
-	if t.Timeout != 0 {
-		v.span(key("timeout"), t.Timeout, 10*time.Millisecond, 10*time.Minute)
-	}
 	v.shares(key, t.Weight, t.Priority, t.Queue)
-}
-
-func loopback(host string) bool {
-	ip := net.ParseIP(host)
-	return host == "localhost" || ip != nil && ip.IsLoopback()
 }
 
 func (v *validator) fileKeys() {
@@ -258,29 +230,14 @@ func (v *validator) audit() {
 	v.span("audit.checkpoint", a.Checkpoint, time.Second, 24*time.Hour)
 	v.span("audit.rotate_every", a.RotateEvery, time.Minute, 10*365*24*time.Hour)
 	v.size("audit.rotate_size", a.RotateSize, 64<<10)
-	if s := a.Syslog; s != "" {
-		if _, _, err := syslogAddress(s); err != nil {
+	if a.Syslog != "" {
+		if _, err := audit.Syslog(audit.SyslogConfig{Address: a.Syslog}); err != nil {
 			v.fault("audit.syslog", "%v", err)
 		}
 	}
 	if a.JSONL != "-" {
 		v.absolute("audit.jsonl", a.JSONL)
 	}
-}
-
-// syslogAddress splits udp://host:port, tcp://host:port or the path of a Unix socket into network and address.
-func syslogAddress(s string) (network, addr string, err error) {
-	if filepath.IsAbs(s) {
-		return "unixgram", s, nil
-	}
-	network, addr, ok := strings.Cut(s, "://")
-	if !ok || network != "udp" && network != "tcp" {
-		return "", "", fmt.Errorf("%q is no syslog receiver; write udp://host:514, tcp://host:601 or a socket's path such as /dev/log", s)
-	}
-	if _, _, err := net.SplitHostPort(addr); err != nil {
-		return "", "", fmt.Errorf("%q is no syslog receiver: %w; write udp://host:514", s, err)
-	}
-	return network, addr, nil
 }
 
 func (v *validator) tracing() {

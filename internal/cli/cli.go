@@ -27,8 +27,9 @@ const (
 )
 
 type exitError struct {
-	code int
-	err  error
+	code  int
+	err   error
+	quiet bool // the output has said it
 }
 
 func (e *exitError) Error() string { return e.err.Error() }
@@ -36,7 +37,7 @@ func (e *exitError) Unwrap() error { return e.err }
 
 // UsageError makes an error that ends the program with [ExitUsage].
 func UsageError(format string, args ...any) error {
-	return &exitError{ExitUsage, fmt.Errorf(format, args...)}
+	return &exitError{code: ExitUsage, err: fmt.Errorf(format, args...)}
 }
 
 // ConfigError marks err as a fault of the configuration, so that the program ends with [ExitConfig]. Nil stays nil.
@@ -44,7 +45,12 @@ func ConfigError(err error) error {
 	if err == nil {
 		return nil
 	}
-	return &exitError{ExitConfig, err}
+	return &exitError{code: ExitConfig, err: err}
+}
+
+// Quiet makes an error that ends the program with [ExitRuntime] and is not printed, because the command's output has said it.
+func Quiet(err error) error {
+	return &exitError{code: ExitRuntime, err: err, quiet: true}
 }
 
 // ExitCode returns the code that err ends a program with.
@@ -87,6 +93,9 @@ func Execute(ctx context.Context, root *cobra.Command, stderr io.Writer) int {
 	// cobra reports an unknown command as a plain error, before any of ours runs.
 	if cmd == root && strings.HasPrefix(err.Error(), "unknown command") {
 		err = UsageError("%w", err)
+	}
+	if e, ok := errors.AsType[*exitError](err); ok && e.quiet {
+		return e.code
 	}
 	fmt.Fprintf(stderr, "%s: %v\n", root.Name(), err)
 	if ExitCode(err) == ExitUsage {

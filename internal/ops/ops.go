@@ -25,6 +25,9 @@ type Server struct {
 	AllowNonLoopback bool
 	// Ready is asked at each request to /readyz, with a deadline of 5 s. Nil means always ready.
 	Ready func(context.Context) error
+	// Degraded is asked by /readyz when Ready says nil; the answer says, a line each, what does not work while the whole does. Nil means
+	// always none.
+	Degraded func() []string
 	// Registry is what /metrics shows. Nil shows nothing.
 	Registry *prometheus.Registry
 	// Logger takes what goes wrong. Nil discards.
@@ -129,6 +132,11 @@ func (s *Server) handler() http.Handler {
 			}
 		}
 		fmt.Fprintln(w, "ready")
+		if s.Degraded != nil {
+			for _, line := range s.Degraded() {
+				fmt.Fprintln(w, "degraded:", line)
+			}
+		}
 	})
 	if s.Registry != nil {
 		mux.Handle("GET /metrics", promhttp.HandlerFor(s.Registry, promhttp.HandlerOpts{MaxRequestsInFlight: 4, Timeout: 10 * time.Second}))
