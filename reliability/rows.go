@@ -1,6 +1,7 @@
 package reliability
 
 import (
+	"cmp"
 	"crypto/tls"
 	"fmt"
 	"time"
@@ -18,6 +19,9 @@ func Rows() []Row {
 	var rows []Row
 	for _, part := range [][]Row{processRows(), deviceRows(), sessionRows(), pinRows(), signatureRows()} {
 		rows = append(rows, part...)
+	}
+	for i := range rows {
+		rows[i].Workers = cmp.Or(rows[i].Workers, 2)
 	}
 	return rows
 }

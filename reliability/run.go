@@ -31,7 +31,7 @@ type Row struct {
 	Name    string // unique, for the command line
 	Failure string // what happens, for people
 	Homes   int    // tokens that hold the key; the failure is that of the first
-	Workers int    // of each token; 0: 2
+	Workers int    // of each token; 2 in Rows if not set
 	Scheme  tls.SignatureScheme
 	Token   string             // further lines of the configuration of the first token
 	Config  string             // further lines of the configuration
@@ -62,9 +62,6 @@ type Trial struct {
 // Run does a row. The error says why nothing could be measured; whether the result is right is [Result.Check]'s to say.
 func (b *Bench) Run(ctx context.Context, row Row) (*Result, error) {
 	t := &Trial{Row: row, ctx: ctx, bench: b, dir: b.path("row-" + row.Name)}
-	if t.Row.Workers == 0 {
-		t.Row.Workers = 2
-	}
 	if t.Row.Scheme == 0 {
 		t.Row.Scheme = tls.ECDSAWithP256AndSHA256
 	}
