@@ -88,7 +88,7 @@ func NewLane(c LaneConfig) *Lane {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
 	l := &Lane{config: c, capacity: c.Capacity, limit: float64(c.Capacity), root: newRoot(), breaker: breaker{config: c.Breaker}}
-	l.hedges.config = c.Hedge
+	l.hedges.config, l.cut = c.Hedge, laneTime()
 	l.publishLocked()
 	return l
 }

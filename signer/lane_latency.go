@@ -41,6 +41,9 @@ func latencyBound(i int) time.Duration {
 }
 
 func (l *latency) add(d, now time.Duration) {
+	if l.count() == 0 {
+		l.since = now
+	}
 	if l.n >= windowResults || l.n >= enough && now-l.since >= windowTime {
 		l.old, l.nOld = l.young, l.n
 		l.young, l.n, l.since = [latencyBuckets]uint32{}, 0, now
