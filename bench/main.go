@@ -103,6 +103,7 @@ var parts = []part{
 	{"network-hsm", (*bench).slow, false},
 	{"boundary", (*bench).boundary, false},
 	{"fairness", (*bench).fairness, false},
+	{"recovery", (*bench).recovery, false},
 	{"signatures", (*bench).signatures, true},
 	{"handshakes", (*bench).handshakes, true},
 	{"tunnel", (*bench).flows, true},

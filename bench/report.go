@@ -26,12 +26,11 @@ type row struct {
 	CPU     float64 `json:"cpu_us,omitempty"` // processor time of one operation, all processes together
 }
 
-// target is a ratio of two figures of the same run. Without Least and Most it is for information.
+// target is a ratio of two figures of the same run. Without a goal it is for information.
 type target struct {
 	Name  string  `json:"target"`
 	Ratio float64 `json:"ratio"`
-	Least float64 `json:"least,omitempty"`
-	Most  float64 `json:"most,omitempty"`
+	Goal  string  `json:"goal,omitempty"`
 	Met   bool    `json:"met"`
 }
 
@@ -86,12 +85,18 @@ func (r *report) best(group, key, what string) (best float64) {
 	return best
 }
 
+// compare reports a/b, which must be at least so much; 0 is no goal.
 func (r *report) compare(name string, a, b, least float64) {
-	r.targets = append(r.targets, target{Name: name, Ratio: a / b, Least: least, Met: a/b >= least})
+	t := target{Name: name, Ratio: a / b, Met: a/b >= least}
+	if least > 0 {
+		t.Goal = fmt.Sprintf(">= %.2f", least)
+	}
+	r.targets = append(r.targets, t)
 }
 
+// atMost reports a/b, which must be at most so much.
 func (r *report) atMost(name string, a, b, most float64) {
-	r.targets = append(r.targets, target{Name: name, Ratio: a / b, Most: most, Met: a/b <= most})
+	r.targets = append(r.targets, target{Name: name, Ratio: a / b, Goal: fmt.Sprintf("<= %.2f", most), Met: a/b <= most})
 }
 
 func (r *report) print(w io.Writer) {
@@ -105,19 +110,14 @@ func (r *report) print(w io.Writer) {
 	}
 	fmt.Fprintln(tw, "\nratio\t\t\t\tmeasured\ttarget\t\t\t")
 	for _, t := range r.targets {
-		goal, met := "-", "MISSED"
+		met := "MISSED"
 		switch {
-		case t.Least > 0:
-			goal = fmt.Sprintf(">= %.2f", t.Least)
-		case t.Most > 0:
-			goal = fmt.Sprintf("<= %.2f", t.Most)
-		default:
+		case t.Goal == "":
 			met = ""
-		}
-		if t.Met && met != "" {
+		case t.Met:
 			met = "met"
 		}
-		fmt.Fprintf(tw, "%s\t\t\t\t%.2f\t%s\t%s\t\t\n", t.Name, t.Ratio, goal, met)
+		fmt.Fprintf(tw, "%s\t\t\t\t%.2f\t%s\t%s\t\t\n", t.Name, t.Ratio, dash(t.Goal), met)
 	}
 	tw.Flush()
 	for _, n := range r.notes {
