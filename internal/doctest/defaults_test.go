@@ -5,6 +5,7 @@ import (
 	"go/ast"
 	"go/constant"
 	"go/token"
+	"strconv"
 	"time"
 )
 
@@ -121,8 +122,12 @@ func show(c constant.Value, isTime bool) string {
 		n, _ := constant.Int64Val(c)
 		return time.Duration(n).String()
 	}
-	if c.Kind() == constant.String {
+	switch c.Kind() {
+	case constant.String:
 		return constant.StringVal(c)
+	case constant.Float:
+		x, _ := constant.Float64Val(c)
+		return strconv.FormatFloat(x, 'g', -1, 64)
 	}
 	return c.ExactString()
 }

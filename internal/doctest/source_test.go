@@ -148,7 +148,7 @@ func (s *source) field(p *sourcePackage, t ast.Expr, key string, out map[string]
 	return fmt.Errorf("%s: %s has a type that this test does not know", p.dir, key)
 }
 
-var plain = map[string]string{"string": "string", "bool": "bool", "int": "integer", "uint64": "integer", "any": "any"}
+var plain = map[string]string{"string": "string", "bool": "bool", "int": "integer", "int64": "integer", "uint64": "integer", "float64": "number", "any": "any"}
 
 func tagOf(f *ast.Field) string {
 	if f.Tag == nil {
