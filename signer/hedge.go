@@ -61,6 +61,13 @@ func (h *hedger) after(class keyClass) time.Duration {
 	return time.Duration(h.delays[class].Load())
 }
 
+// overdue reports whether an operation that was given up had taken longer than most. It would have taken even longer, so that leaving it out would make the home seem faster
+// than it is; one that had only begun says nothing.
+func (h *hedger) overdue(class keyClass, stay time.Duration) bool {
+	d := h.delays[class].Load()
+	return d > 0 && stay >= time.Duration(d)
+}
+
 // take pays for a hedge, if the budget allows one.
 func (h *hedger) take() bool {
 	for {

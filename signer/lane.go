@@ -296,8 +296,8 @@ func (l *Lane) release(ctx context.Context, p *place, err error) time.Duration {
 	case v == ill:
 		l.counts.Failed++
 	}
-	if result || hedged {
-		l.noteLocked(p.class, now-p.asked, now)
+	if stay := now - p.asked; result || hedged && l.hedges.overdue(p.class, stay) {
+		l.noteLocked(p.class, stay, now)
 	}
 	change := l.recordLocked(v, p.trial, now)
 	l.dispatchLocked(now)
