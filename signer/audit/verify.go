@@ -5,6 +5,8 @@ import (
 	"crypto"
 	"errors"
 	"fmt"
+	"io/fs"
+	"path/filepath"
 	"time"
 )
 
@@ -37,6 +39,7 @@ const (
 	Truncated  ProblemKind = "truncated"
 	Forged     ProblemKind = "forged"  // a checkpoint's signature is wrong, or its key unknown
 	Foreign    ProblemKind = "foreign" // a line or file of another log
+	Damaged    ProblemKind = "damaged" // the server found damage and went on; see VerifyConfig.Repaired
 )
 
 // Problem is the first thing that is wrong.
@@ -74,7 +77,46 @@ type Report struct {
 }
 
 // Verify reads a log or an export and looks for the first line that is not as it was written. What is wrong with the log is in Report.Problem;
-// an error means that it could not be read. It opens the files for reading only.
+// an error means that it could not be read. It opens the files for reading only, and may be used while a server writes.
 func Verify(ctx context.Context, c VerifyConfig) (Report, error) {
-	return Report{}, errors.ErrUnsupported
+	v, err := newVerifier(c)
+	if err != nil {
+		return Report{}, err
+	}
+	if err := v.run(ctx); err != nil {
+		return v.rep, err
+	}
+	return v.rep, nil
+}
+
+func newVerifier(c VerifyConfig) (*verifier, error) {
+	ring, err := newKeyring(c.Keys)
+	if err != nil {
+		return nil, err
+	}
+	v := &verifier{c: c, ring: ring, sealer: newSealer(), rep: Report{KeysGiven: len(ring) > 0}}
+	// The head file is read before the files, so that a server that writes meanwhile does not look like a truncated log.
+	if len(c.Files) == 0 && c.Dir != "" {
+		path := filepath.Join(c.Dir, headFile)
+		switch l, err := readAnchor(path); {
+		case err == nil:
+			v.anchors = append(v.anchors, &anchor{line: l, from: path})
+		case !errors.Is(err, fs.ErrNotExist):
+			v.rep.Problem = &Problem{Kind: Altered, File: path, Text: err.Error()}
+		}
+	}
+	if c.Anchor != nil {
+		if c.Anchor.Kind != KindCheckpoint {
+			return nil, errors.New("audit: the anchor is no checkpoint line")
+		}
+		v.anchors = append(v.anchors, &anchor{line: c.Anchor, from: "the anchor", own: true})
+	}
+	src := Source{Dir: c.Dir, Files: c.Files}
+	if v.paths, err = src.paths(); err != nil {
+		return nil, fmt.Errorf("audit: %w", err)
+	}
+	if len(v.paths) == 0 && len(v.anchors) == 0 {
+		return nil, fmt.Errorf("audit: directory %s holds no log", c.Dir)
+	}
+	return v, nil
 }

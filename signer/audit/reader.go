@@ -1,0 +1,85 @@
+package audit
+
+import (
+	"bufio"
+	"bytes"
+	"errors"
+	"io"
+	"os"
+	"path/filepath"
+)
+
+// lineReader reads a file line by line.
+type lineReader struct {
+	f      *os.File
+	r      *bufio.Reader
+	line   []byte
+	number int   // of line, from 1
+	offset int64 // of the first byte behind line
+}
+
+func openLines(path string) (*lineReader, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	return &lineReader{f: f, r: bufio.NewReaderSize(f, maxLine)}, nil
+}
+
+func (r *lineReader) close() { _ = r.f.Close() } // it was only read
+
+var errTorn = errors.New("line has no end")
+
+// next returns the next line with its newline, valid until the next call. At the end of the file it returns io.EOF, and for a line that the file's
+// end or maxLine cuts off errTorn with what there is.
+func (r *lineReader) next() ([]byte, error) {
+	line, err := r.r.ReadSlice('\n')
+	switch {
+	case err == nil:
+		r.offset += int64(len(line))
+		r.number++
+		return line, nil
+	case errors.Is(err, io.EOF) && len(line) == 0:
+		return nil, io.EOF
+	case errors.Is(err, io.EOF), errors.Is(err, bufio.ErrBufferFull):
+		r.number++
+		return line, errTorn
+	}
+	return nil, err
+}
+
+// readAnchor reads a checkpoint line.
+func readAnchor(path string) (*Line, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	text, err := io.ReadAll(io.LimitReader(f, maxLine+1))
+	if err != nil {
+		return nil, err
+	}
+	if !bytes.HasSuffix(text, []byte{'\n'}) {
+		text = append(text, '\n')
+	}
+	l, err := ParseLine(text)
+	if err == nil && l.Kind != KindCheckpoint {
+		err = errors.New("audit: line is no checkpoint")
+	}
+	return l, err
+}
+
+// paths returns the files of a source in order.
+func (s *Source) paths() ([]string, error) {
+	if len(s.Files) > 0 {
+		return s.Files, nil
+	}
+	if s.Dir == "" {
+		return nil, errors.New("audit: no directory and no file is given")
+	}
+	names, err := listFiles(s.Dir)
+	for i, n := range names {
+		names[i] = filepath.Join(s.Dir, n)
+	}
+	return names, err
+}
