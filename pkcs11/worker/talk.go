@@ -1,0 +1,275 @@
+package worker
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+
+	"github.com/keyhaven/keyhaven/pkcs11"
+	"github.com/keyhaven/keyhaven/signer"
+)
+
+// send hands an operation to the worker, with the key's description if the worker does not have it yet. It is false if the
+// worker takes nothing any more. It does not wait.
+func (w *proc) send(o *op, r *request) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.dead || w.quitting {
+		return false
+	}
+	if len(w.pending) == 0 {
+		w.busy = sinceStart()
+	}
+	if w.last++; w.last == 0 {
+		w.last = 1
+	}
+	o.id = w.last
+	w.pending[o.id] = o
+	w.inFlight.Store(int32(len(w.pending)))
+	w.out.mu.Lock()
+	switch r.typ {
+	case frameSign, frameDecrypt:
+		if _, known := w.given[r.key]; !known {
+			w.given[r.key] = struct{}{}
+			w.out.buf = appendFrame(w.out.buf, frameKey, r.key, r.description)
+		}
+		w.out.buf = appendRequest(w.out.buf, r.typ, o.id, &r.signRequest)
+	default:
+		w.out.buf = appendFrame(w.out.buf, r.typ, o.id)
+	}
+	w.out.mu.Unlock()
+	w.out.flush()
+	return true
+}
+
+// forget takes an operation back. It is false if its end has come or is about to.
+func (w *proc) forget(o *op) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.pending[o.id] != o {
+		return false
+	}
+	delete(w.pending, o.id)
+	w.inFlight.Store(int32(len(w.pending)))
+	if !w.quitting {
+		w.out.send(frameCancel, o.id)
+	}
+	return true
+}
+
+// finish returns the operation of an id, which is no longer in the worker's hands, or nil if nobody waits for it.
+func (w *proc) finish(id uint32) *op {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	o := w.pending[id]
+	delete(w.pending, id)
+	w.inFlight.Store(int32(len(w.pending)))
+	return o
+}
+
+// handle acts on a frame of the worker. It does not block.
+func (w *proc) handle(f frame) error {
+	switch f.typ {
+	case frameDone:
+		if o := w.finish(f.id); o != nil {
+			o.result = bytes.Clone(f.body)
+			o.done <- struct{}{}
+		}
+	case frameError:
+		err, bad := decodeError(f.body)
+		if bad != nil {
+			return bad
+		}
+		w.failed(f.id, err)
+	case frameListed:
+		w.mu.Lock()
+		o := w.pending[f.id]
+		w.mu.Unlock()
+		if o == nil {
+			return nil
+		}
+		if len(o.listed) == maxKeys {
+			return fmt.Errorf("%w: more than %d keys", errFrame, maxKeys)
+		}
+		o.listed = append(o.listed, bytes.Clone(f.body))
+	case frameStuck:
+		w.stuck(f.id)
+	case framePulse:
+	case frameAsk:
+		w.pool.logins.ask(w, f.id)
+	case frameLogin:
+		return w.loggedIn(f)
+	case frameLog:
+		var r logRecord
+		if err := decodeJSON("log", f.body, &r); err != nil {
+			return err
+		}
+		w.pool.relay(w, &r)
+	default:
+		return w.handleStart(f)
+	}
+	return nil
+}
+
+// maxKeys bounds a list of keys.
+const maxKeys = 10000
+
+func (w *proc) loggedIn(f frame) error {
+	if len(f.body) == 0 {
+		w.pool.logins.done(w, f.id, nil)
+		return nil
+	}
+	err, bad := decodeError(f.body)
+	if bad == nil {
+		w.pool.logins.done(w, f.id, err)
+	}
+	return bad
+}
+
+// failed ends an operation with an error, or reports that of a keep-alive. A device that failed takes the worker with it.
+func (w *proc) failed(id uint32, err *remoteError) {
+	if errors.Is(err, pkcs11.ErrDevice) {
+		w.ail(err)
+	}
+	if o := w.finish(id); o != nil {
+		o.err = err
+		o.done <- struct{}{}
+	} else if id == 0 {
+		w.pool.log.Warn("idle token does not answer", "err", err, "pid", w.cmd.Process.Pid)
+	}
+}
+
+// ail marks the worker as one to be replaced, because its device failed.
+func (w *proc) ail(err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.isSick || w.quitting {
+		return
+	}
+	w.isSick = true
+	if w.reason == "" {
+		w.reason, w.cause = "device", err
+	}
+	close(w.sick)
+}
+
+// stuck ends the worker, as the module holds an operation for too long.
+func (w *proc) stuck(id uint32) {
+	w.mu.Lock()
+	if o := w.pending[id]; o != nil {
+		o.stuck = true
+	}
+	w.mu.Unlock()
+	w.kill("deadline", fmt.Errorf("the module held an operation for more than %v", w.pool.cfg.Deadline))
+}
+
+// handleStart acts on the frames of the start, which come in one order only.
+func (w *proc) handleStart(f frame) error {
+	if f.typ == frameFailed {
+		err, bad := decodeError(f.body)
+		if bad != nil {
+			return bad
+		}
+		w.blame("start", err)
+		w.report(err)
+		return errFailed
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.state == 0 || f.typ != w.state {
+		return fmt.Errorf("%w: unexpected type %d", errFrame, f.typ)
+	}
+	if f.typ == frameConfined {
+		var c confinement
+		if err := decodeJSON("confined", f.body, &c); err != nil {
+			return err
+		}
+		if len(c.Lacks) > 0 {
+			w.pool.log.Warn("kernel confines worker in part", "landlock", c.Landlock, "lacks", c.Lacks)
+		}
+		w.state = frameReady
+		w.out.send(frameOpen, 0, encodeJSON(w.pool.openRequest()))
+		return nil
+	}
+	var r readyReply
+	if err := decodeJSON("ready", f.body, &r); err != nil {
+		return err
+	}
+	if r.Sessions < 1 || r.Sessions > 1<<16 || r.Token == "" {
+		return fmt.Errorf("%w: ready with %d sessions", errFrame, r.Sessions)
+	}
+	w.sessions, w.name, w.state = r.Sessions, r.Token, 0
+	w.report(nil)
+	return nil
+}
+
+// errFailed means that the worker has said why it leaves.
+var errFailed = errors.New("the worker failed to start")
+
+// request is what a key asks a worker for.
+type request struct {
+	typ frameType
+	signRequest
+	description []byte
+}
+
+// maxMoves bounds how often an operation is given to another worker: one that makes modules crash must not take all of them along.
+const maxMoves = 2
+
+// do has a worker do an operation and returns the result, and what was listed.
+func (p *Pool) do(ctx context.Context, r *request) ([]byte, [][]byte, error) {
+	var last error
+	for moves := 0; ; {
+		w, err := p.pick(ctx)
+		if err != nil {
+			return nil, nil, cmp.Or(last, err)
+		}
+		o := ops.Get().(*op)
+		if !w.send(o, r) {
+			ops.Put(o)
+			continue
+		}
+		select {
+		case <-o.done:
+		case <-ctx.Done():
+			if w.forget(o) {
+				o.reset()
+				ops.Put(o)
+				return nil, nil, context.Cause(ctx)
+			}
+			<-o.done
+		}
+		result, listed, err, move := o.result, o.listed, o.err, false
+		switch {
+		case o.lost && p.cfg.OnLoss == Fail:
+			err = ErrLost
+		case o.lost:
+			err = fmt.Errorf("%w: %w", ErrLost, signer.ErrUnavailable)
+			move = !o.stuck
+		case err != nil:
+			move = errors.Is(err, pkcs11.ErrDevice) && p.cfg.OnLoss == Move
+		}
+		o.reset()
+		ops.Put(o)
+		if moves++; !move || moves > maxMoves {
+			return result, listed, err
+		}
+		last = err
+	}
+}
+
+// relay writes a worker's log record to the pool's log.
+func (p *Pool) relay(w *proc, r *logRecord) {
+	attrs := make([]slog.Attr, 0, len(r.Attrs)+1)
+	for i, a := range r.Attrs {
+		if i == maxLogAttrs {
+			break
+		}
+		attrs = append(attrs, slog.String(a[0], w.text.redact(cut(a[1]))))
+	}
+	attrs = append(attrs, slog.Int("pid", w.cmd.Process.Pid))
+	p.cfg.Logger.LogAttrs(context.Background(), r.Level, w.text.redact(cut(r.Message)), attrs...)
+}
