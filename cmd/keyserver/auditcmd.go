@@ -188,7 +188,6 @@ func (f *filterFlags) add(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&f.Op, "op", "", "operation")
 	cmd.Flags().StringVar(&f.Result, "result", "", "ok, refused or failed")
 	cmd.Flags().StringVar(&f.SNI, "sni", "", `server name; "*" stands for any text`)
-	cmd.Flags().BoolVar(&f.OnlyOperations, "operations", false, "operations alone, without the log's own lines")
 }
 
 func (f *filterFlags) filter() (audit.Filter, error) {
@@ -203,6 +202,9 @@ func (f *filterFlags) filter() (audit.Filter, error) {
 		if *t.to, err = time.Parse(time.RFC3339, t.text); err != nil {
 			return f.Filter, cli.UsageError("--%s %q: write a time such as 2026-01-31T06:00:00Z", t.flag, t.text)
 		}
+	}
+	if err := f.Check(); err != nil {
+		return f.Filter, cli.UsageError("%w", err)
 	}
 	return f.Filter, nil
 }

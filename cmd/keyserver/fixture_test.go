@@ -26,6 +26,7 @@ import (
 	"github.com/keyhaven/keyhaven/internal/softhsm"
 	"github.com/keyhaven/keyhaven/keyless"
 	"github.com/keyhaven/keyhaven/mtls"
+	"github.com/keyhaven/keyhaven/signer"
 )
 
 // The test binary is the program itself when this variable is set.
@@ -416,4 +417,9 @@ func mustSKI(t *testing.T, pub any) keyless.SKI {
 		t.Fatal(err)
 	}
 	return ski
+}
+
+// newTestService is a service that admits nobody.
+func newTestService(r *signer.Registry) *signer.Service {
+	return signer.NewService(signer.ServiceConfig{Registry: r})
 }

@@ -25,7 +25,7 @@ func (n notifier) stopping(status string) { n.tell(daemon.SdNotifyStopping, "STA
 
 // reloading comes before a reload, and ready after it.
 func (n notifier) reloading() {
-	n.tell(daemon.SdNotifyReloading, daemon.SdNotifyMonotonicUsec(), "STATUS=reading the configuration")
+	n.tell(daemon.SdNotifyReloading, strings.TrimSpace(daemon.SdNotifyMonotonicUsec()), "STATUS=reading the configuration")
 }
 
 // watchdog tells the service manager at half of the interval that it asks for that the server is alive, if it is: alive gets as long
