@@ -15,6 +15,8 @@ import (
 
 	"golang.org/x/crypto/cryptobyte"
 	"golang.org/x/crypto/cryptobyte/asn1"
+
+	"github.com/keyhaven/keyhaven/signer"
 )
 
 // signRequest is the body of a request to sign/NAME.
@@ -118,4 +120,20 @@ func checkECDSA(k *ecdsa.PublicKey, sig []byte) error {
 		}
 	}
 	return nil
+}
+
+// verifies reports whether sig is the key's signature of input.
+func verifies(pub crypto.PublicKey, alg signer.Algorithm, input, sig []byte) bool {
+	switch k := pub.(type) {
+	case *rsa.PublicKey:
+		if alg.Kind == signer.PSS {
+			return rsa.VerifyPSS(k, alg.Hash, input, sig, &rsa.PSSOptions{SaltLength: rsa.PSSSaltLengthEqualsHash}) == nil
+		}
+		return rsa.VerifyPKCS1v15(k, alg.Hash, input, sig) == nil
+	case *ecdsa.PublicKey:
+		return ecdsa.VerifyASN1(k, input, sig)
+	case ed25519.PublicKey:
+		return ed25519.Verify(k, input, sig)
+	}
+	return false
 }

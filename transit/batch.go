@@ -181,6 +181,8 @@ func (g *group) deal(items []*item, out []signOutput, status int) {
 			sig, err := decodeSignature(out[i].Signature, g.k.pub, g.k.version)
 			if err != nil {
 				err = g.k.wrong(err)
+			} else if err = g.k.check(g.alg, it.input, sig); err != nil {
+				sig = nil
 			}
 			it.sig, it.err = sig, err
 			continue

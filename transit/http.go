@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"strings"
 	"time"
 
 	"github.com/hashicorp/vault/api"
@@ -47,6 +48,8 @@ func newConnector(ctx context.Context, cfg *Config) (*connector, error) {
 		IdleConnTimeout:       90 * time.Second,
 		// An answer of thousands of headers is none of a Transit engine's.
 		MaxResponseHeaderBytes: 64 << 10,
+		// A connection whose other end vanished without a word is found out and replaced.
+		HTTP2: &http.HTTP2Config{SendPingTimeout: 10 * time.Second, PingTimeout: cfg.Timeout},
 	}
 	client := &http.Client{
 		Transport:     &boundary{base: ctx, next: tr},
@@ -90,13 +93,25 @@ func (b *boundary) RoundTrip(r *http.Request) (*http.Response, error) {
 	ctx, cancel := context.WithCancel(r.Context())
 	stop := context.AfterFunc(b.base, cancel)
 	end := func() { stop(); cancel() }
-	resp, err := b.next.RoundTrip(r.WithContext(ctx))
+	resp, err := b.next.RoundTrip(replayable(r.WithContext(ctx)))
 	if err != nil {
 		end()
 		return nil, err
 	}
 	resp.Body = &boundedBody{resp.Body, maxAnswer, end}
 	return resp, nil
+}
+
+// replayable lets the transport send a request once more, on another connection, if a kept one turns out to be dead before a byte of the
+// answer came. Without it each restart of the server would cost one signature for each idle connection. To sign or to log in twice does no
+// harm; what a wrapping token yields comes only once.
+func replayable(r *http.Request) *http.Request {
+	if r.GetBody == nil && r.Body != nil && r.Body != http.NoBody || strings.HasSuffix(r.URL.Path, "/unwrap") {
+		return r
+	}
+	r.Header = r.Header.Clone()
+	r.Header["Idempotency-Key"] = nil // not sent; see http.Transport
+	return r
 }
 
 // errTooLong is the end of an answer that nobody wants to read.

@@ -15,6 +15,10 @@ import (
 	"github.com/keyhaven/keyhaven/signer"
 )
 
+// checkEvery is how often a signature is verified here. Who asked for it verifies each; this one is to notice, and to leave the key to another
+// home, when someone deleted it and made another by its name.
+const checkEvery = time.Second
+
 // illFor is how long a key that the engine denied or lost is passed over for another home.
 const illFor = 10 * time.Second
 
@@ -26,6 +30,7 @@ type key struct {
 	pub     crypto.PublicKey
 	info    signer.KeyInfo
 	ill     atomic.Int64 // Unix nanoseconds until which the key is passed over
+	checked atomic.Int64 // Unix nanoseconds at which a signature was last found right
 	groups  map[signer.Algorithm]*group
 }
 
@@ -107,7 +112,29 @@ func (k *key) request(ctx context.Context, alg signer.Algorithm, input []byte) (
 	if err != nil {
 		return nil, k.wrong(err)
 	}
+	if err := k.check(alg, input, sig); err != nil {
+		return nil, err
+	}
 	return sig, nil
+}
+
+// check verifies a signature if the last one that was right is a while ago.
+func (k *key) check(alg signer.Algorithm, input, sig []byte) error {
+	now := time.Now()
+	if now.UnixNano()-k.checked.Load() < int64(checkEvery) {
+		return nil
+	}
+	if !verifies(k.pub, alg, input, sig) {
+		err := &fault{
+			text: fmt.Sprintf("transit: sign with key %q version %d at %s: the signature is another key's: if the key was deleted and made anew, reload",
+				k.keyName, k.version, k.b.name),
+			classes: []error{signer.ErrNotFound, signer.ErrUnavailable},
+		}
+		k.note(err)
+		return err
+	}
+	k.checked.Store(now.UnixNano())
+	return nil
 }
 
 // parameters returns the request without its input.

@@ -194,3 +194,24 @@ func TestKeyGone(t *testing.T) {
 		t.Errorf("the engine answers, Check says %v", err)
 	}
 }
+
+// Another key by the same name and version is not the key.
+func TestKeyMadeAnew(t *testing.T) {
+	l := newLab(t)
+	l.make("web", "ecdsa-p256")
+	b := l.open(l.config("web"))
+	k := keys(t, b, 1)["web"]
+	sign(t, k, p256)
+	if _, err := l.Do("keys/web/config", map[string]any{"deletion_allowed": true}); err != nil {
+		t.Fatal(err)
+	}
+	if err := l.Delete("keys/web"); err != nil {
+		t.Fatal(err)
+	}
+	l.make("web", "ecdsa-p256")
+	eventually(t, "the other key is noticed", func() bool {
+		_, err := k.Sign(context.Background(), p256, make([]byte, 32))
+		return errors.Is(err, signer.ErrNotFound) && errors.Is(err, signer.ErrUnavailable)
+	})
+	storm(t, keys(t, b, 1)["web"], p256, 4, 10)
+}
