@@ -33,9 +33,6 @@ func check(ctx context.Context, o loadOptions, online bool, logger *slog.Logger,
 }
 
 func checkOnline(ctx context.Context, p *plan, out io.Writer) (err error) {
-	for _, s := range p.places {
-		s.lane.Logger = nil
-	}
 	keys := newKeyring(slog.New(slog.DiscardHandler)) // what it would log is returned
 	defer func() { err = errors.Join(err, keys.close()) }()
 	errs := conf.Errors(keys.replace(ctx, p.places))

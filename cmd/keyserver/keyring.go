@@ -58,7 +58,7 @@ func (r *keyring) lane(s *spec, b signer.Backend) *signer.Lane {
 		return l.Lane
 	}
 	c := s.lane
-	c.Capacity = capacity(b)
+	c.Capacity, c.Logger = capacity(b), r.logger
 	l := lane{s.lane, signer.NewLane(c)}
 	r.lanes[id] = l
 	return l.Lane
@@ -82,7 +82,7 @@ func (r *keyring) openAll(ctx context.Context, specs []*spec) map[*spec]*place {
 	for _, group := range groups {
 		wg.Go(func() {
 			for _, s := range group {
-				p := openPlace(ctx, s, r.lane)
+				p := openPlace(ctx, s, r.lane, r.logger)
 				mu.Lock()
 				open[s] = p
 				mu.Unlock()
@@ -322,7 +322,7 @@ func (r *keyring) retry(ctx context.Context, name string) error {
 	}
 	p := places[i]
 	if p.backend == nil {
-		places[i] = openPlace(ctx, p.spec, r.lane)
+		places[i] = openPlace(ctx, p.spec, r.lane, r.logger)
 		r.tell(places[i])
 		r.set(places)
 		return places[i].err

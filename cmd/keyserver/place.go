@@ -34,7 +34,7 @@ type spec struct {
 	at       string // file, line and key of the configuration
 	module   string // of a token; those of one module are opened one after the other
 	config   any    // what, if it stays the same, keeps an open place open; nil: never
-	open     func(ctx context.Context) (signer.Backend, error)
+	open     func(ctx context.Context, logger *slog.Logger) (signer.Backend, error)
 
 	weight, priority int
 	decrypt          func(signer.KeyInfo) bool
@@ -56,11 +56,11 @@ type place struct {
 }
 
 // openPlace opens a place and finds its keys.
-func openPlace(ctx context.Context, s *spec, lane func(*spec, signer.Backend) *signer.Lane) *place {
+func openPlace(ctx context.Context, s *spec, lane func(*spec, signer.Backend) *signer.Lane, logger *slog.Logger) *place {
 	p := &place{spec: s}
 	ctx, cancel := context.WithTimeout(ctx, openTimeout)
 	defer cancel()
-	b, err := s.open(ctx)
+	b, err := s.open(ctx, logger)
 	if err != nil {
 		p.err = err
 		return p

@@ -24,15 +24,15 @@ const minHedge = 2 * time.Millisecond
 // loadPlaces turns tokens, mounts of Transit and key files into specs.
 func (p *plan) loadPlaces(logger *slog.Logger) (errs conf.Errors) {
 	for i := range p.cfg.Tokens {
-		errs = append(errs, p.addToken(i, logger)...)
+		errs = append(errs, p.addToken(i)...)
 	}
 	for i := range p.cfg.Transit {
-		errs = append(errs, p.addTransit(i, logger)...)
+		errs = append(errs, p.addTransit(i)...)
 	}
 	errs = append(errs, p.addFileKeys(logger)...)
 	p.nameApart()
 	for _, s := range p.places {
-		s.lane.Name, s.lane.Logger = s.name, logger
+		s.lane.Name = s.name
 	}
 	return errs
 }
@@ -70,7 +70,7 @@ func (p *plan) where(key string) string {
 }
 
 // addToken adds the spec of a token.
-func (p *plan) addToken(i int, logger *slog.Logger) (errs conf.Errors) {
+func (p *plan) addToken(i int) (errs conf.Errors) {
 	c := p.cfg.Tokens[i]
 	key := func(name string) string { return fmt.Sprintf("tokens[%d].%s", i, name) }
 	tc, err := c.token(p.cfg.Modules)
@@ -93,11 +93,15 @@ func (p *plan) addToken(i int, logger *slog.Logger) (errs conf.Errors) {
 		}
 		errs = append(errs, p.file.Errorf(key(name), "%v", err))
 	}
-	wc := c.worker(tc, logger)
+	wc := c.worker(tc)
 	p.places = append(p.places, &spec{
 		kind: kindToken, name: tokenName(uri), longName: uri.String(), at: p.where(key("uri")), module: uri.ModulePath + c.Module,
-		config:   c.opening(p.cfg.Modules),
-		open:     func(ctx context.Context) (signer.Backend, error) { return opened(worker.Open(ctx, wc)) },
+		config: c.opening(p.cfg.Modules),
+		open: func(ctx context.Context, logger *slog.Logger) (signer.Backend, error) {
+			wc := wc
+			wc.Logger, wc.Token.Logger = logger, logger
+			return opened(worker.Open(ctx, wc))
+		},
 		weight:   c.Weight,
 		priority: c.Priority,
 		decrypt:  func(info signer.KeyInfo) bool { return namesKey(c.Decrypt, info) },
@@ -153,11 +157,10 @@ func (c *TokenConfig) token(modules []string) (pkcs11.Config, error) {
 }
 
 // worker says how the token's workers run. The configuration was validated.
-func (c *TokenConfig) worker(tc pkcs11.Config, logger *slog.Logger) worker.Config {
-	tc.Logger = logger
+func (c *TokenConfig) worker(tc pkcs11.Config) worker.Config {
 	memory, _ := parseSize(c.Sandbox.MaxMemory)
 	return worker.Config{
-		Token: tc, Workers: c.Workers, Deadline: c.Deadline, KeepAlive: c.KeepAlive, OnLoss: c.OnWorkerLoss, Logger: logger,
+		Token: tc, Workers: c.Workers, Deadline: c.Deadline, KeepAlive: c.KeepAlive, OnLoss: c.OnWorkerLoss,
 		Sandbox: worker.Sandbox{Mode: c.Sandbox.Mode, ReadPaths: c.Sandbox.ReadPaths, WritePaths: c.Sandbox.WritePaths,
 			Network: c.Sandbox.Network, MaxMemory: memory},
 	}
@@ -191,11 +194,11 @@ var transitKeys = map[string]string{
 }
 
 // addTransit adds the spec of a mount of Transit.
-func (p *plan) addTransit(i int, logger *slog.Logger) (errs conf.Errors) {
+func (p *plan) addTransit(i int) (errs conf.Errors) {
 	c := p.cfg.Transit[i]
 	key := func(name string) string { return fmt.Sprintf("transit[%d].%s", i, name) }
 	tc := transit.Config{
-		Address: c.Address, Mount: c.Mount, Namespace: c.Namespace, Batch: c.Batch, InFlight: c.InFlight, Timeout: c.Timeout, Logger: logger,
+		Address: c.Address, Mount: c.Mount, Namespace: c.Namespace, Batch: c.Batch, InFlight: c.InFlight, Timeout: c.Timeout,
 		Auth: transit.AuthConfig{Method: c.Auth.Method, Mount: c.Auth.Mount, TokenFile: c.Auth.TokenFile, RoleIDFile: c.Auth.RoleIDFile,
 			SecretIDFile: c.Auth.SecretIDFile, SecretIDWrapped: c.Auth.SecretIDWrapped, Role: c.Auth.Role, JWTFile: c.Auth.JWTFile},
 		TLS: transit.TLSConfig{CA: c.TLS.CA, Cert: c.TLS.Cert, Key: c.TLS.Key, ServerName: c.TLS.ServerName},
@@ -218,8 +221,12 @@ func (p *plan) addTransit(i int, logger *slog.Logger) (errs conf.Errors) {
 	name := transitName(c)
 	p.places = append(p.places, &spec{
 		kind: kindTransit, name: name, longName: fmt.Sprintf("%s (transit[%d])", name, i), at: p.where(key("address")),
-		config:   opening,
-		open:     func(ctx context.Context) (signer.Backend, error) { return opened(transit.Open(ctx, tc)) },
+		config: opening,
+		open: func(ctx context.Context, logger *slog.Logger) (signer.Backend, error) {
+			tc := tc
+			tc.Logger = logger
+			return opened(transit.Open(ctx, tc))
+		},
 		weight:   c.Weight,
 		priority: c.Priority,
 		decrypt:  func(signer.KeyInfo) bool { return false },
@@ -264,7 +271,7 @@ func (p *plan) addFileKeys(logger *slog.Logger) (errs conf.Errors) {
 	if len(all.keys) > 0 {
 		p.places = append(p.places, &spec{
 			kind: kindFiles, name: kindFiles, longName: kindFiles, at: p.where("file_keys"),
-			open:    func(context.Context) (signer.Backend, error) { return all, nil },
+			open:    func(context.Context, *slog.Logger) (signer.Backend, error) { return all, nil },
 			decrypt: func(info signer.KeyInfo) bool { return decrypt[info.SKI] },
 			lane:    p.laneConfig(0),
 		})

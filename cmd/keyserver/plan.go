@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"os"
 	"slices"
 	"strings"
 
@@ -46,6 +47,7 @@ func load(o loadOptions, logger *slog.Logger) (*plan, error) {
 	errs = append(errs, p.loadAuthority()...)
 	errs = append(errs, p.loadSealer()...)
 	errs = append(errs, p.checkAudit()...)
+	errs = append(errs, p.checkStateDir()...)
 	errs = append(errs, p.leaveOutRevoked()...)
 	if err := errs.Err(); err != nil {
 		slices.SortStableFunc(errs, byLine)
@@ -171,6 +173,20 @@ func (p *plan) loadSealer() conf.Errors {
 		return conf.Errors{p.file.Errorf("seal_key_file", "%v", remedy(err))}
 	}
 	p.sealer = sealer
+	return nil
+}
+
+func (p *plan) checkStateDir() conf.Errors {
+	if p.cfg.StateDir == "" {
+		return nil
+	}
+	info, err := os.Stat(p.cfg.StateDir)
+	switch {
+	case err != nil:
+		return conf.Errors{p.file.Errorf("state_dir", "%v", remedy(err))}
+	case !info.IsDir():
+		return conf.Errors{p.file.Errorf("state_dir", "%s is no directory; name one", p.cfg.StateDir)}
+	}
 	return nil
 }
 
