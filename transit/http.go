@@ -1,6 +1,7 @@
 package transit
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -89,17 +90,31 @@ type boundary struct {
 	next *http.Transport
 }
 
+// RoundTrip returns when the whole answer is there: the API client ends a request's context before it hands out the body.
 func (b *boundary) RoundTrip(r *http.Request) (*http.Response, error) {
 	ctx, cancel := context.WithCancel(r.Context())
-	stop := context.AfterFunc(b.base, cancel)
-	end := func() { stop(); cancel() }
+	defer cancel()
+	defer context.AfterFunc(b.base, cancel)()
 	resp, err := b.next.RoundTrip(replayable(r.WithContext(ctx)))
 	if err != nil {
-		end()
 		return nil, err
 	}
-	resp.Body = &boundedBody{resp.Body, maxAnswer, end}
+	defer resp.Body.Close()
+	body, err := readBounded(resp.Body)
+	if err != nil {
+		return nil, err
+	}
+	resp.Body = io.NopCloser(bytes.NewReader(body))
 	return resp, nil
+}
+
+// readBounded reads an answer to its end.
+func readBounded(r io.Reader) ([]byte, error) {
+	body, err := io.ReadAll(io.LimitReader(r, maxAnswer+1))
+	if err == nil && len(body) > maxAnswer {
+		return nil, fmt.Errorf("the answer is longer than %d bytes", maxAnswer)
+	}
+	return body, err
 }
 
 // replayable lets the transport send a request once more, on another connection, if a kept one turns out to be dead before a byte of the
@@ -112,35 +127,6 @@ func replayable(r *http.Request) *http.Request {
 	r.Header = r.Header.Clone()
 	r.Header["Idempotency-Key"] = nil // not sent; see http.Transport
 	return r
-}
-
-// errTooLong is the end of an answer that nobody wants to read.
-var errTooLong = fmt.Errorf("the answer is longer than %d bytes", maxAnswer)
-
-type boundedBody struct {
-	io.ReadCloser
-	left int
-	end  func()
-}
-
-func (b *boundedBody) Read(p []byte) (int, error) {
-	if b.left <= 0 {
-		// The end may be exactly here.
-		var one [1]byte
-		n, err := b.ReadCloser.Read(one[:])
-		if n > 0 {
-			return 0, errTooLong
-		}
-		return 0, err
-	}
-	n, err := b.ReadCloser.Read(p[:min(len(p), b.left)])
-	b.left -= n
-	return n, err
-}
-
-func (b *boundedBody) Close() error {
-	defer b.end()
-	return b.ReadCloser.Close()
 }
 
 // answer is what the server said, whatever it was.
