@@ -20,16 +20,17 @@ type verifier struct {
 	export  *exportHeader                   // of an export; nil in a log
 	rep     Report
 
-	begun  bool
-	id     ID
-	server string
-	seq    uint64 // of the last right line
-	head   Hash   // its chain
-	base   uint64 // seq of marks[0]
-	marks  []mark // the state after each of the last lines
-	at     place  // of the last line that was read
-	behind place  // where a next line of the file before would stand
-	line   Line
+	begun   bool
+	id      ID
+	server  string
+	seq     uint64 // of the last right line
+	head    Hash   // its chain
+	base    uint64 // seq of marks[0]
+	marks   []mark // the state after each of the last lines
+	at      place  // of the last line that was read
+	excused int    // index of the file whose open line's damage was noted already
+	behind  place  // where a next line of the file before would stand
+	line    Line
 }
 
 // mark is the state after a line, for the checkpoints that cover it.
@@ -67,6 +68,10 @@ func (v *verifier) run(ctx context.Context) error {
 			return err
 		}
 		v.rep.Problem, err = v.file(ctx, i, path, next)
+		if p := v.rep.Problem; p != nil && next != nil && next.Open.Damage != "" {
+			v.rep.Problem = v.noted(p) // the next file tells of it
+			v.excused = i + 1
+		}
 		v.sum()
 		if err != nil || v.rep.Problem != nil {
 			return err
@@ -201,7 +206,7 @@ func (v *verifier) leftover(r *lineReader, path string, next *Line) (*Problem, e
 	} else if p = v.chained(r, raw, at); p == nil {
 		p = v.problem(Damaged, at, v.seq+1, "the server found damage: %s", next.Open.Damage)
 	}
-	return v.noted(p), nil
+	return p, nil
 }
 
 // noted returns p unless the damage that a repair has noted is taken for known.
@@ -277,7 +282,7 @@ func (v *verifier) opening(raw []byte, i int) *Problem {
 		}
 		v.id, v.server, v.seq, v.head = o.Log, o.Server, l.Seq-1, o.PrevHead
 		if o.Damage != "" {
-			return v.noted(v.problem(Damaged, v.at, l.Seq, "the server found damage and went on: %s", o.Damage))
+			return v.told(i, l.Seq)
 		}
 		return nil
 	}
@@ -287,12 +292,20 @@ func (v *verifier) opening(raw []byte, i int) *Problem {
 	v.server = o.Server
 	fits := o.PrevSeq == v.seq && o.PrevHead == v.head
 	if o.Damage != "" {
-		return v.noted(v.problem(Damaged, v.at, v.seq+1, "the server found damage and went on: %s", o.Damage))
+		return v.told(i, v.seq+1)
 	}
 	if !fits || l.Seq != v.seq+1 {
 		return v.misfit(i, o)
 	}
 	return nil
+}
+
+// told is for an open line that tells of damage.
+func (v *verifier) told(i int, seq uint64) *Problem {
+	if v.excused == i && i > 0 {
+		return nil // noted in the file before
+	}
+	return v.noted(v.problem(Damaged, v.at, seq, "the server found damage and went on: %s", v.line.Open.Damage))
 }
 
 // misfit says why a file does not continue the one before.

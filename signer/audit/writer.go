@@ -469,11 +469,11 @@ func (w *writer) failed(err error, now time.Time) {
 	}
 	w.retry = min(max(2*w.retry, minRetry), maxRetry)
 	w.retryAt = now.Add(w.retry)
+	w.l.broken(err, now) // first, so that whoever is woken finds it
 	if w.batch != nil {
 		w.batch.resolve(err)
 		w.batch = nil
 	}
-	w.l.broken(err, now)
 	w.l.count(func(s *Stats) { s.Faults++ })
 }
 
