@@ -155,7 +155,7 @@ func (p *plan) leaveOutRevoked() conf.Errors {
 		return nil
 	}
 	rules := slices.DeleteFunc(slices.Clone(p.cfg.Clients), func(r signer.ClientRule) bool { return p.revoked.revokedID(r.ID) })
-	policy, err := signer.NewPolicy(rules, signer.Options{})
+	policy, err := p.policyOf(rules)
 	if err != nil {
 		return conf.Errors{p.file.Errorf("clients", "%v", err)}
 	}
