@@ -42,8 +42,8 @@ const (
 	ruleWords    = 8
 	maxRefused   = 8
 	maxServe     = 256
-	maxProcesses = 128
-	processWords = 8
+	maxProcesses = 64
+	processWords = 16
 	textBytes    = 2048
 )
 
@@ -64,6 +64,9 @@ const (
 	qDropped
 	qForgotten
 	qStale
+	_ // calls inside the module
+	_ // logins now
+	qHanging
 )
 
 // The values of qStale.
@@ -281,9 +284,10 @@ func (c *Control) Counters() Counters {
 	n := func(i int) uint64 { return c.load(wCounters + i) }
 	got := Counters{
 		Calls: n(0), Faults: n(1), Logins: n(2), LoginsFailed: n(3), Operations: n(4), Overlaps: n(5), FinalizedBusy: n(6), Forked: n(7),
-		MaxInFlight: n(8), Hanging: n(9), Crashes: n(10), SessionsPeak: n(11), LoginsPeak: n(13), PINFailures: n(14), Short: n(15), Processes: n(16),
+		MaxInFlight: n(8), Crashes: n(9), SessionsPeak: n(10), LoginsPeak: n(11), PINFailures: n(12), Short: n(13), Processes: n(14),
 	}
 	for at := range c.processes() {
+		got.Hanging += c.load(at + qHanging)
 		got.InFlight += c.load(at + qInFlight)
 		got.Sessions += c.load(at + qSessions)
 		got.PIDs = append(got.PIDs, int(c.load(at+qPID)))

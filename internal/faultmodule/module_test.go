@@ -197,8 +197,8 @@ func eventually(t *testing.T, what string, ok func() bool) {
 func TestFaults(t *testing.T) {
 	tok, c := newToken(t)
 	tok.want(t, 0)
-	if got := c.Counters(); got.Calls != 0 || got.Logins != 1 {
-		t.Errorf("without faults got %d calls and %d logins, want 0 and 1", got.Calls, got.Logins)
+	if got := c.Counters(); got.Calls != 0 || got.Logins != 1 || got.LoginsPeak != 1 || got.SessionsPeak != 1 {
+		t.Errorf("without faults got %d calls, %d logins, %d at one time and %d sessions, want 0, 1, 1 and 1", got.Calls, got.Logins, got.LoginsPeak, got.SessionsPeak)
 	}
 	t.Run("codes", func(t *testing.T) {
 		set(t, c, Faults{Rules: []Rule{{Function: "C_Sign", Do: Return, Code: ck.CKR_FUNCTION_FAILED, After: 1, Count: 2}}})
@@ -296,6 +296,9 @@ func TestFaults(t *testing.T) {
 		c.Clear()
 		if err := <-back; err != nil {
 			t.Error(err)
+		}
+		if got := c.Counters(); got.Hanging != 0 || got.InFlight != 0 {
+			t.Errorf("afterwards %d calls hang and %d operations run, want none", got.Hanging, got.InFlight)
 		}
 	})
 }

@@ -195,7 +195,10 @@ static ulong_t session_info(ulong_t s, session_info_t *info) {
 
 static ulong_t login(ulong_t s, ulong_t user, byte_t *pin, ulong_t len) {
 	add(P_LOGINS, 1);
-	raise_to(P_LOGINS_PEAK, add(P_LOGINS_NOW, 1));
+	if (mine != 0) {
+		add(mine + Q_LOGINS, 1);
+		raise_to(P_LOGINS_PEAK, over_processes(Q_LOGINS));
+	}
 	uint64_t before = era(), tries = get(P_PIN_TRIES);
 	call_t c;
 	ulong_t rv = enter(&c, ARMED(), LOGIN, s);
@@ -215,7 +218,8 @@ static ulong_t login(ulong_t s, ulong_t user, byte_t *pin, ulong_t len) {
 	if (rv != 0 && rv != ALREADY_LOGGED_IN)
 		add(P_LOGINS_FAILED, 1);
 	leave(&c);
-	add(P_LOGINS_NOW, -1);
+	if (mine != 0)
+		add(mine + Q_LOGINS, -1);
 	return rv;
 }
 

@@ -143,13 +143,14 @@ static int needs_login(int fn) { return fn == SIGN_INIT || fn == SIGN || fn == D
 static int is_operation(int fn) { return fn == SIGN || fn == DECRYPT; }
 
 // hang stays until the rule is taken back.
-static void hang(int fn) {
+static void hang(void) {
 	uint64_t generation = get(P_GENERATION);
-	add(P_HANGING, 1);
+	if (mine != 0)
+		add(mine + Q_HANGING, 1);
 	while (get(P_GENERATION) == generation)
 		usleep(2000);
-	add(P_HANGING, -1);
-	(void)fn;
+	if (mine != 0)
+		add(mine + Q_HANGING, -1);
 }
 
 static ulong_t by_rule(call_t *c, int fn) {
@@ -168,7 +169,7 @@ static ulong_t by_rule(call_t *c, int fn) {
 			*(volatile int *)0 = 1;
 			abort();
 		case ACT_HANG:
-			hang(fn);
+			hang();
 			break;
 		case ACT_CODE:
 			c->end = get(r + R_LEAVE) == 0;
@@ -211,7 +212,6 @@ static ulong_t enter(call_t *c, uint64_t on, int fn, ulong_t handle) {
 	if (getpid() != loaded_by)
 		add(P_FORKED, 1);
 	if (mine != 0) {
-		add(mine + Q_CALLS, 1);
 		add(mine + Q_INSIDE, 1);
 		c->inside = 1;
 	}
