@@ -72,6 +72,10 @@ func TestExplain(t *testing.T) {
 	md5 := tests[9].q
 	p.take(md5.Client, md5.Op, md5.Key, md5.Scheme, "")
 	check("day", p, md5, 4, RefusedDaily, "1 operations, 2 operations, 3 operations, 4 daily")
+	tomorrow := md5
+	tomorrow.At = c.Now().Add(24 * 3600e9)
+	check("tomorrow", p, tomorrow, 4, Allowed, "1 operations, 2 operations, 3 operations, 4 ")
+	check("day, after looking at tomorrow", p, md5, 4, RefusedDaily, "1 operations, 2 operations, 3 operations, 4 daily")
 	if d := (*Policy)(nil).Explain(tests[1].q); d.Allowed || d.Rule != -1 || d.Reason != RefusedClient {
 		t.Errorf("no policy: got %+v", d)
 	}

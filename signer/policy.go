@@ -153,7 +153,7 @@ func (p *Policy) And(q *Policy) *Policy {
 		q = p.and.And(q)
 	}
 	both := *p
-	both.and, both.off = q, p.off|q.off
+	both.and = q
 	return &both
 }
 

@@ -198,6 +198,15 @@ func TestPolicyAnd(t *testing.T) {
 			t.Errorf("%s: admits the wrong clients", name)
 		}
 	}
+	off, on := compile(everything(one)), policyOn(t, Options{Legacy: Legacy{SHA1: true}}, everything(one))
+	for name, both := range map[string]*Policy{"on and off": on.And(off), "off and on": off.And(on), "three": on.And(on).And(off)} {
+		if got := both.Check(one, OpSign, www, Algorithm{PKCS1v15, crypto.SHA1}, "www.example.com"); got != RefusedLegacy {
+			t.Errorf("%s: got %q, want both switches to count", name, got)
+		}
+		if d := both.Explain(Query{Client: one, Op: OpSign, Key: www, Scheme: Algorithm{PKCS1v15, crypto.SHA1}, SNI: "www.example.com"}); d.Reason != RefusedLegacy {
+			t.Errorf("%s: explained as %+v", name, d)
+		}
+	}
 	for _, none := range []*Policy{before.And(nil), (*Policy)(nil).And(before)} {
 		if none.Admits(one) {
 			t.Error("a policy and none admit somebody")

@@ -260,9 +260,10 @@ func TestQuotasSurviveReload(t *testing.T) {
 	if got, _ := spend(free.And(narrow), key, 8); got != 2 {
 		t.Errorf("the narrower policy: got %d, want 2", got)
 	}
-	g := free.And(narrow).grant(edgeOne, OpSign, key, "")
-	if !g.limited(OpSign, Algorithm{ECDSA, crypto.SHA256}) {
-		t.Error("a limit of the second policy is not seen")
+	for name, both := range map[string]*Policy{"first": narrow.And(free), "second": free.And(narrow)} {
+		if g := both.grant(edgeOne, OpSign, key, ""); !g.limited(OpSign, Algorithm{ECDSA, crypto.SHA256}) {
+			t.Errorf("a limit of the %s policy is not seen", name)
+		}
 	}
 }
 

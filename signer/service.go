@@ -122,7 +122,7 @@ func (s *Service) finish(ctx context.Context, c *call, payload []byte, no refusa
 	c.rec.Duration = time.Since(c.rec.Time)
 	if err := s.commit(ctx, c); err != nil {
 		clear(payload)
-		payload, no.code = nil, keyless.ErrInternal
+		no.code = keyless.ErrInternal
 		c.rec.Result, c.rec.Cause, c.rec.Reason = ResultFailed, CauseAudit, "the answer is withheld, as its record was not kept: "+err.Error()
 	}
 	s.recorder.Record(c.rec)

@@ -347,6 +347,25 @@ func TestLimitsCountSignatures(t *testing.T) {
 	wantCode(t, err, keyless.CodeBadOpcode)
 }
 
+// TestAuditAllocations bounds what an auditor costs: one copy of the record, which is its to keep.
+func TestAuditAllocations(t *testing.T) {
+	s, req := instantService(t)
+	s.auditor = noAuditor{}
+	n := testing.AllocsPerRun(200, func() {
+		if _, err := s.Handle(t.Context(), req); err != nil {
+			t.Fatal(err)
+		}
+	})
+	if n > 2 {
+		t.Errorf("got %v allocations for a signature, want at most 2", n)
+	}
+}
+
+type noAuditor struct{}
+
+func (noAuditor) Ready() error                          { return nil }
+func (noAuditor) Commit(context.Context, *Record) error { return nil }
+
 // TestRecordsHoldNoInput searches records for what was signed.
 func TestRecordsHoldNoInput(t *testing.T) {
 	s, a, _, rec := audited(t)
