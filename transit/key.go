@@ -20,7 +20,7 @@ import (
 const checkEvery = time.Second
 
 // illFor is how long a key that the engine denied or lost is passed over for another home.
-const illFor = 10 * time.Second
+const illFor = 2 * time.Second
 
 // key is one version of a Transit key.
 type key struct {

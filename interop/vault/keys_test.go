@@ -13,6 +13,7 @@ import (
 )
 
 func TestEveryKeyTypeAndAlgorithm(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	types := map[string]string{
 		"rsa-2048": "RSA 2048", "rsa-3072": "RSA 3072", "ecdsa-p256": "ECDSA P-256",
@@ -60,6 +61,7 @@ func TestEveryKeyTypeAndAlgorithm(t *testing.T) {
 
 // Short integers, leading zeros: over many signatures all forms of ECDSA's DER come along.
 func TestManySignatures(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	l.make("web", "ecdsa-p521")
 	k := keys(t, l.open(l.config("web")), 1)["web"]
@@ -69,6 +71,7 @@ func TestManySignatures(t *testing.T) {
 }
 
 func TestUnfitKeysAreRefusedAndTheRestServes(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	l.make("good", "ecdsa-p256")
 	l.make("takeaway", "ecdsa-p256", "exportable", true)
@@ -133,6 +136,7 @@ func (l *lab) rotate(name string) {
 }
 
 func TestRotationServesBothVersions(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	l.make("web", "ecdsa-p256")
 	b := l.open(l.config("web"))
@@ -160,6 +164,7 @@ func TestRotationServesBothVersions(t *testing.T) {
 
 // A key that is deleted, or whose version is trimmed, while it is served is gone, and another home may have it.
 func TestKeyGone(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	l.make("web", "ecdsa-p256")
 	l.make("trimmed", "ecdsa-p256")
@@ -197,6 +202,7 @@ func TestKeyGone(t *testing.T) {
 
 // Another key by the same name and version is not the key.
 func TestKeyMadeAnew(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	l.make("web", "ecdsa-p256")
 	b := l.open(l.config("web"))

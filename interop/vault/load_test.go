@@ -40,6 +40,7 @@ func storm(t *testing.T, k signer.Key, alg signer.Algorithm, callers, each int) 
 }
 
 func TestBatching(t *testing.T) {
+	t.Parallel()
 	for name, test := range map[string]struct {
 		typ     string
 		alg     signer.Algorithm
@@ -74,6 +75,7 @@ func TestBatching(t *testing.T) {
 
 // A caller who gives up leaves the others of the batch alone.
 func TestBatchOutlivesACaller(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	l.make("web", "ecdsa-p256")
 	k := keys(t, l.open(l.config("web")), 1)["web"]
@@ -108,6 +110,7 @@ func TestBatchOutlivesACaller(t *testing.T) {
 
 // Every fault of the server has its class, and the next operation is well.
 func TestFaults(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	l.make("web", "ecdsa-p256")
 	l.make("rsa", "rsa-2048")
@@ -168,6 +171,7 @@ func TestFaults(t *testing.T) {
 
 // A digest of a wrong length, at which the engine answers HTTP 500, never reaches it.
 func TestWrongDigestLength(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	l.make("web", "rsa-2048")
 	k := keys(t, l.open(l.config("web")), 1)["web"]
@@ -179,6 +183,7 @@ func TestWrongDigestLength(t *testing.T) {
 
 // A server that asks to be left alone is left alone as long as it says.
 func TestRetryAfter(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	l.make("web", "ecdsa-p256")
 	k := keys(t, l.open(l.config("web")), 1)["web"]
@@ -200,6 +205,7 @@ func TestRetryAfter(t *testing.T) {
 
 // A slow server costs the caller's deadline, or ours, and not more.
 func TestSlowServer(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	l.make("web", "ecdsa-p256")
 	l.make("rsa", "rsa-2048")
@@ -226,6 +232,7 @@ func TestSlowServer(t *testing.T) {
 
 // The rights of one namespace are worth nothing in another, and its keys are its own.
 func TestNamespaces(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	if err := l.AddNamespace("team/a"); err != nil {
 		t.Fatal(err)

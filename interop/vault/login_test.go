@@ -30,6 +30,7 @@ func (l *lab) appRole(cfg *transit.Config, life server.Lifetime) {
 }
 
 func TestLoginMethods(t *testing.T) {
+	t.Parallel()
 	for name, set := range map[string]func(*lab, *transit.Config){
 		"token-file": func(*lab, *transit.Config) {},
 		"approle":    func(l *lab, cfg *transit.Config) { l.appRole(cfg, lifetime(time.Hour, 0)) },
@@ -76,6 +77,7 @@ func TestLoginMethods(t *testing.T) {
 
 // The lifetime ends many times while signatures are asked for without pause: none fails, and renewals come before new logins.
 func TestRenewalAndNewLogin(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	l.make("web", "ecdsa-p256")
 	cfg := l.config("web")
@@ -90,6 +92,7 @@ func TestRenewalAndNewLogin(t *testing.T) {
 
 // All logins are revoked under load: those who were refused share one new login, and no operation fails.
 func TestRevokedUnderLoad(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	l.make("web", "ecdsa-p256")
 	l.make("rsa", "rsa-2048")
@@ -135,6 +138,7 @@ func TestRevokedUnderLoad(t *testing.T) {
 
 // A denied permission costs one new login, not one for each operation.
 func TestDeniedPermissionDoesNotHammer(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	l.make("web", "ecdsa-p256")
 	cfg := l.config("web")
@@ -157,6 +161,7 @@ func TestDeniedPermissionDoesNotHammer(t *testing.T) {
 
 // Whoever replaces the token's file need not tell us.
 func TestTokenFileIsReadAgain(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	l.make("web", "ecdsa-p256")
 	b := l.open(l.config("web"))
@@ -170,6 +175,7 @@ func TestTokenFileIsReadAgain(t *testing.T) {
 
 // A token that ends is renewed by us if nobody else does; when it has ended, the log says what to do, and a new one heals.
 func TestTokenFileEnds(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	l.make("web", "ecdsa-p256")
 	cfg := l.config("web")
@@ -191,6 +197,7 @@ func TestTokenFileEnds(t *testing.T) {
 
 // The server does not answer when the login is due; the present one serves until its end, and a new one is made when the server is back.
 func TestLoginOutage(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	l.make("web", "ecdsa-p256")
 	cfg := l.config("web")
@@ -212,6 +219,7 @@ func TestLoginOutage(t *testing.T) {
 }
 
 func TestRefusedLogins(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	l.make("web", "ecdsa-p256")
 	for name, test := range map[string]struct {
@@ -259,6 +267,7 @@ func TestRefusedLogins(t *testing.T) {
 
 // Secrets are nowhere to be seen, though the server sends back what it got with every error.
 func TestSecretsStayHidden(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	l.make("web", "ecdsa-p256")
 	cfg := l.config("web")
