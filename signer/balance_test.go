@@ -280,6 +280,18 @@ func TestEndedContextIsNobodysFailure(t *testing.T) {
 	})
 }
 
+func TestNoFailoverAfterTheEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		one := script(t, "one", func(context.Context) error { cancel(); return ErrUnavailable })
+		two := script(t, "two", fails(nil))
+		e, _ := entryOf(t, Home{Key: one}, Home{Key: two, Priority: 1})
+		if _, _, err := e.Sign(ctx, Caller{}, p256Alg, zeros); err == nil || two.calls.Load() != 0 {
+			t.Errorf("got %v and %d calls of the second home for a caller who has gone", err, two.calls.Load())
+		}
+	})
+}
+
 func TestBothHomesOpenFailsAtOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		one, two := script(t, "one", fails(ErrUnavailable)), script(t, "two", fails(ErrUnavailable))

@@ -61,8 +61,8 @@ func (h *hedger) after(class keyClass) time.Duration {
 	return time.Duration(h.delays[class].Load())
 }
 
-// overdue reports whether an operation that was given up had taken longer than most. It would have taken even longer, so that leaving it out would make the home seem faster
-// than it is; one that had only begun says nothing.
+// overdue reports whether an operation that was given up had taken longer than most. Leaving it out would make the home seem
+// faster than it is. One that had only begun says nothing.
 func (h *hedger) overdue(class keyClass, stay time.Duration) bool {
 	d := h.delays[class].Load()
 	return d > 0 && stay >= time.Duration(d)
@@ -213,9 +213,12 @@ func (e *Entry) race(ctx context.Context, c Caller, o keyUse, home int, asked ui
 		select {
 		case a := <-r.answers:
 			r.pending--
-			out.Home, out.Took = a.out.Home, a.out.Took
 			out.Tries += a.out.Tries
 			out.Waited += a.out.Waited
+			// An error that is final says more than that of a home that is away.
+			if a.err == nil || failure == nil || errors.Is(failure, ErrUnavailable) {
+				out.Home, out.Took, failure = a.out.Home, a.out.Took, a.err
+			}
 			if a.err == nil {
 				if out.Hedged && a.home != home {
 					first.won.Add(1)
@@ -223,7 +226,6 @@ func (e *Entry) race(ctx context.Context, c Caller, o keyUse, home int, asked ui
 				out.Tries += r.pending
 				return a.result, out, nil
 			}
-			failure = worse(failure, a.err)
 			if r.pending == 0 && movesOn(ctx, failure) && r.another() {
 				e.Homes[a.home].failedOver()
 			}
@@ -239,12 +241,4 @@ func (e *Entry) race(ctx context.Context, c Caller, o keyUse, home int, asked ui
 		}
 	}
 	return nil, out, failure
-}
-
-// worse returns the error that says more of an operation that two homes failed: the one that is final.
-func worse(a, b error) error {
-	if a == nil || errors.Is(a, ErrUnavailable) {
-		return b
-	}
-	return a
 }

@@ -125,6 +125,22 @@ func TestHedgeBudget(t *testing.T) {
 	})
 }
 
+// TestHedgeBudgetOfManyAtOnce has more operations take long together than there are hedges saved.
+func TestHedgeBudgetOfManyAtOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e, r, one, two := hedgedPair(t, HedgeConfig{Percentile: .95})
+		one.sign = takes(time.Second)
+		for range 60 {
+			go signOnce(t, e)
+		}
+		time.Sleep(2 * time.Second)
+		if n := two.calls.Load(); n != 10 {
+			t.Errorf("the second home was asked %d times, want the 10 that were saved", n)
+		}
+		wantQuiet(t, e, r)
+	})
+}
+
 func TestHedgeErrors(t *testing.T) {
 	refuses := errors.New("no such mechanism")
 	after := func(d time.Duration, err error) func(context.Context) error {
@@ -146,6 +162,7 @@ func TestHedgeErrors(t *testing.T) {
 		{"first refuses after a second was asked", after(50*time.Millisecond, refuses), takes(time.Second), nil, "two"},
 		{"second away", takes(time.Second), fails(ErrUnavailable), nil, "one"},
 		{"both away", after(time.Second, ErrUnavailable), fails(ErrUnavailable), ErrUnavailable, "one"},
+		{"first refuses, then second away", after(50*time.Millisecond, refuses), after(time.Second, ErrUnavailable), refuses, "one"},
 		{"second away, first refuses", after(time.Second, refuses), fails(ErrUnavailable), refuses, "one"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

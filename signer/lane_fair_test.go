@@ -120,17 +120,75 @@ func TestFairUnderOverload(t *testing.T) {
 
 // TestSharesAreOfTime has two clients ask for more than there is, with operations of which one takes ten times as long as the other.
 func TestSharesAreOfTime(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		l := NewLane(LaneConfig{Capacity: 4, Queue: 256})
-		_, busy := crowd(l, 10*time.Second,
-			source{400, same("long", ""), classRSA2048, 50 * time.Millisecond},
-			source{4000, same("short", ""), classP256, 5 * time.Millisecond})
-		if ratio := busy[0].Seconds() / busy[1].Seconds(); ratio < .9 || ratio > 1.1 {
-			t.Errorf("got %v and %v of the home's time, want equal shares", busy[0], busy[1])
+	for name, class := range map[string]keyClass{"expected": classRSA2048, "not expected": classP256} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				l := NewLane(LaneConfig{Capacity: 4, Queue: 256})
+				_, busy := crowd(l, 10*time.Second,
+					source{400, same("long", ""), class, 50 * time.Millisecond},
+					source{4000, same("short", ""), classP256, 5 * time.Millisecond})
+				if ratio := busy[0].Seconds() / busy[1].Seconds(); ratio < .9 || ratio > 1.1 {
+					t.Errorf("got %v and %v of the home's time, want equal shares", busy[0], busy[1])
+				}
+				synctest.Wait()
+				wantIdle(t, l)
+			})
+		})
+	}
+}
+
+// TestFlowsKeepTheirDebts has one flow that never has more than one long operation in the queue, beside one with many short ones.
+func TestFlowsKeepTheirDebts(t *testing.T) {
+	root := newRoot()
+	put := func(name string, cost time.Duration) {
+		f := root.find(Caller{"edge", name})
+		f.push(&waiter{flow: f, cost: cost})
+	}
+	put("long", 10)
+	for range 50 {
+		put("short", 1)
+	}
+	var time [2]int
+	for range 1100 {
+		switch w := root.pop(); w.flow.name {
+		case "long":
+			time[0] += 10
+			put("long", 10)
+		case "short":
+			time[1]++
+			put("short", 1)
 		}
-		synctest.Wait()
-		wantIdle(t, l)
-	})
+	}
+	if time[0] < 900 || time[0] > 1100 {
+		t.Errorf("got %d and %d of the time, want equal shares", time[0], time[1])
+	}
+}
+
+// TestFlowsSaveNothing has a flow come that was not there while another was served a thousand times.
+func TestFlowsSaveNothing(t *testing.T) {
+	root := newRoot()
+	put := func(peer string) {
+		f := root.find(Caller{peer, ""})
+		f.push(&waiter{flow: f, cost: 1})
+	}
+	for range 1200 {
+		put("early")
+	}
+	for range 1000 {
+		root.pop()
+	}
+	for range 200 {
+		put("late")
+	}
+	n := 0
+	for range 100 {
+		if root.pop().flow.parent.name == "late" {
+			n++
+		}
+	}
+	if n < 49 || n > 51 {
+		t.Errorf("got %d of 100 turns for the one that came late, want half", n)
+	}
 }
 
 // TestNewNamesDoNotStarveOthers has 20 operations wait whenever one is served, each with a new server name, beside one name that stays.

@@ -197,14 +197,14 @@ func (f *flow) longest(newcomer *flow) *flow {
 	return best
 }
 
-// surplus returns the newest waiter of the longest flow, or nil if that is a newcomer to f.
-func (root *flow) surplus(f *flow) *waiter {
-	peer := root.longest(f.parent)
-	if peer != f.parent {
+// surplus returns the newest waiter of the longest flow below the root f, or nil if that would be a newcomer to the flow sni.
+func (f *flow) surplus(sni *flow) *waiter {
+	peer := f.longest(sni.parent)
+	if peer != sni.parent {
 		return peer.longest(nil).tail
 	}
-	if sni := peer.longest(f); sni != f {
-		return sni.tail
+	if longest := peer.longest(sni); longest != sni {
+		return longest.tail
 	}
 	return nil
 }

@@ -187,20 +187,20 @@ func TestLaneRefusesEarly(t *testing.T) {
 			go hold(t.Context(), l, greedy, 100*time.Millisecond)
 		}
 		synctest.Wait()
-		try := func(c Caller, left time.Duration) (error, time.Duration) {
+		try := func(c Caller, left time.Duration) (time.Duration, error) {
 			ctx, cancel := context.WithTimeout(t.Context(), left)
 			defer cancel()
 			start := time.Now()
 			err := hold(ctx, l, c, 100*time.Millisecond)
-			return err, time.Since(start)
+			return time.Since(start), err
 		}
-		if err, took := try(greedy, time.Second); !errors.Is(err, ErrDeadline) || took != 0 {
+		if took, err := try(greedy, time.Second); !errors.Is(err, ErrDeadline) || took != 0 {
 			t.Errorf("greedy: got %v after %v, want ErrDeadline at once", err, took)
 		}
-		if err, took := try(Caller{"b", "x"}, 400*time.Millisecond); err != nil {
+		if took, err := try(Caller{"b", "x"}, 400*time.Millisecond); err != nil {
 			t.Errorf("another client: got %v after %v; its turn comes in time", err, took)
 		}
-		if err, took := try(Caller{"a", "y"}, 400*time.Millisecond); err != nil {
+		if took, err := try(Caller{"a", "y"}, 400*time.Millisecond); err != nil {
 			t.Errorf("another server name: got %v after %v; its turn comes in time", err, took)
 		}
 		if n := l.Stats().Refused.Deadline; n != 1 {
