@@ -13,6 +13,7 @@ import (
 // Defaults of Config's fields.
 const (
 	DefaultWorkers       = 2
+	DefaultSessions      = 8 // for each worker: with two, what a network HSM needs to be busy
 	DefaultDeadline      = 5 * time.Second
 	DefaultStartDeadline = 30 * time.Second
 	DefaultKeepAlive     = 30 * time.Second
@@ -34,7 +35,7 @@ const (
 // Config says which token the workers serve and how they run. Open does not modify it.
 type Config struct {
 	// Token names the token, as pkcs11.Open takes it. The PIN is read in this process, once for Open and once for each Retry.
-	// Sessions holds for each worker.
+	// Sessions holds for each worker; if zero, DefaultSessions.
 	Token pkcs11.Config
 	// Workers is the number of processes. If zero, DefaultWorkers.
 	Workers int
@@ -110,7 +111,7 @@ func (c Config) withDefaults() (Config, error) {
 	fill(&c.Sandbox.Mode, SandboxBasic)
 	fill(&c.Sandbox.MaxMemory, DefaultMaxMemory)
 	fill(&c.Sandbox.MaxFiles, DefaultMaxFiles)
-	fill(&c.Token.Sessions, pkcs11.DefaultSessions)
+	fill(&c.Token.Sessions, DefaultSessions)
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}

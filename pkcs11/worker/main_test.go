@@ -26,6 +26,11 @@ func TestMain(m *testing.M) {
 	if len(os.Args) == 2 && os.Args[1] == "worker" {
 		os.Exit(Main(context.Background()))
 	}
+	if len(os.Args) > 2 && os.Args[1] == "probe" {
+		os.Exit(probe(os.Args[2:]))
+	}
+	// The race detector of a worker would have it sleep for a second before it leaves.
+	os.Setenv("GORACE", "atexit_sleep_ms=0")
 	goleak.VerifyTestMain(m)
 }
 

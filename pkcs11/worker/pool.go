@@ -307,7 +307,7 @@ func (p *Pool) withdraw(w *proc) {
 
 // watch ends workers that hold operations and say nothing.
 func (p *Pool) watch() {
-	limit := p.cfg.Deadline + silence
+	limit := p.cfg.Deadline + max(p.cfg.Deadline/2, silence)
 	tick := time.NewTicker(min(limit/4, time.Second))
 	defer tick.Stop()
 	for {
@@ -324,8 +324,8 @@ func (p *Pool) watch() {
 	}
 }
 
-// silence is how much longer than the deadline a worker with work may say nothing. It says something four times a second.
-const silence = 2 * time.Second
+// silence is how much longer than the deadline a worker with work may say nothing, at least. It says something four times a second.
+const silence = time.Second
 
 // quiet is how long the worker has held operations without a word.
 func (w *proc) quiet() time.Duration {

@@ -268,7 +268,7 @@ func (p *Pool) relay(w *proc, r *logRecord) {
 		if i == maxLogAttrs {
 			break
 		}
-		attrs = append(attrs, slog.String(a[0], w.text.redact(cut(a[1]))))
+		attrs = append(attrs, slog.String(cut(a[0]), w.text.redact(cut(a[1]))))
 	}
 	attrs = append(attrs, slog.Int("pid", w.cmd.Process.Pid))
 	p.cfg.Logger.LogAttrs(context.Background(), r.Level, w.text.redact(cut(r.Message)), attrs...)
