@@ -330,7 +330,7 @@ func TestExamples(t *testing.T) {
 		local := strings.NewReplacer(
 			"/etc/keyhaven/filekey.pem", s.path("filekey.pem"), "/etc/keyhaven", s.dir,
 			"/usr/lib/softhsm/libsofthsm2.so", tok.Module, "token=site-hsm", "token="+tok.Label,
-			"/run/keyhaven", s.dir, "/var/lib/keyhaven/keyserver", s.dir,
+			"/run/keyhaven-keyserver", s.dir, "/var/lib/keyhaven-keyserver", s.dir,
 		).Replace(string(text))
 		cfg := s.write(filepath.Base(path), 0o600, local)
 		check := []string{"check", "--config", cfg}

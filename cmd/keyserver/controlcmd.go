@@ -38,7 +38,7 @@ func controlPath(cmd *cobra.Command) (string, error) {
 	case file == nil || cfg.Control == "" && err != nil:
 		return "", cli.ConfigError(fmt.Errorf("%w (--control names the socket without a configuration)", err))
 	case cfg.Control == "":
-		return "", cli.ConfigError(fmt.Errorf("%s names no control socket; add control: /run/keyhaven/keyserver.sock and restart the server", name))
+		return "", cli.ConfigError(fmt.Errorf("%s names no control socket; add control: /run/keyhaven-keyserver/control.sock and restart the server", name))
 	}
 	return cfg.Control, nil
 }

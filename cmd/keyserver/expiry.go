@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"crypto/x509"
-	"encoding/pem"
 	"path/filepath"
 	"time"
 
@@ -56,12 +55,8 @@ func (s *server) expiries() (all []expiry) {
 		all = append(all, expiry{kind, name, c.NotBefore, c.NotAfter})
 	}
 	add(endsServer, l.source.Identity().String(), l.source.Leaf())
-	for rest := l.source.RootsPEM(); ; {
-		var block *pem.Block
-		if block, rest = pem.Decode(rest); block == nil {
-			break
-		}
-		if c, err := x509.ParseCertificate(block.Bytes); err == nil {
+	for _, der := range roots(l.plan) {
+		if c, err := x509.ParseCertificate([]byte(der)); err == nil {
 			add(endsAuthority, c.Subject.CommonName, c)
 		}
 	}

@@ -1,8 +1,8 @@
 package main
 
 import (
-	"bytes"
 	"context"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"reflect"
@@ -79,24 +79,35 @@ func (s *server) exchange(ctx context.Context) (faults []error, err error) {
 		default:
 		}
 	}
-	s.closeGone(!bytes.Equal(old.source.RootsPEM(), next.source.RootsPEM())) // who is connected was verified with the old ones
+	s.closeGone(len(missingFrom(roots(next), roots(old.plan))) > 0) // by which one a client was verified is not known any more
 	s.logChanges(old.plan, next, keysBefore)
 	s.warnAboutPolicy()
 	return faults, nil
 }
 
 // closeGone closes the connections of clients that may not connect any more, or all.
-func (s *server) closeGone(newRoots bool) {
+func (s *server) closeGone(rootGone bool) {
 	s.keyless.CloseIf(func(p keyless.Peer) bool {
 		gone := !s.service.Admits(p.ID) // which leaves revoked clients out
 		switch {
 		case gone:
 			s.logger.Warn("closing a connection of a client that may not connect any more", "peer", p.ID, "addr", p.Addr.String())
-		case newRoots:
-			s.logger.Info("closing a connection, as its client must be verified by the new authority", "peer", p.ID, "addr", p.Addr.String())
+		case rootGone:
+			s.logger.Info("closing a connection, as its client must be verified by the authorities that are left", "peer", p.ID, "addr", p.Addr.String())
 		}
-		return gone || newRoots
+		return gone || rootGone
 	})
+}
+
+// roots are the authorities by which clients are verified.
+func roots(p *plan) (all []string) {
+	for rest := p.source.RootsPEM(); ; {
+		var block *pem.Block
+		if block, rest = pem.Decode(rest); block == nil {
+			return all
+		}
+		all = append(all, string(block.Bytes))
+	}
 }
 
 // fixed returns an error for each value that a running server cannot change.
