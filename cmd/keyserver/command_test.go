@@ -249,13 +249,9 @@ func TestKeyCommands(t *testing.T) {
 	}
 
 	csr := s.must("key", "csr", "--uri", tok.URI(), "--key", "key-p256", "--dns", "www.example.com")
-	block, _ := pem.Decode([]byte(csr))
-	if block == nil {
-		t.Fatalf("no PEM: %s", csr)
-	}
-	req, err := x509.ParseCertificateRequest(block.Bytes)
-	if err != nil || req.CheckSignature() != nil || len(req.DNSNames) != 1 {
-		t.Fatalf("got request %+v, %v", req, err)
+	req := parseCSR(t, csr)
+	if req.CheckSignature() != nil || len(req.DNSNames) != 1 {
+		t.Fatalf("got request %+v", req)
 	}
 	cert := s.write("cert.pem", 0o644, certify(t, req))
 	if code, out := s.try("key", "import-cert", "--uri", tok.URI(), "--key", "key-p384", cert); code != 1 || !strings.Contains(out, "does not fit") || !strings.Contains(out, "key csr") {
@@ -273,6 +269,19 @@ func TestKeyCommands(t *testing.T) {
 	if code, out := s.try("check", "--online", "--config", cfg); code != 3 || !strings.Contains(out, `clients[0].keys[1]: no token or file has a key "nobody"`) || !strings.Contains(out, "key-p384") {
 		t.Errorf("online check: got %d, %s", code, out)
 	}
+}
+
+func parseCSR(t *testing.T, text string) *x509.CertificateRequest {
+	t.Helper()
+	block, _ := pem.Decode([]byte(text))
+	if block == nil {
+		t.Fatalf("no PEM: %s", text)
+	}
+	req, err := x509.ParseCertificateRequest(block.Bytes)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return req
 }
 
 func certify(t *testing.T, req *x509.CertificateRequest) string {
