@@ -34,5 +34,5 @@ const (
 // causes maps a policy's reasons.
 var causes = map[Reason]Cause{
 	RefusedClient: CauseClient, RefusedOp: CauseOperation, RefusedKey: CauseKey, RefusedSNI: CauseSNI, RefusedWindow: CauseWindow,
-	RefusedScheme: CauseScheme, RefusedLegacy: CauseLegacy, RefusedRate: CauseRate, RefusedDaily: CauseDaily,
+	RefusedScheme: CauseScheme, RefusedLegacy: CauseLegacy, RefusedType: CauseFormat, RefusedDecrypt: CauseOff, RefusedRate: CauseRate, RefusedDaily: CauseDaily,
 }

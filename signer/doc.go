@@ -4,13 +4,17 @@
 // client may ask which key for what. A [Service] joins the two: it is a [keyless.Handler] that checks a request against the
 // policy, checks that its shape is right for the key, hashes what must be hashed, has a [Key] sign and writes a [Record].
 //
+// A rule can be bound to hours ([Window]), to a [Rate] and to a budget for each day; [Quotas] holds the counters. An operation
+// is counted last, when nothing else stands against it and the [Auditor] is ready, and what it was counted against is not
+// given back. Its answer leaves when the Auditor has kept the record. [Policy.Explain] tells people what the rules say.
+//
 // Where the keys live is the business of a [Backend]: a PKCS#11 token, or files (see [LoadFileKeys]) for trying out.
 //
 // # What a refused client learns
 //
 // A client learns of a key only if a rule of the policy names that key and the operation for that client. In every other
 // case the answer is [keyless.CodeKeyNotFound], the same for a key that does not exist, a key of someone else, an operation
-// or a scheme that is not allowed, and a server name outside the rule. Client, key, operation and server name are judged
+// or a scheme that is not allowed, a server name outside the rule, a window that is closed and a limit that is used up. Client, key, operation and server name are judged
 // before the key's type is looked at, so that a refused client learns nothing of it either. Faults that show without a key, such as
 // a digest of the wrong length, are the same for every key. Only a client that passed the policy gets a
 // [keyless.CodeCrypto] about an opcode that does not fit the key. The local record holds the true reason.

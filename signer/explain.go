@@ -1,6 +1,7 @@
 package signer
 
 import (
+	"crypto/rsa"
 	"crypto/x509"
 	"fmt"
 	"slices"
@@ -49,7 +50,7 @@ func ParseAlgorithm(name string) (Algorithm, bool) {
 	return Algorithm{}, false
 }
 
-// Explain answers the query as the policy would answer a request, and says what each rule has to do with it. It counts nothing; whether something is left of
+// Explain answers the query as a request with this policy would be answered, and says what each rule has to do with it. It counts nothing; whether something is left of
 // a rate or a day is read from the policy's [Quotas].
 func (p *Policy) Explain(q Query) Decision {
 	d := Decision{Reason: RefusedClient, Rule: -1}
@@ -62,7 +63,7 @@ func (p *Policy) Explain(q Query) Decision {
 	ask.name, ask.host = canonicalSNI(buf[:0], q.SNI)
 	for i := range p.clients[q.Client] {
 		r := &p.clients[q.Client][i]
-		v := p.verdict(r, &ask, at)
+		v := p.verdict(r, &ask, q.Scheme, at)
 		d.Rules = append(d.Rules, v)
 		if d.Rule < 0 || !d.Allowed && (v.Reason == Allowed || nearer(v.Reason, d.Reason) != d.Reason) {
 			d.Allowed, d.Reason, d.Rule = v.Reason == Allowed, v.Reason, r.index
@@ -76,10 +77,27 @@ func (p *Policy) Explain(q Query) Decision {
 
 var fields = map[Reason]string{
 	RefusedOp: "operations", RefusedKey: "keys", RefusedSNI: "snis", RefusedWindow: "windows", RefusedScheme: "schemes",
-	RefusedRate: "rate", RefusedDaily: "daily",
+	RefusedRate: "rate", RefusedDaily: "daily", RefusedType: "keys", RefusedDecrypt: "keys",
 }
 
-func (p *Policy) verdict(r *rule, q *question, at time.Time) RuleVerdict {
+// unfit reports why a key that the registry holds cannot do what is asked.
+func (q *question) unfit(alg Algorithm) Reason {
+	switch {
+	case q.key == nil || len(q.key.Homes) == 0:
+		return Allowed
+	case q.op.signs() && !Fits(q.key.public, alg):
+		return RefusedType
+	case q.op == OpDecrypt && !q.key.MayDecrypt():
+		return RefusedDecrypt
+	case q.op == OpDecrypt:
+		if _, ok := q.key.public.(*rsa.PublicKey); !ok {
+			return RefusedType
+		}
+	}
+	return Allowed
+}
+
+func (p *Policy) verdict(r *rule, q *question, alg Algorithm, at time.Time) RuleVerdict {
 	v := RuleVerdict{Rule: r.index}
 	bit := q.bit
 	if v.Reason = p.match(r, q, at); v.Reason == Allowed && r.set(q.op)&bit == 0 {
@@ -88,6 +106,9 @@ func (p *Policy) verdict(r *rule, q *question, at time.Time) RuleVerdict {
 	if v.Reason == Allowed && p.off&bit != 0 {
 		v.Reason, v.Field = RefusedLegacy, p.legacy.switchOf(bit)
 		return v
+	}
+	if v.Reason == Allowed {
+		v.Reason = q.unfit(alg)
 	}
 	if v.Reason == Allowed && r.limit.set() {
 		v.Reason = p.quotas.peek(r.limit, at)

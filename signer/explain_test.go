@@ -76,6 +76,21 @@ func TestExplain(t *testing.T) {
 	tomorrow.At = c.Now().Add(24 * 3600e9)
 	check("tomorrow", p, tomorrow, 4, Allowed, "1 operations, 2 operations, 3 operations, 4 ")
 	check("day, after looking at tomorrow", p, md5, 4, RefusedDaily, "1 operations, 2 operations, 3 operations, 4 daily")
+	all, plain := mustPolicy(t, everything(edgeOne)), testRegistry(t, false)
+	for name, tt := range map[string]struct {
+		q    Query
+		want Reason
+	}{
+		"type":                      {Query{Client: edgeOne, Op: OpSign, Key: rsaKey, Scheme: es256}, RefusedType},
+		"decryption by another key": {Query{Client: edgeOne, Op: OpDecrypt, Key: p256}, RefusedType},
+		"decryption":                {Query{Client: edgeOne, Op: OpDecrypt, Key: rsaKey}, Allowed},
+		"decryption, off":           {Query{Client: edgeOne, Op: OpDecrypt, Key: plain.BySKI(rsaKey.SKI)}, RefusedDecrypt},
+		"key that is not there now": {Query{Client: edgeOne, Op: OpDecrypt, Key: &Entry{Labels: []string{"rsa"}}}, Allowed},
+	} {
+		if d := all.Explain(tt.q); d.Reason != tt.want || d.Allowed != (tt.want == Allowed) || (d.Rules[0].Field == "keys") == d.Allowed {
+			t.Errorf("%s: got %+v, want %q", name, d, tt.want)
+		}
+	}
 	if d := (*Policy)(nil).Explain(tests[1].q); d.Allowed || d.Rule != -1 || d.Reason != RefusedClient {
 		t.Errorf("no policy: got %+v", d)
 	}

@@ -18,12 +18,16 @@ const (
 	RefusedWindow Reason = "outside the time window"
 	RefusedScheme Reason = "scheme not allowed"
 	RefusedLegacy Reason = "switched off on this server"
-	RefusedRate   Reason = "rate is used up"
-	RefusedDaily  Reason = "budget of the day is used up"
+	// These two a [Service] finds by itself; a policy gives them in [Policy.Explain] alone.
+	RefusedType    Reason = "does not fit the key's type"
+	RefusedDecrypt Reason = "decryption is off for this key"
+
+	RefusedRate  Reason = "rate is used up"
+	RefusedDaily Reason = "budget of the day is used up"
 )
 
 // reasons holds the reasons in their order.
-var reasons = [...]Reason{RefusedClient, RefusedOp, RefusedKey, RefusedSNI, RefusedWindow, RefusedScheme, RefusedLegacy, RefusedDaily, RefusedRate}
+var reasons = [...]Reason{RefusedClient, RefusedOp, RefusedKey, RefusedSNI, RefusedWindow, RefusedScheme, RefusedLegacy, RefusedType, RefusedDecrypt, RefusedDaily, RefusedRate}
 
 // nearer returns which of two reasons came nearer to being allowed.
 func nearer(a, b Reason) Reason {

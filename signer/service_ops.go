@@ -27,7 +27,7 @@ func (s *Service) sign(ctx context.Context, c *call) ([]byte, refusal) {
 	case reason != Allowed:
 		return nil, refused(keyless.ErrKeyNotFound, reason)
 	case !Fits(c.entry.public, alg):
-		return nil, refusal{keyless.ErrCrypto, ResultRefused, CauseFormat, "opcode does not fit the key's type"}
+		return nil, refused(keyless.ErrCrypto, RefusedType)
 	case alg.Hash != 0 && len(c.req.Payload) != alg.Hash.Size():
 		return nil, refusal{keyless.ErrFormat, ResultRefused, CauseFormat, "digest has the wrong length"}
 	}
@@ -102,11 +102,11 @@ func (s *Service) decrypt(ctx context.Context, c *call) ([]byte, refusal) {
 		return nil, refused(keyless.ErrKeyNotFound, reason)
 	}
 	if !c.entry.MayDecrypt() {
-		return nil, refusal{keyless.ErrKeyNotFound, ResultRefused, CauseOff, "decryption is off for this key"}
+		return nil, refused(keyless.ErrKeyNotFound, RefusedDecrypt)
 	}
 	pub, ok := c.entry.public.(*rsa.PublicKey)
 	if !ok {
-		return nil, refusal{keyless.ErrCrypto, ResultRefused, CauseFormat, "opcode does not fit the key's type"}
+		return nil, refused(keyless.ErrCrypto, RefusedType)
 	}
 	if len(c.req.Payload) != pub.Size() {
 		return nil, refusal{keyless.ErrFormat, ResultRefused, CauseFormat, "ciphertext is not as long as the modulus"}
