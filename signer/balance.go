@@ -72,8 +72,8 @@ func (e *Entry) do(ctx context.Context, c Caller, o keyUse) ([]byte, Outcome, er
 		}
 		before = home
 		asked |= 1 << home
-		if after := e.hedgeAfter(&o, home, asked, now); after > 0 {
-			return e.race(ctx, c, o, home, asked, after, out)
+		if after, free := e.hedgeAfter(&o, home, asked, now); after > 0 {
+			return e.race(ctx, c, o, home, asked, after, free, out)
 		}
 		var result []byte
 		result, err = e.Homes[home].ask(ctx, c, &o, e.class, &out)

@@ -76,7 +76,6 @@ func (h *hedger) take() bool {
 			return false
 		}
 		if h.budget.CompareAndSwap(b, b-hedgePrice) {
-			h.asked.Add(1)
 			return true
 		}
 	}
@@ -140,20 +139,38 @@ func (f *flights) wait() {
 	<-done
 }
 
-// hedgeAfter returns how long to wait for a home before another is asked; 0 if there is no other, or no hedging.
-func (e *Entry) hedgeAfter(o *keyUse, home int, asked uint64, now time.Duration) time.Duration {
+// trialDelayLocked returns how long the trial of a breaker may take before the home counts as failing still.
+func (l *Lane) trialDelayLocked(class keyClass) time.Duration {
+	d := l.latency[class].percentile(.99)
+	if d == 0 {
+		d = defaultTrialDelay
+	}
+	return max(d, l.hedges.config.Min)
+}
+
+const defaultTrialDelay = 100 * time.Millisecond
+
+// hedgeAfter returns how long to wait for a home before another is asked; 0 if there is no other, or no hedging. The trial of a
+// breaker is hedged in any case, and free of charge, so that no operation is lost to a home that hangs still.
+func (e *Entry) hedgeAfter(o *keyUse, home int, asked uint64, now time.Duration) (after time.Duration, free bool) {
 	l := e.Homes[home].Lane
 	if l == nil || len(e.Homes) < 2 {
-		return 0
+		return 0, false
 	}
-	after := l.hedges.after(e.class)
+	if free = l.opens.Load() != 0; free {
+		l.mu.Lock()
+		after = l.trialDelayLocked(e.class)
+		l.mu.Unlock()
+	} else {
+		after = l.hedges.after(e.class)
+	}
 	if after == 0 {
-		return 0
+		return 0, false
 	}
 	if next, _ := e.next(o, asked, now); next < 0 {
-		return 0
+		return 0, false
 	}
-	return after
+	return after, free
 }
 
 // answer is what a home made of a hedged operation.
@@ -197,8 +214,8 @@ func (r *race) another() bool {
 
 // race asks a home, and another one if the first has not answered in time. The first result wins. It returns when the context ends, while homes that do
 // not obey theirs may be at work still; hence the copy of the input. asked holds the homes that are not to be asked any more, and out what became
-// of the operation so far.
-func (e *Entry) race(ctx context.Context, c Caller, o keyUse, home int, asked uint64, after time.Duration, out Outcome) ([]byte, Outcome, error) {
+// of the operation so far. If free is set, asking another home costs nothing of the first one's budget.
+func (e *Entry) race(ctx context.Context, c Caller, o keyUse, home int, asked uint64, after time.Duration, free bool, out Outcome) ([]byte, Outcome, error) {
 	o.input = slices.Clone(o.input)
 	inner, cancel := context.WithCancelCause(ctx)
 	defer cancel(errHedged)
@@ -230,7 +247,8 @@ func (e *Entry) race(ctx context.Context, c Caller, o keyUse, home int, asked ui
 				e.Homes[a.home].failedOver()
 			}
 		case <-timer.C:
-			if next, _ := e.next(&r.op, r.asked, laneTime()); next >= 0 && first.take() {
+			if next, _ := e.next(&r.op, r.asked, laneTime()); next >= 0 && (free || first.take()) {
+				first.asked.Add(1)
 				out.Hedged = true
 				r.start(next)
 			}

@@ -68,6 +68,9 @@ func TestHedgeAfterPercentile(t *testing.T) {
 		if s := e.Homes[0].Lane.Stats(); s.Hedges != 2 || s.HedgesWon != 1 {
 			t.Errorf("got %d hedges and %d won, want 2 and 1", s.Hedges, s.HedgesWon)
 		}
+		if got := e.Homes[1].Lane.Stats().Latency.P50; got < 5*time.Millisecond {
+			t.Errorf("the second home's latency is %v after it was cancelled early, want the 5 ms of its one answer", got)
+		}
 	})
 }
 
@@ -136,6 +139,40 @@ func TestHedgeBudgetOfManyAtOnce(t *testing.T) {
 		time.Sleep(2 * time.Second)
 		if n := two.calls.Load(); n != 10 {
 			t.Errorf("the second home was asked %d times, want the 10 that were saved", n)
+		}
+		wantQuiet(t, e, r)
+	})
+}
+
+// TestTrialsAreHedged has a home hang for good. Its breaker's trials may not cost an operation, though hedging is off.
+func TestTrialsAreHedged(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e, r, one, two := hedgedPair(t, HedgeConfig{})
+		one.sign = func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }
+		lost := 0
+		for range 600 {
+			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+			start := time.Now()
+			if _, out, err := e.Sign(ctx, Caller{}, p256Alg, zeros); err != nil {
+				lost++
+			} else if took := time.Since(start); took > 50*time.Millisecond {
+				t.Fatalf("took %v: %+v", took, out)
+			}
+			cancel()
+			time.Sleep(100 * time.Millisecond)
+		}
+		if lost != 5 {
+			t.Errorf("lost %d operations, want the 5 that open the breaker", lost)
+		}
+		// One minute: trials after 1, 3, 7, 15, 31 and 61 seconds, a little less each.
+		if n := one.calls.Load() - 320 - 5; n < 5 || n > 7 {
+			t.Errorf("got %d trials in a minute, want six", n)
+		}
+		two.sign = takes(30 * time.Millisecond)
+		one.sign = takes(time.Millisecond)
+		time.Sleep(30 * time.Second)
+		if out, err := signOnce(t, e); err != nil || out.Home != "one" || e.Homes[0].Lane.Stats().Breaker != "closed" {
+			t.Errorf("got %+v, %v, %s, want the home to be back", out, err, e.Homes[0].Lane.Stats().Breaker)
 		}
 		wantQuiet(t, e, r)
 	})

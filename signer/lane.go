@@ -274,7 +274,10 @@ func (l *Lane) release(ctx context.Context, p *place, err error) time.Duration {
 
 	l.mu.Lock()
 	v := well
-	if !result && !throttled {
+	switch {
+	case hedged && p.trial && took >= l.trialDelayLocked(p.class):
+		v = ill
+	case !result && !throttled:
 		v = l.verdictLocked(ctx, err, p.class, took)
 	}
 	l.inFlight--

@@ -2,6 +2,7 @@ package signer
 
 import (
 	"container/heap"
+	"strings"
 	"time"
 )
 
@@ -9,6 +10,7 @@ import (
 const (
 	maxPeers = 1024 // clients with a flow of their own; the rest shares one
 	maxSNIs  = 256  // the same for the server names of one client
+	maxName  = 255  // of a server name, in bytes; longer ones that begin alike share a flow
 )
 
 // A waiter is an operation in a lane's queue.
@@ -50,7 +52,10 @@ type flow struct {
 func newRoot() flow { return flow{index: -1, max: maxPeers} }
 
 // find returns the flow of a caller, and makes it if need be.
-func (f *flow) find(c Caller) *flow { return f.child(c.Peer, maxSNIs).child(c.SNI, 0) }
+func (f *flow) find(c Caller) *flow {
+	sni := c.SNI[:min(len(c.SNI), maxName)]
+	return f.child(c.Peer, maxSNIs).child(sni, 0)
+}
 
 func (f *flow) child(name string, grandchildren int) *flow {
 	if c := f.children[name]; c != nil {
@@ -68,8 +73,8 @@ func (f *flow) child(name string, grandchildren int) *flow {
 	if f.children == nil {
 		f.children = map[string]*flow{}
 	}
-	c := &flow{parent: f, name: name, max: grandchildren, index: -1}
-	f.children[name] = c
+	c := &flow{parent: f, name: strings.Clone(name), max: grandchildren, index: -1} // a clone, as a request may be much larger
+	f.children[c.name] = c
 	f.idle.push(c)
 	return c
 }
