@@ -18,12 +18,14 @@ const (
 	RefusedWindow Reason = "outside the time window"
 	RefusedScheme Reason = "scheme not allowed"
 	RefusedLegacy Reason = "switched off on this server"
-	// These two a [Service] finds by itself; a policy gives them in [Policy.Explain] alone.
+	RefusedDaily  Reason = "budget of the day is used up"
+	RefusedRate   Reason = "rate is used up"
+)
+
+// Reasons that lie with the key. A [Service] finds them by itself; a policy has them in [Policy.Explain] alone.
+const (
 	RefusedType    Reason = "does not fit the key's type"
 	RefusedDecrypt Reason = "decryption is off for this key"
-
-	RefusedRate  Reason = "rate is used up"
-	RefusedDaily Reason = "budget of the day is used up"
 )
 
 // reasons holds the reasons in their order.
