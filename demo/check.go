@@ -42,6 +42,8 @@ func (d *demo) check(ctx context.Context) error {
 		{"a returning visitor costs no signature", d.resumes},
 		{"an unknown host name is refused, without a certificate", d.unknownName},
 		{"the private network cannot be reached without the tunnel", d.outOfReach},
+		{"a worker process killed with kill -9 costs no visitor anything", d.workersKilled},
+		{"the audit log is whole, and shows where a copy was altered", d.auditHolds},
 		{"a killed key server fails new visitors fast, and heals", d.keyServerAway},
 		{"a killed connector answers 502 or an alert, and heals", d.connectorAway},
 	} {

@@ -79,6 +79,7 @@ func run(ctx context.Context, check bool) (err error) {
 		return d.check(ctx)
 	}
 	d.explain()
+	report("curl loops while each worker process that holds the HSM's module is killed with kill -9", d.workersKilled(ctx))
 	<-ctx.Done()
 	fmt.Println("\nStopping.")
 	return nil

@@ -154,7 +154,10 @@ func (l *Lab) makeKeyOwner(ctx context.Context) error {
 	if _, err := l.Tool(ctx, "keyhaven-keyserver", "ca", "issue", "ks1", "--ca-dir", l.Path("key-ca"), "--out", l.Path("keyserver")); err != nil {
 		return err
 	}
-	_, err := l.Tool(ctx, "keyhaven-keyserver", "client", "add", "edge1", "--ca-dir", l.Path("key-ca"), "--out", l.Path("edge-client"))
+	if _, err := l.Tool(ctx, "keyhaven-keyserver", "client", "add", "edge1", "--ca-dir", l.Path("key-ca"), "--out", l.Path("edge-client")); err != nil {
+		return err
+	}
+	_, err := l.Tool(ctx, "keyhaven-keyserver", "audit", "keygen", "--out", l.Path("audit.key"), "--public", l.Path("audit.pub"))
 	return err
 }
 
