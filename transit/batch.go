@@ -14,8 +14,8 @@ import (
 	"github.com/keyhaven/keyhaven/signer"
 )
 
-// maxWaiting bounds the signatures that wait for a request of one key and algorithm. Beyond it they are refused as signer.ErrOverloaded; who
-// calls through a [signer.Lane] of the backend's capacity never gets there.
+// maxWaiting bounds the signatures that wait for a request of one key and algorithm, if the backend's capacity is not greater. Beyond it they are
+// refused as signer.ErrOverloaded; who calls through a [signer.Lane] of the backend's capacity never gets there.
 const maxWaiting = 1024
 
 // A group collects the signatures with one key and algorithm that are asked for while a request is under way.
@@ -58,8 +58,8 @@ func (g *group) sign(ctx context.Context, input []byte) ([]byte, error) {
 func (g *group) join(it *item) error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if len(g.waiting) >= maxWaiting {
-		return fmt.Errorf("transit: key %q: %d signatures wait: %w", g.k.keyName, maxWaiting, signer.ErrOverloaded)
+	if most := max(maxWaiting, g.k.b.Capacity()); len(g.waiting) >= most {
+		return fmt.Errorf("transit: key %q: %d signatures wait: %w", g.k.keyName, most, signer.ErrOverloaded)
 	}
 	g.waiting = append(g.waiting, it)
 	cfg := &g.k.b.cfg

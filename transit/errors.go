@@ -79,7 +79,10 @@ func (b *Backend) refusal(a *answer, doing, hint string) error {
 	case a.status == http.StatusTooManyRequests:
 		f.classes = []error{signer.ErrThrottled}
 		f.retry = retryAfter(a.retry)
-	case a.status >= 300 && a.status < 400:
+	case a.status < 300:
+		f.classes = []error{signer.ErrUnavailable}
+		f.text += ": not an answer of a Transit engine"
+	case a.status < 400:
 		f.classes = []error{signer.ErrUnavailable}
 		f.text += ": redirections are not followed"
 		if u, err := url.Parse(a.location); err == nil && u.Host != "" {

@@ -46,7 +46,7 @@ type session struct {
 	asked   time.Time     // when a denied permission last asked for a login
 	asking  bool          // a login that was asked for is not done yet
 	changed chan struct{} // closed when a login is done or has failed
-	known   secrets       // of the current login and the one before
+	known   secrets       // of the last logins, made or tried
 }
 
 func newSession(m method, home string, log *slog.Logger, p pauses) *session {
@@ -61,6 +61,10 @@ func (s *session) current() (*login, error) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if l != nil {
+		// It should have been replaced in time. Timers lag behind when a machine slept, or its clock was set.
+		s.askLocked()
+	}
 	if s.err != nil {
 		return nil, unavailable("not logged in to %s: %w", s.home, s.err)
 	}
@@ -88,6 +92,9 @@ func (s *session) scrub(text string) string {
 	s.mu.Lock()
 	known := s.known
 	s.mu.Unlock()
+	if l := s.cur.Load(); l != nil {
+		known = append(secrets{l.secret.ClientToken}, known...)
+	}
 	return known.scrub(text)
 }
 
@@ -99,19 +106,12 @@ func (s *session) refresh(ctx context.Context, old *login) (*login, error) {
 		s.mu.Unlock()
 		return l, nil
 	}
-	if !s.asking {
-		if !s.asked.IsZero() && time.Since(s.asked) < s.pauses.again {
-			s.mu.Unlock()
-			return nil, nil
-		}
-		s.asking, s.asked = true, time.Now()
-		select {
-		case s.kick <- struct{}{}:
-		default:
-		}
-	}
+	due := s.askLocked()
 	changed := s.changed
 	s.mu.Unlock()
+	if !due {
+		return nil, nil
+	}
 	select {
 	case <-changed:
 	case <-ctx.Done():
@@ -122,6 +122,22 @@ func (s *session) refresh(ctx context.Context, old *login) (*login, error) {
 	}
 	_, err := s.current()
 	return nil, err
+}
+
+// askLocked asks for a login, and reports whether one is on its way. It is not if one was asked for a moment ago.
+func (s *session) askLocked() bool {
+	if s.asking {
+		return true
+	}
+	if !s.asked.IsZero() && time.Since(s.asked) < s.pauses.again {
+		return false
+	}
+	s.asking, s.asked = true, time.Now()
+	select {
+	case s.kick <- struct{}{}:
+	default:
+	}
+	return true
 }
 
 // logIn makes one login and tells all who wait for it.
