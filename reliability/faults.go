@@ -12,7 +12,6 @@ import (
 const (
 	generalError         = 0x5
 	functionFailed       = 0x6
-	deviceError          = 0x30
 	keyHandleInvalid     = 0x60
 	objectHandleInvalid  = 0x82
 	operationActive      = 0x90
@@ -34,12 +33,24 @@ const wrongPIN = "canary-wrong-pin"
 const spell = 700 * time.Millisecond
 
 // lasting has the faults for a spell.
-func lasting(f faultmodule.Faults) func(*Trial) error {
+func lasting(f faultmodule.Faults) func(*Trial) error { return during(spell, f) }
+
+// learned has the faults for longer than a client waits, after there were enough requests to know how long they take.
+func learned(f faultmodule.Faults) func(*Trial) error {
+	return func(t *Trial) error {
+		if err := t.Answered(300); err != nil {
+			return err
+		}
+		return during(timeout+spell, f)(t)
+	}
+}
+
+func during(d time.Duration, f faultmodule.Faults) func(*Trial) error {
 	return func(t *Trial) error {
 		if err := t.Set(f); err != nil {
 			return err
 		}
-		if err := t.wait(spell); err != nil {
+		if err := t.wait(d); err != nil {
 			return err
 		}
 		if err := t.Answered(10); err != nil {
@@ -69,11 +80,23 @@ func once(calls int, rules ...faultmodule.Rule) func(*Trial) error {
 	}
 }
 
-// codes fails so many calls with each of the codes in turn.
-func codes(function string, calls int, list ...uint) func(*Trial) error {
+// hung has one operation hang until its worker is replaced.
+func hung(t *Trial) error {
+	before := t.Counters().Processes
+	if err := once(1, faultmodule.Rule{Function: "C_Sign", Do: faultmodule.Hang, Count: 1})(t); err != nil {
+		return err
+	}
+	if err := t.Until("another worker", func() bool { return t.Counters().Processes > before }); err != nil {
+		return err
+	}
+	return t.Heal()
+}
+
+// codes fails one call with each of the codes in turn.
+func codes(function string, list ...uint) func(*Trial) error {
 	return func(t *Trial) error {
 		for _, code := range list {
-			if err := once(calls, faultmodule.Rule{Function: function, Do: faultmodule.Return, Code: code, Count: calls})(t); err != nil {
+			if err := once(1, faultmodule.Rule{Function: function, Do: faultmodule.Return, Code: code, Count: 1})(t); err != nil {
 				return fmt.Errorf("code %#x: %w", code, err)
 			}
 			if err := t.Answered(2 * callers); err != nil {

@@ -37,7 +37,7 @@ func TestMatrix(t *testing.T) {
 				t.Fatal(err)
 			}
 			if err := r.Check(); err != nil {
-				t.Error(err)
+				t.Errorf("%v; the key server said:\n%s", err, r.Log)
 			}
 			t.Logf("sent %d, lost %d, gap %v, recovery %v, workers %d; %s", r.Sent, r.Lost, r.Gap, r.Recovery, r.WorkerRestarts, r.Seen())
 		})

@@ -22,6 +22,8 @@ type Result struct {
 	ServerRestarts int            // 0, or 1 if the process is not the one that was started
 	Errors         map[string]int // what the client saw
 
+	Log string // of the key server, without the operations that went well
+
 	faults []error // what must never be so
 }
 
@@ -58,6 +60,7 @@ func (t *Trial) result() (*Result, error) {
 	if log := t.server.text(); strings.Contains(log, "pin-canary-") || strings.Contains(log, wrongPIN) {
 		r.faults = append(r.faults, errors.New("a PIN is in the log"))
 	}
+	r.Log = t.server.story()
 	t.count(r)
 	return r, nil
 }

@@ -1,6 +1,7 @@
 package reliability
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -34,15 +35,25 @@ type Row struct {
 	Workers int    // of each token; 2 in Rows if not set
 	Scheme  tls.SignatureScheme
 	Token   string             // further lines of the configuration of the first token
+	Second  string             // the same for the second
 	Config  string             // further lines of the configuration
 	Before  func(*Trial) error // what is so before the server starts
 	Fault   func(*Trial) error // inflicts the failure, and returns when it is over
 	Loss    Loss
 	Says    string             // regular expression that the log has a line for, while the failure lasts or after it
+	Metric  string             // of the first token, with a label perhaps ("name reason=\"x\""), that is above 0 in the end
 	Also    func(*Trial) error // what else must be so in the end
-	// Fewer says that the first token does not come to its number of workers, or to none.
-	Fewer bool
+	Absent  Absence            // whether the first token has no workers
 }
+
+// Absence says when the first token has no workers.
+type Absence int
+
+const (
+	Never     Absence = iota
+	AtFirst           // until the failure is over
+	AllTheWay         // up to the end
+)
 
 // A Trial is a row that runs.
 type Trial struct {
@@ -120,10 +131,7 @@ func (t *Trial) config() string {
 	fmt.Fprintf(&b, "clients:\n  - {id: \"spiffe://%s/edge/%s\", keys: [\"*\"], operations: [tls-sign], schemes: [\"*\"], snis: [\"*\"]}\ntokens:\n", domain, client)
 	for i, h := range t.Homes {
 		fmt.Fprintf(&b, "  - uri: \"pkcs11:token=%s?pin-source=%s\"\n    module: %s\n    workers: %d\n", h.Token.Label, h.PINFile, h.module, t.Row.Workers)
-		extra := "deadline: 500ms"
-		if i == 0 && t.Token != "" {
-			extra = t.Token
-		}
+		extra := cmp.Or([]string{t.Token, t.Second}[i], "deadline: 500ms")
 		for line := range strings.Lines(extra) {
 			fmt.Fprintf(&b, "    %s\n", strings.TrimSpace(line))
 		}
@@ -137,7 +145,7 @@ const (
 )
 
 func (t *Trial) run() error {
-	if err := t.well(0); err != nil {
+	if err := t.well(0, t.Absent != Never); err != nil {
 		return fmt.Errorf("before the failure: %w", err)
 	}
 	_, t.calm = t.Load.good()
@@ -149,16 +157,21 @@ func (t *Trial) run() error {
 		t.healed = time.Now()
 	}
 	_, all := t.Load.good()
-	if err := t.well(all); err != nil {
+	if err := t.well(all, t.Absent == AllTheWay); err != nil {
 		return fmt.Errorf("after the failure: %w", err)
 	}
 	_, t.recovered = t.Load.good()
-	if err := t.well(t.recovered); err != nil {
+	if err := t.well(t.recovered, t.Absent == AllTheWay); err != nil {
 		return fmt.Errorf("after the recovery: %w", err)
 	}
 	if t.Says != "" {
 		says := regexp.MustCompile(t.Says)
 		if err := poll(t.ctx, "a line of the log that fits "+t.Says, func() bool { return says.MatchString(t.server.text()) }); err != nil {
+			return err
+		}
+	}
+	if t.Metric != "" {
+		if err := t.measured(t.Metric); err != nil {
 			return err
 		}
 	}
@@ -168,8 +181,24 @@ func (t *Trial) run() error {
 	return nil
 }
 
-// well waits until requests go well, enough of them after the first skip, and all workers are there.
-func (t *Trial) well(skip int) error {
+// measured checks that a metric of the first token is above 0.
+func (t *Trial) measured(metric string) error {
+	_, text, err := t.server.get(t.ctx, "/metrics")
+	if err != nil {
+		return err
+	}
+	name, label, _ := strings.Cut(metric, " ")
+	for line := range strings.Lines(text) {
+		series, value, _ := strings.Cut(strings.TrimSpace(line), "} ")
+		if strings.HasPrefix(series, name+"{") && strings.Contains(series, label) && strings.Contains(series, t.Homes[0].Token.Label) && value != "0" {
+			return nil
+		}
+	}
+	return fmt.Errorf("the metric %s is 0 or missing", metric)
+}
+
+// well waits until requests go well, enough of them after the first skip, and all workers are there, but for an absent first token.
+func (t *Trial) well(skip int, absent bool) error {
 	err := poll(t.ctx, "requests that go well", func() bool {
 		inRow, all := t.Load.good()
 		return min(inRow, all-skip) >= enough || t.server.ended()
@@ -181,7 +210,7 @@ func (t *Trial) well(skip int) error {
 		return errors.New("the key server ended")
 	}
 	for i, h := range t.Homes {
-		if i == 0 && t.Fewer {
+		if i == 0 && absent {
 			continue
 		}
 		if err := poll(t.ctx, fmt.Sprintf("%d workers of home %d", t.Row.Workers, i), func() bool { return len(h.Counters().PIDs) == t.Row.Workers }); err != nil {
