@@ -180,7 +180,9 @@ func appendOp(b []byte, seq uint64, r *signer.Record) []byte {
 	b = appendStart(b, seq, KindOp, r.Time)
 	b = appendDuration(b, "dur", r.Duration)
 	b = appendString(b, "client", r.Peer)
-	if r.Addr.IsValid() {
+	if r.Addr.IsValid() && r.Addr.Addr().Zone() == "" {
+		b = append(r.Addr.AppendTo(append(appendName(b, "addr"), '"')), '"')
+	} else if r.Addr.IsValid() {
 		b = appendString(b, "addr", r.Addr.String())
 	}
 	b = appendString(b, "op", r.Op)
@@ -216,10 +218,13 @@ func appendStart(b []byte, seq uint64, kind Kind, t time.Time) []byte {
 }
 
 func appendAddr(b []byte, name string, a netip.Addr) []byte {
-	if !a.IsValid() {
+	switch {
+	case !a.IsValid():
 		return b
+	case a.Zone() == "":
+		return append(a.AppendTo(append(appendName(b, name), '"')), '"')
 	}
-	return appendString(b, name, a.String())
+	return appendString(b, name, a.String()) // a zone can hold anything
 }
 
 func appendDuration(b []byte, name string, d time.Duration) []byte {

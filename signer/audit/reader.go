@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"sync"
 )
 
 // lineReader reads a file line by line.
@@ -23,10 +24,20 @@ func openLines(path string) (*lineReader, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &lineReader{f: f, r: bufio.NewReaderSize(f, maxLine)}, nil
+	r := buffers.Get().(*bufio.Reader)
+	r.Reset(f)
+	return &lineReader{f: f, r: r}, nil
 }
 
-func (r *lineReader) close() { _ = r.f.Close() } // it was only read
+// buffers holds readers that can hold a line.
+var buffers = sync.Pool{New: func() any { return bufio.NewReaderSize(nil, maxLine) }}
+
+// close ends the reading. The last line must not be used any more.
+func (r *lineReader) close() {
+	_ = r.f.Close() // it was only read
+	r.r.Reset(nil)
+	buffers.Put(r.r)
+}
 
 var errTorn = errors.New("line has no end")
 

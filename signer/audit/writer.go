@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"time"
@@ -189,6 +190,9 @@ func (w *writer) work(now time.Time) error {
 
 // take takes the gathered batch over.
 func (w *writer) take() {
+	if len(w.pending) > 1 {
+		runtime.Gosched() // those who were just woken may have something for this batch
+	}
 	clear(w.pending)
 	spare := w.pending[:0]
 	w.batch, w.lost = w.l.take(spare)
