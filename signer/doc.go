@@ -10,6 +10,16 @@
 //
 // Where the keys live is the business of a [Backend]: a PKCS#11 token, or files (see [LoadFileKeys]) for trying out.
 //
+// # Several homes for one key
+//
+// The same key in several places is one [Entry] with several homes. [Entry.Sign] spreads operations over those that are healthy, goes
+// on to the next one when a home is away, and asks a second one when the first takes longer than usual. Each place has a [Lane], which
+// lets in as many operations as the place does at once, has the others wait in fair turns, refuses early what would miss its deadline,
+// sends less to a place that throttles, and leaves one alone that fails until a trial goes well.
+//
+// Shares are of the place's time and not of operations, since an RSA signature takes ten times as long as one on P-256. An operation that is
+// in the place is not interrupted: one that comes waits for the first place to become free, and only then does its turn count.
+//
 // # What a refused client learns
 //
 // A client learns of a key only if a rule of the policy names that key and the operation for that client. In every other

@@ -97,7 +97,7 @@ func TestFairUnderOverload(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				run := func(sources ...source) ([][]time.Duration, LaneStats) {
 					l := NewLane(LaneConfig{Capacity: capacity})
-					took, _ := crowd(l, 8*time.Second, sources...)
+					took, _ := crowd(l, 4*time.Second, sources...)
 					synctest.Wait()
 					wantIdle(t, l)
 					return took, l.Stats()
@@ -110,7 +110,7 @@ func TestFairUnderOverload(t *testing.T) {
 				if fair := is <= 2*was; fair != tt.fair {
 					t.Errorf("99th percentile of the others: %v without abuse, %v with: fair is %v, want %v", was, is, fair, tt.fair)
 				}
-				if got := float64(stats.Done) / (8 * full); got < .95 {
+				if got := float64(stats.Done) / (4 * full); got < .95 {
 					t.Errorf("the home was busy for %.0f %% of the time, want all", 100*got)
 				}
 			})
@@ -124,7 +124,7 @@ func TestSharesAreOfTime(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				l := NewLane(LaneConfig{Capacity: 4, Queue: 256})
-				_, busy := crowd(l, 10*time.Second,
+				_, busy := crowd(l, 5*time.Second,
 					source{400, same("long", ""), class, 50 * time.Millisecond},
 					source{4000, same("short", ""), classP256, 5 * time.Millisecond})
 				if ratio := busy[0].Seconds() / busy[1].Seconds(); ratio < .9 || ratio > 1.1 {
