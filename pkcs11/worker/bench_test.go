@@ -4,9 +4,12 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"os"
+	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/keyhaven/keyhaven/internal/softhsm"
 	"github.com/keyhaven/keyhaven/pkcs11"
@@ -68,6 +71,7 @@ func share(b *testing.B, callers int, k signer.Key) {
 	}
 	warm.Wait()
 	b.ReportAllocs()
+	before := cpuTime(b)
 	b.ResetTimer()
 	var done atomic.Int64
 	var wg sync.WaitGroup
@@ -84,4 +88,29 @@ func share(b *testing.B, callers int, k signer.Key) {
 	wg.Wait()
 	b.StopTimer()
 	b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "ops/s")
+	b.ReportMetric(float64((cpuTime(b)-before).Microseconds())/float64(b.N), "cpu-µs/op")
+}
+
+// cpuTime is the processor time that this process and its workers have used, which other work on the machine disturbs less than rates.
+func cpuTime(b *testing.B) time.Duration {
+	b.Helper()
+	all := time.Duration(0)
+	for _, pid := range append(childrenOf(b), os.Getpid()) {
+		tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/schedstat", pid))
+		if err != nil || len(tasks) == 0 {
+			b.Fatalf("no tasks of process %d: %v", pid, err)
+		}
+		for _, task := range tasks {
+			text, err := os.ReadFile(task)
+			if err != nil {
+				continue
+			}
+			var ran time.Duration
+			if _, err := fmt.Sscan(string(text), &ran); err != nil {
+				b.Fatal(err)
+			}
+			all += ran
+		}
+	}
+	return all
 }

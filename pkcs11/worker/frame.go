@@ -6,8 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"runtime"
-	"sync"
 
 	"github.com/keyhaven/keyhaven/signer"
 )
@@ -129,86 +127,6 @@ func (r *frameReader) next() (frame, error) {
 			return frame{}, err
 		}
 	}
-}
-
-// frameWriter collects frames and writes what has come together at once. Its zero value is not usable.
-type frameWriter struct {
-	mu     sync.Mutex // guards what follows
-	buf    []byte
-	spare  []byte
-	closed bool
-
-	wake chan struct{}
-}
-
-func newFrameWriter() *frameWriter { return &frameWriter{wake: make(chan struct{}, 1)} }
-
-// maxQueued is how much of what may be lost, log records, waits to be written at most.
-const maxQueued = 1 << 20
-
-// send queues a frame.
-func (w *frameWriter) send(typ frameType, id uint32, parts ...[]byte) {
-	w.mu.Lock()
-	w.buf = appendFrame(w.buf, typ, id, parts...)
-	w.mu.Unlock()
-	w.flush()
-}
-
-// spareable is send for what is left out when too much waits.
-func (w *frameWriter) spareable(typ frameType, body []byte) {
-	w.mu.Lock()
-	fits := len(w.buf) < maxQueued
-	if fits {
-		w.buf = appendFrame(w.buf, typ, 0, body)
-	}
-	w.mu.Unlock()
-	w.flush()
-}
-
-func (w *frameWriter) flush() {
-	select {
-	case w.wake <- struct{}{}:
-	default:
-	}
-}
-
-// close makes run return after it has written what is queued.
-func (w *frameWriter) close() {
-	w.mu.Lock()
-	w.closed = true
-	w.mu.Unlock()
-	w.flush()
-}
-
-// run writes until close is called or a write fails.
-func (w *frameWriter) run(to io.Writer) error {
-	for range w.wake {
-		// Those who are about to send are let through first: one write is cheaper than several.
-		runtime.Gosched()
-		for {
-			w.mu.Lock()
-			out, closed := w.buf, w.closed
-			if len(out) > 0 {
-				w.buf, w.spare = w.spare[:0], nil
-			}
-			w.mu.Unlock()
-			if len(out) == 0 {
-				if closed {
-					return nil
-				}
-				break
-			}
-			if _, err := to.Write(out); err != nil {
-				return err
-			}
-			w.mu.Lock()
-			if cap(out) <= maxFrame {
-				w.spare = out[:0]
-			}
-			w.mu.Unlock()
-		}
-	}
-	return nil
 }
 
 // signRequest is the body of frameSign, and of frameDecrypt, which has no algorithm.

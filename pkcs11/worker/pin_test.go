@@ -160,7 +160,7 @@ func TestNothingShowsThePIN(t *testing.T) {
 }
 
 // childrenOf returns the processes of which this one is the parent.
-func childrenOf(t *testing.T) (pids []int) {
+func childrenOf(t testing.TB) (pids []int) {
 	t.Helper()
 	files, err := filepath.Glob("/proc/[0-9]*/stat")
 	if err != nil {
