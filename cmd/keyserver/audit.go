@@ -87,12 +87,12 @@ func (a *auditor) signer(c AuditConfig) (audit.CheckpointSigner, error) {
 	}), nil
 }
 
-func (c AuditConfig) outputs() (out []audit.Output, err error) {
-	if c.JSONL != "" {
-		out = append(out, audit.JSONLines(c.JSONL))
+func (a AuditConfig) outputs() (out []audit.Output, err error) {
+	if a.JSONL != "" {
+		out = append(out, audit.JSONLines(a.JSONL))
 	}
-	if c.Syslog != "" {
-		o, err := audit.Syslog(audit.SyslogConfig{Address: c.Syslog})
+	if a.Syslog != "" {
+		o, err := audit.Syslog(audit.SyslogConfig{Address: a.Syslog})
 		if err != nil {
 			return nil, err
 		}

@@ -80,6 +80,23 @@ func (s *server) expiries() (all []expiry) {
 	return all
 }
 
+// firstEnds returns by kind and name what ends, as of the last look. Of several that have a name, such as two roots while one takes the place of
+// the other, it is the first that ends.
+func (s *server) firstEnds() map[[2]string]time.Time {
+	all := s.endings.Load()
+	if all == nil {
+		return nil
+	}
+	ends := make(map[[2]string]time.Time, len(*all))
+	for _, e := range *all {
+		id := [2]string{e.kind, e.name}
+		if to, ok := ends[id]; !ok || e.to.Before(to) {
+			ends[id] = e.to
+		}
+	}
+	return ends
+}
+
 // watchExpiry tells the log of what is about to end, at each of its stages once.
 func (s *server) watchExpiry(ctx context.Context) error {
 	type id struct {

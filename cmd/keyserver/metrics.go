@@ -88,10 +88,8 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 	m.homes(gauge, counter)
 	m.probes(gauge)
 	m.audit(gauge, counter)
-	if all := m.server.endings.Load(); all != nil {
-		for _, e := range *all {
-			gauge(descNotAfter, float64(e.to.Unix()), e.kind, e.name)
-		}
+	for id, to := range m.server.firstEnds() {
+		gauge(descNotAfter, float64(to.Unix()), id[0], id[1])
 	}
 }
 

@@ -23,7 +23,7 @@ func (s *site) misbehaving(tok *softhsm.Token) (tokens, hang, broken string) {
 	}
 	hang, broken = s.path("hang"), s.path("broken")
 	s.env = append(s.env, "KH_SHIM_MODULE="+tok.Module, "KH_SHIM_LOG="+s.path("faults"), "KH_SHIM_HANG="+hang, "KH_SHIM_BREAK="+broken)
-	return fmt.Sprintf("tokens:\n  - uri: \"pkcs11:token=%s?pin-source=%s\"\n    module: %s\n", tok.Label, tok.PINFile, module), hang, broken
+	return fmt.Sprintf("tokens:\n  - uri: \"pkcs11:token=%s?pin-source=%s\"\n    module: %s\n    deadline: 1s\n", tok.Label, tok.PINFile, module), hang, broken
 }
 
 // TestModuleHangs has a signature that never ends. A new configuration takes effect all the same, and so does SIGTERM.

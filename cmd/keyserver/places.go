@@ -279,16 +279,6 @@ func (p *plan) addFileKeys(logger *slog.Logger) (errs conf.Errors) {
 	return errs
 }
 
-// count returns how many places are of a kind.
-func (p *plan) count(kind string) (n int) {
-	for _, s := range p.places {
-		if s.kind == kind {
-			n++
-		}
-	}
-	return n
-}
-
 // beside returns the path of a file in the directory for what outlives the process, or "".
 func (c *Config) beside(name string) string {
 	if c.StateDir == "" {

@@ -263,25 +263,24 @@ func (p *prober) verdict(ctx context.Context) verdict {
 // errNotOpen is joined by the places that are not open while their keys may be asked for.
 var errNotOpen = errors.New("is not open")
 
-// unserved returns the places that are not open, if a rule names a key that cannot sign without them. Which keys a place holds is not
-// known before it is open, so that a rule for every key asks for every place.
+// unserved returns what is wrong with places, if a rule names a key that cannot sign without them. Which keys a place holds is not known
+// before it is open, so that a rule for every key asks for every place.
 func (s *server) unserved(v verdict) (errs []error) {
-	places := s.keys.present()
-	if !slices.ContainsFunc(places, func(p *place) bool { return p.backend == nil }) {
-		return nil
-	}
-	served := true
+	named, every := true, false
 	for _, rule := range s.current.Load().cfg.Clients {
 		for _, name := range rule.Keys {
-			served = served && name != "*" && slices.ContainsFunc(s.keys.registry.ByName(name), func(e *signer.Entry) bool { return v.signs[e.SKI] })
+			every = every || name == "*"
+			named = named && (name == "*" || slices.ContainsFunc(s.keys.registry.ByName(name), func(e *signer.Entry) bool { return v.signs[e.SKI] }))
 		}
 	}
-	if served {
-		return nil
-	}
-	for _, p := range places {
-		if p.backend == nil {
+	for _, p := range s.keys.present() {
+		if p.backend == nil && (every || !named) {
 			errs = append(errs, fmt.Errorf("%s %s %w: %w", p.kind, p.name, errNotOpen, p.err))
+		}
+		for _, err := range p.faults {
+			if !named {
+				errs = append(errs, fmt.Errorf("%s %s: %w", p.kind, p.name, err))
+			}
 		}
 	}
 	return errs
