@@ -96,6 +96,25 @@ func FuzzUnpadSessionKey(f *testing.F) {
 	})
 }
 
+// BenchmarkUnpad is for comparing good and bad padding, which must take the same time.
+func BenchmarkUnpad(b *testing.B) {
+	good := bytes.Repeat([]byte{0xa5}, 256)
+	good[0], good[1], good[256-49] = 0, 2, 0
+	key := make([]byte, 48)
+	for name, at := range map[string]int{"good": -1, "first byte": 0, "type": 1, "early zero": 2, "late zero": 200, "no separator": 256 - 49} {
+		block := bytes.Clone(good)
+		if at >= 0 {
+			block[at] ^= 0xa5
+		}
+		b.Run(name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				unpadSessionKey(key, block)
+			}
+		})
+	}
+}
+
 func TestDecrypt(t *testing.T) {
 	k := rsaKey()
 	reply := func(f func(ciphertext []byte) ([]byte, error)) *Client {

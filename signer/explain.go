@@ -118,7 +118,7 @@ func (p *Policy) verdict(r *rule, q *question, alg Algorithm, at time.Time) Rule
 }
 
 // Warnings names what the rules hold that can never match anything in the registry as it is now: keys that no home holds, server names that
-// are in no certificate of the rule's keys, operations and schemes that a switch or the keys rule out. Each is a *[RuleError] with a remedy. A name is
+// are in no certificate of the rule's keys, operations and schemes that a switch or the keys rule out; and limits that limit nothing. Each is a *[RuleError] with a remedy. A name is
 // warned about only if all of the rule's keys have certificates to compare it with.
 func (p *Policy) Warnings(reg *Registry) []error {
 	if p == nil {
@@ -128,9 +128,43 @@ func (p *Policy) Warnings(reg *Registry) []error {
 	for i := range p.source {
 		c := compiler{rule: i}
 		c.warn(&p.source[i], reg, p.legacy)
+		c.warnLimit(p.clients[p.source[i].ID])
 		w = append(w, c.errs...)
 	}
 	return w
+}
+
+// warnLimit tells of a limit that another of the client's rules makes void, since rules add up.
+func (c *compiler) warnLimit(rules []rule) {
+	own := slices.IndexFunc(rules, func(r rule) bool { return r.index == c.rule })
+	if own < 0 || !rules[own].limit.set() {
+		return
+	}
+	void := slices.IndexFunc(rules, func(r rule) bool { return !r.limit.set() && r.covers(&rules[own]) })
+	if void < 0 {
+		return
+	}
+	field := "rate"
+	if rules[own].limit.rate == nil {
+		field = "daily"
+	}
+	c.fault(field, "limits nothing, as clients[%d] allows the same without a limit; limit that rule too, or take it out", rules[void].index)
+}
+
+// covers reports whether r allows at any time what o allows at some.
+func (r *rule) covers(o *rule) bool {
+	return len(r.windows) == 0 && o.ops&^r.ops == 0 && o.schemes&^r.schemes == 0 &&
+		(r.allKeys || !o.allKeys && within(o.skis, r.skis) && within(o.labels, r.labels)) &&
+		(r.allSNIs || !o.allSNIs && within(o.exact, r.exact) && within(o.suffixes, r.suffixes))
+}
+
+func within[K comparable](a, b map[K]struct{}) bool {
+	for k := range a {
+		if _, ok := b[k]; !ok {
+			return false
+		}
+	}
+	return true
 }
 
 func (c *compiler) warn(cr *ClientRule, reg *Registry, legacy Legacy) {

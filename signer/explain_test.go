@@ -190,6 +190,30 @@ func TestWarnings(t *testing.T) {
 			}
 		})
 	}
+	slow := good
+	slow.Rate, slow.Operations = "1/s", []string{"sign"}
+	for name, tt := range map[string]struct {
+		edit func(*ClientRule) // of the rule beside it
+		void bool
+	}{
+		"the same":     {func(r *ClientRule) {}, true},
+		"more":         {func(r *ClientRule) { r.Keys, r.SNIs = []string{"*"}, []string{"*"} }, true},
+		"limited too":  {func(r *ClientRule) { r.Daily = 9 }, false},
+		"other client": {func(r *ClientRule) { r.ID = edgeTwo }, false},
+		"other key":    {func(r *ClientRule) { r.Keys, r.SNIs = []string{"ed"}, []string{"*"} }, false},
+		"other name":   {func(r *ClientRule) { r.SNIs = []string{"*.example.com"} }, false},
+		"less schemes": {func(r *ClientRule) { r.Schemes = []string{"ecdsa_secp256r1_sha256"} }, false},
+		"other op":     {func(r *ClientRule) { r.Operations = []string{"tls-sign"} }, false},
+		"at times":     {func(r *ClientRule) { r.Windows = []string{"06:00-07:00"} }, false},
+	} {
+		beside := good
+		tt.edit(&beside)
+		w := policyOn(t, Options{}, slow, beside).Warnings(reg)
+		var re *RuleError
+		if void := len(w) == 1 && errors.As(w[0], &re) && re.Rule == 0 && re.Key == "rate" && strings.Contains(re.Problem, "clients[1]"); void != tt.void || len(w) > 1 {
+			t.Errorf("a rule beside a limit, %s: got %v", name, w)
+		}
+	}
 	if w := (*Policy)(nil).Warnings(reg); w != nil {
 		t.Errorf("no policy: got %v", w)
 	}
