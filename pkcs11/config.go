@@ -21,7 +21,7 @@ type Config struct {
 	URI URI
 	// Module is the absolute path of the module. If empty, the URI's module-path or module-name decides, within AllowedModules.
 	Module string
-	// PIN yields the PIN, once for each Open and Reopen. If nil, the URI's pin-source is read.
+	// PIN yields the PIN, once for each Open. If nil, the URI's pin-source is read.
 	PIN func() (PIN, error)
 	// Sessions is the greatest number of sessions, and so of operations at one time. If zero, DefaultSessions.
 	Sessions int

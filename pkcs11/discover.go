@@ -181,7 +181,7 @@ func (t *Token) admit(ctx context.Context, s *session, p *private, publics []pub
 func (t *Token) test(ctx context.Context, s *session, k *key, p *private) (bool, error) {
 	if old := t.keys[k.info.Load().SKI]; old != nil && sameObject(old, k) {
 		at := old.at.Load()
-		if p.kind == ck.CKK_RSA || *at == (location{p.handle, s.generation, s.epoch}) {
+		if p.kind == ck.CKK_RSA || *at == (location{p.handle, s.epoch}) {
 			k.methods, k.decrypt = old.methods, old.decrypt
 			return true, nil
 		}
@@ -218,7 +218,7 @@ func (t *Token) settle(s *session, k *key, p *private) *key {
 		old.info.Store(info)
 		k = old
 	}
-	k.at.Store(&location{handle: p.handle, generation: s.generation, epoch: s.epoch})
+	k.at.Store(&location{handle: p.handle, epoch: s.epoch})
 	return k
 }
 

@@ -5,7 +5,8 @@
 //
 // # Modules
 //
-// A module is code of a vendor that runs inside this process. Only modules that the configuration names are loaded, each once, and
+// A module is code of a vendor that runs inside the process that loads it. [Open] is for programs that do one thing and end; servers
+// leave modules to processes of their own, see package worker. Only modules that the configuration names are loaded, each once, and
 // initialised once however many tokens are open. A module stays loaded until the process ends; it is finalised when its last
 // token is closed. Calls into a module cannot be cancelled: a context is honoured until the call begins.
 //
@@ -18,8 +19,8 @@
 //
 // What a token or daemon that went away and came back leaves behind is healed within an operation, each remedy once: a dead session is
 // replaced, a lost login renewed, a lost object found again by its public key. When the device itself has failed, operations
-// return [ErrDevice] and the module is initialised anew, with back-off. A refused PIN is never tried
-// again until [Token.Reopen]: tokens lock after a few tries.
+// return [ErrDevice]: only a new process helps, which package worker provides. A refused PIN is never tried
+// again: tokens lock after a few tries.
 //
 // # What leaves
 //

@@ -12,7 +12,7 @@ import (
 
 // Errors that callers branch on. They arrive wrapped, with the module's own code (a ck.Error) beside them where there is one.
 var (
-	// ErrPINIncorrect means that the token refused the PIN. The token is not asked again before Reopen. It is a
+	// ErrPINIncorrect means that the token refused the PIN. The token is not asked again before another Open. It is a
 	// signer.ErrUnavailable: another home of the key may answer.
 	ErrPINIncorrect = error(&kind{"PIN refused", signer.ErrUnavailable})
 	// ErrPINLocked means that the token accepts no PIN any more; its security officer has to reset it. It is a

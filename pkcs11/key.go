@@ -38,9 +38,8 @@ type method struct {
 
 // location is where the key's object was found.
 type location struct {
-	handle     ck.ObjectHandle
-	generation uint64 // of the module
-	epoch      uint64 // of the pool
+	handle ck.ObjectHandle
+	epoch  uint64 // of the pool
 }
 
 // decrypter is a key that may decrypt.
@@ -198,7 +197,6 @@ func (k *key) perform(ctx context.Context, op *operation) error {
 
 func (k *key) attempt(ctx context.Context, l *ladder, op *operation) error {
 	t := k.t
-	l.generation = t.m.generation.Load()
 	s, err := t.pool.take(ctx, l.session)
 	if err != nil {
 		return err
@@ -216,7 +214,7 @@ func (k *key) attemptOn(ctx context.Context, s *session, l *ladder, op *operatio
 		}
 	}
 	at := k.at.Load()
-	if at == nil || at.generation != s.generation || at.epoch != t.pool.epoch.Load() {
+	if at == nil || at.epoch != t.pool.epoch.Load() {
 		var err error
 		if at, err = k.locate(ctx, s); err != nil {
 			return err
@@ -269,7 +267,7 @@ func (t *Token) freshPIN(ctx context.Context) ([]byte, error) {
 // lead to candidates; the public key decides.
 func (k *key) locate(ctx context.Context, s *session) (*location, error) {
 	t := k.t
-	at := &location{generation: s.generation, epoch: t.pool.epoch.Load()}
+	at := &location{epoch: t.pool.epoch.Load()}
 	if err := t.ensureLogin(ctx, s); err != nil {
 		return nil, err
 	}

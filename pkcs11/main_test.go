@@ -187,7 +187,7 @@ const errWrongSignature = testError("the signature does not verify")
 // behind runs f on the module without the package's knowledge, as another part of the process might.
 func behind(tb testing.TB, t *Token, f func(c *ck.Ctx, slot uint) error) {
 	tb.Helper()
-	if err := f(t.m.ctx, uint(t.slot.Load())); err != nil {
+	if err := f(t.m.ctx, t.slot); err != nil {
 		tb.Fatal(err)
 	}
 }

@@ -7,7 +7,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 
 	ck "github.com/miekg/pkcs11"
 )
@@ -19,10 +18,9 @@ type module struct {
 
 	// calls is held for reading by every call into the module and for writing by C_Initialize and C_Finalize, which must not run
 	// beside others. It is never taken twice by one goroutine.
-	calls      sync.RWMutex
-	ctx        *ck.Ctx
-	foreign    bool          // somebody else in this process initialised the module: never finalise it. Guarded by calls
-	generation atomic.Uint64 // rises with every C_Initialize, under calls; handles of an older generation mean nothing
+	calls   sync.RWMutex
+	ctx     *ck.Ctx
+	foreign bool // somebody else in this process initialised the module: never finalise it. Guarded by calls
 
 	sessionsMu sync.Mutex // guards sessions, and is held while one is opened or closed. It is taken after calls
 	sessions   map[ck.SessionHandle]*session
@@ -66,7 +64,6 @@ func openModule(path string) (*module, error) {
 
 // initialiseLocked runs C_Initialize.
 func (m *module) initialiseLocked() error {
-	m.generation.Add(1)
 	m.sessionsMu.Lock()
 	clear(m.sessions)
 	m.sessionsMu.Unlock()
@@ -88,7 +85,6 @@ func (m *module) release() error {
 	}
 	m.calls.Lock()
 	defer m.calls.Unlock()
-	m.generation.Add(1)
 	if m.foreign {
 		return nil
 	}
@@ -99,27 +95,18 @@ func (m *module) release() error {
 	return nil
 }
 
-// reinitialise waits for the calls that run, finalises the module and initialises it again, unless that happened since the
-// caller saw generation seen. All sessions and handles of all its tokens are gone afterwards; the tokens notice by themselves.
-func (m *module) reinitialise(seen uint64) error {
+// reinitialise finalises the module and initialises it again, if one token at most uses it. That token must have no sessions.
+func (m *module) reinitialise() error {
+	modules.mu.Lock()
+	defer modules.mu.Unlock()
 	m.calls.Lock()
 	defer m.calls.Unlock()
-	if m.generation.Load() != seen {
+	if m.foreign || m.tokens > 1 {
 		return nil
-	}
-	if m.foreign {
-		return fmt.Errorf("module %s was initialised by another part of this process and cannot be restarted", m.path)
 	}
 	// A failure is of no interest: C_Initialize shows whether the module is usable.
 	_ = m.ctx.Finalize()
 	return m.initialiseLocked()
-}
-
-// alone reports whether one token at most uses the module.
-func (m *module) alone() bool {
-	modules.mu.Lock()
-	defer modules.mu.Unlock()
-	return m.tokens <= 1
 }
 
 // call runs f, which calls into the module but must not use sessions or objects.

@@ -106,37 +106,6 @@ func TestRecovery(t *testing.T) {
 	}
 }
 
-// TestReopenUnderLoad restarts the module while others sign: none may see an error, and C_Finalize must not meet a call.
-func TestReopenUnderLoad(t *testing.T) {
-	a, b := softhsm.New(t), softhsm.New(t)
-	first, second := openToken(t, a, nil), openToken(t, b, nil)
-	keys := []signer.Key{generate(t, first, "p256"), generate(t, second, "p256")}
-	stop := make(chan struct{})
-	var wg sync.WaitGroup
-	for i := range 8 {
-		wg.Go(func() {
-			for {
-				select {
-				case <-stop:
-					return
-				default:
-				}
-				if err := signOnce(t.Context(), keys[i%2]); err != nil {
-					t.Errorf("sign while the module is restarted: %v", err)
-					return
-				}
-			}
-		})
-	}
-	for range 5 {
-		if err := first.Reopen(t.Context()); err != nil {
-			t.Error(err)
-		}
-	}
-	close(stop)
-	wg.Wait()
-}
-
 // putKey puts a known P-256 key on the token behind the package's back.
 func putKey(tb testing.TB, t *Token, key *ecdsa.PrivateKey, label string, extractable, sensitive bool) {
 	tb.Helper()

@@ -13,19 +13,18 @@ import (
 
 // session is a session of the token, owned by one operation at a time.
 type session struct {
-	handle     ck.SessionHandle
-	generation uint64      // of the module
-	epoch      uint64      // of the pool: an older one means that the session has to be looked at before use
-	dead       atomic.Bool // the module has given the handle to a newer session
+	handle ck.SessionHandle
+	epoch  uint64      // of the pool: an older one means that the session has to be looked at before use
+	dead   atomic.Bool // the module has given the handle to a newer session
 }
 
-// errStale is what a session of an earlier module generation is worth.
+// errStale is what a session is worth whose handle is another's by now.
 var errStale = coded(ck.Error(ck.CKR_SESSION_HANDLE_INVALID))
 
 // pool hands out sessions, at most cap(permits) at a time. Takers wait in the order of the runtime's channel queue.
 type pool struct {
 	m       *module
-	slot    *atomic.Uint64
+	slot    uint
 	permits chan struct{} // holds a value for each session that may be taken
 	closed  chan struct{}
 	epoch   atomic.Uint64 // rises when the module says that a session is dead: all are in doubt
@@ -34,7 +33,7 @@ type pool struct {
 	idle []*session // the last one used is the next to be taken
 }
 
-func newPool(m *module, slot *atomic.Uint64, size int) *pool {
+func newPool(m *module, slot uint, size int) *pool {
 	p := &pool{m: m, slot: slot, permits: make(chan struct{}, size), closed: make(chan struct{})}
 	for range size {
 		p.permits <- struct{}{}
@@ -144,7 +143,7 @@ func (p *pool) openInto(s *session, writable bool) error {
 	defer m.calls.RUnlock()
 	m.sessionsMu.Lock()
 	defer m.sessionsMu.Unlock()
-	h, err := m.ctx.OpenSession(uint(p.slot.Load()), flags)
+	h, err := m.ctx.OpenSession(p.slot, flags)
 	if err != nil {
 		return coded(err)
 	}
@@ -152,7 +151,7 @@ func (p *pool) openInto(s *session, writable bool) error {
 		old.dead.Store(true)
 	}
 	m.sessions[h] = s
-	s.handle, s.generation, s.epoch = h, m.generation.Load(), epoch
+	s.handle, s.epoch = h, epoch
 	s.dead.Store(false)
 	return nil
 }
@@ -192,7 +191,7 @@ func (p *pool) exchange(s *session) error {
 	}
 	p.m.sessionsMu.Lock()
 	defer p.m.sessionsMu.Unlock()
-	s.handle, s.generation, s.epoch = fresh.handle, fresh.generation, fresh.epoch
+	s.handle, s.epoch = fresh.handle, fresh.epoch
 	s.dead.Store(fresh.dead.Load())
 	if p.m.sessions[s.handle] == fresh {
 		p.m.sessions[s.handle] = s
@@ -229,7 +228,7 @@ func (p *pool) close() {
 	p.idle = nil
 }
 
-// with runs f on the session's handle, unless the module was initialised anew since: the number may be another session's by now.
+// with runs f on the session's handle, unless the module has given the number to another session since.
 func (m *module) with(s *session, f func(*ck.Ctx, ck.SessionHandle) error) error {
 	m.calls.RLock()
 	defer m.calls.RUnlock()
@@ -260,7 +259,7 @@ func (m *module) sessionInfo(s *session) (ck.SessionInfo, error) {
 
 // alive reports whether the session's handle can still be its own. The caller holds calls.
 func (m *module) alive(s *session) bool {
-	return s.generation == m.generation.Load() && !s.dead.Load()
+	return !s.dead.Load()
 }
 
 // closeSession closes a session, if it is not closed yet. A failure is of no interest: the session is given up.

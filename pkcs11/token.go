@@ -7,7 +7,6 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	ck "github.com/miekg/pkcs11"
@@ -23,11 +22,11 @@ type Token struct {
 	log  *slog.Logger
 	m    *module
 	pool *pool
-	slot atomic.Uint64
+	slot uint
 
-	login  gate // one login or reopening at a time; guards pin and refused
 	pin    PIN
-	failed error // the token's refusal of the PIN; while it stands, no login is tried
+	login  gate  // one login at a time; guards failed
+	failed error // the token's refusal of the PIN; no login is tried afterwards
 
 	// fresh is held around operations of keys that want the PIN each time, so that a wrong one is tried once, not once
 	// for each session. It is entered before login.
@@ -102,7 +101,6 @@ const (
 // open makes the token on a module that is ready.
 func open(ctx context.Context, cfg Config, m *module, pin PIN) (*Token, error) {
 	for try := 1; ; try++ {
-		seen := m.generation.Load()
 		t, err := openOnce(ctx, cfg, m, pin)
 		if err == nil || try == openTries || !unsettled(err) {
 			return t, err
@@ -114,10 +112,8 @@ func open(ctx context.Context, cfg Config, m *module, pin PIN) (*Token, error) {
 			return nil, err
 		}
 		// What a module did not see when it was initialised, it may never see.
-		if m.alone() {
-			if err := m.reinitialise(seen); err != nil {
-				return nil, err
-			}
+		if err := m.reinitialise(); err != nil {
+			return nil, err
 		}
 	}
 }
@@ -146,12 +142,11 @@ func openOnce(ctx context.Context, cfg Config, m *module, pin PIN) (*Token, erro
 		cfg.Logger.Warn("token has fewer sessions than configured", "token", f.info.Label, "sessions", size, "configured", cfg.Sessions)
 	}
 	t := &Token{
-		cfg: cfg, m: m, pin: pin, log: cfg.Logger.With("token", f.name()), name: f.name(),
+		cfg: cfg, m: m, slot: f.slot, pin: pin, log: cfg.Logger.With("token", f.name()), name: f.name(),
 		login: make(gate, 1), fresh: make(gate, 1), scans: make(gate, 1),
 		keys: map[keyless.SKI]*key{},
 	}
-	t.slot.Store(uint64(f.slot))
-	t.pool = newPool(m, &t.slot, size)
+	t.pool = newPool(m, f.slot, size)
 	if err := t.do(ctx, t.ensureLogin); err != nil {
 		t.pool.close()
 		return nil, fmt.Errorf("log in to %s: %w", t.name, err)
@@ -191,39 +186,6 @@ func (t *Token) Close() error {
 		t.closed = named(t.m.release())
 	})
 	return t.closed
-}
-
-// Reopen reads the PIN anew, forgets that one was refused, initialises the module again and logs in. Other tokens of
-// the module lose their sessions too and recover by themselves. Operations in progress are waited for.
-func (t *Token) Reopen(ctx context.Context) error { return named(t.reopen(ctx)) }
-
-func (t *Token) reopen(ctx context.Context) error {
-	pin, err := t.cfg.PIN()
-	if err != nil {
-		return err
-	}
-	if err := t.login.enter(ctx); err != nil {
-		return err
-	}
-	t.pin, t.failed = pin, nil
-	t.login.leave()
-	if err := t.restart(t.m.generation.Load()); err != nil {
-		return fmt.Errorf("reopen token %s: %w", t.name, err)
-	}
-	return t.check(ctx)
-}
-
-// restart initialises the module anew and finds the token again, whose slot may have another number.
-func (t *Token) restart(seen uint64) error {
-	if err := t.m.reinitialise(seen); err != nil {
-		return err
-	}
-	f, err := t.m.findToken(&t.cfg.URI)
-	if err != nil {
-		return err
-	}
-	t.slot.Store(uint64(f.slot))
-	return nil
 }
 
 // ensureLogin logs in unless the login stands. However many callers find it gone, one tries.
@@ -273,7 +235,7 @@ func (t *Token) logInLocked(s *session, leave Leave) error {
 func (t *Token) checkTries(leave Leave) error {
 	var info ck.TokenInfo
 	err := t.m.call(func(c *ck.Ctx) (err error) {
-		info, err = c.GetTokenInfo(uint(t.slot.Load()))
+		info, err = c.GetTokenInfo(t.slot)
 		return err
 	})
 	if err != nil {
@@ -331,7 +293,6 @@ func (t *Token) do(ctx context.Context, f func(context.Context, *session) error)
 }
 
 func (t *Token) once(ctx context.Context, l *ladder, f func(context.Context, *session) error) error {
-	l.generation = t.m.generation.Load()
 	s, err := t.pool.take(ctx, l.session)
 	if err != nil {
 		return err
@@ -349,7 +310,6 @@ func (t *Token) once(ctx context.Context, l *ladder, f func(context.Context, *se
 // ladder records which remedies one operation has had: each once.
 type ladder struct {
 	session, login, object bool
-	generation             uint64 // of the module before the last try
 }
 
 // climb applies the remedy that err asks for. It returns nil if the operation should be tried again, and otherwise
@@ -361,10 +321,6 @@ func (t *Token) climb(ctx context.Context, l *ladder, err error) error {
 		}
 		*rung = true
 		return nil
-	}
-	if t.m.generation.Load() != l.generation {
-		// The module was restarted meanwhile, perhaps for another token: what was tried before no longer counts.
-		l.session, l.login, l.object = false, false, false
 	}
 	switch faultOf(err) {
 	case faultSession:

@@ -14,14 +14,14 @@ import (
 func TestOpenByEachName(t *testing.T) {
 	st := softhsm.New(t)
 	first := openToken(t, st, nil)
-	slot := first.slot.Load()
+	slot := first.slot
 	if first.Name() != st.Label {
 		t.Errorf("Name() = %q, want the label %q", first.Name(), st.Label)
 	}
 	generate(t, first, "p256")
 	for name, u := range map[string]URI{
 		"serial":    {Serial: st.Serial},
-		"slot":      {SlotID: strconv.FormatUint(slot, 10)},
+		"slot":      {SlotID: strconv.FormatUint(uint64(slot), 10)},
 		"and model": {Token: st.Label, Model: "SoftHSM v2", Manufacturer: "SoftHSM project"},
 	} {
 		t.Run(name, func(t *testing.T) {
