@@ -152,6 +152,7 @@ func (b *Backend) admit(c KeyConfig, d *keyData) (*key, error) {
 	}
 	return newKey(b, c.Name, version, pub, signer.KeyInfo{
 		SKI: ski, Label: c.Name, Home: b.name, Type: want, NeverExtractable: !d.Imported, Local: !d.Imported,
+		Certificate: d.certificate(version, pub),
 	}), nil
 }
 
@@ -207,4 +208,26 @@ func (d *keyData) public(version int) (crypto.PublicKey, error) {
 		return nil, fmt.Errorf("the public key cannot be read: %w", err)
 	}
 	return pub, nil
+}
+
+// certificate returns the leaf of the certificate chain that an operator stored with a version (Vault 1.15 and later), or nil.
+func (d *keyData) certificate(version int, pub crypto.PublicKey) *x509.Certificate {
+	var v struct {
+		Chain string `json:"certificate_chain"`
+	}
+	if err := json.Unmarshal(d.Keys[strconv.Itoa(version)], &v); err != nil {
+		return nil
+	}
+	block, _ := pem.Decode([]byte(v.Chain))
+	if block == nil || block.Type != "CERTIFICATE" {
+		return nil
+	}
+	cert, err := x509.ParseCertificate(block.Bytes)
+	if err != nil {
+		return nil
+	}
+	if eq, ok := pub.(interface{ Equal(crypto.PublicKey) bool }); !ok || !eq.Equal(cert.PublicKey) {
+		return nil
+	}
+	return cert
 }

@@ -217,3 +217,33 @@ func TestCanary(t *testing.T) {
 		t.Errorf("a secret is shown: %s", text)
 	}
 }
+
+// A certificate that is stored with the key is known; one of another key is not.
+func TestStoredCertificate(t *testing.T) {
+	a := newAuthority(t)
+	f := newFake(t)
+	cert := a.sign(&x509.Certificate{Subject: pkix.Name{CommonName: "www"}, DNSNames: []string{"www.example.com"}}, &f.key.PublicKey)
+	der, err := x509.MarshalPKIXPublicKey(&f.key.PublicKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, test := range map[string]struct {
+		chain string
+		want  bool
+	}{
+		"its own":      {pemOf("CERTIFICATE", cert.Raw) + pemOf("CERTIFICATE", a.cert.Raw), true},
+		"another's":    {pemOf("CERTIFICATE", a.cert.Raw), false},
+		"none":         {"", false},
+		"no PEM":       {"canary", false},
+		"no X.509":     {pemOf("CERTIFICATE", []byte{1}), false},
+		"another type": {pemOf("PRIVATE KEY", cert.Raw), false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f.info = map[string]any{"keys": map[string]any{"1": map[string]any{"public_key": pemOf("PUBLIC KEY", der), "certificate_chain": test.chain}}}
+			_, k := f.open(f.config())
+			if got := k.Info().Certificate; (got != nil) != test.want {
+				t.Errorf("got %v, want one: %v", got, test.want)
+			}
+		})
+	}
+}
