@@ -56,27 +56,36 @@ func (e *Entry) do(ctx context.Context, c Caller, o keyUse) ([]byte, Outcome, er
 	if err := ctx.Err(); err != nil {
 		return nil, out, fmt.Errorf("signer: no home was asked: %w", err)
 	}
-	var asked uint64
+	var asked, patience uint64
 	var err error
 	for before := -1; ; {
 		now := laneTime()
 		home, none := e.next(&o, asked, now)
+		patient := home < 0
+		if patient {
+			home = e.waitFor(&o, patience)
+			patience |= 1 << max(home, 0)
+		}
 		if home < 0 {
 			if err == nil {
 				err = none
 			}
 			return nil, out, err
 		}
-		if before >= 0 {
+		if before >= 0 && before != home {
 			e.Homes[before].failedOver()
 		}
 		before = home
 		asked |= 1 << home
-		if after, free := e.hedgeAfter(&o, home, asked, now); after > 0 {
+		after, free := time.Duration(0), false
+		if !patient {
+			after, free = e.hedgeAfter(&o, home, asked, now)
+		}
+		if after > 0 {
 			return e.race(ctx, c, o, home, asked, after, free, out)
 		}
 		var result []byte
-		result, err = e.Homes[home].ask(ctx, c, &o, e.class, &out)
+		result, err = e.Homes[home].ask(ctx, c, &o, e.class, patient, &out)
 		if err == nil || !movesOn(ctx, err) {
 			return result, out, err
 		}
@@ -128,6 +137,18 @@ func (e *Entry) next(o *keyUse, asked uint64, now time.Duration) (int, error) {
 	return best, nil
 }
 
+// waitFor returns the home of the lowest class, not among those of the mask, that has no capacity now but may have some soon, or -1.
+func (e *Entry) waitFor(o *keyUse, mask uint64) int {
+	best := -1
+	for i := range e.Homes {
+		h := &e.Homes[i]
+		if mask&(1<<i) == 0 && h.Lane != nil && h.Lane.room.Load() == 0 && o.able(h) && (best < 0 || h.Priority < e.Homes[best].Priority) {
+			best = i
+		}
+	}
+	return best
+}
+
 // errAllOpen ends operations for which there is no home but such with open breakers.
 var errAllOpen = fmt.Errorf("signer: the breaker of each home is open after failures: %w", ErrUnavailable)
 
@@ -144,7 +165,7 @@ func (h *Home) candidate() candidate {
 	x := candidate{ill: !healthy(h.Key), priority: h.Priority, share: int64(min(max(h.Weight, 1), maxWeight))}
 	if h.Lane != nil {
 		x.load = h.Lane.load.Load()
-		x.share *= min(h.Lane.room.Load(), maxRoom)
+		x.share *= min(max(h.Lane.room.Load(), 1), maxRoom)
 	}
 	x.among = x.share
 	return x
@@ -167,10 +188,10 @@ func (x *candidate) before(y *candidate) bool {
 }
 
 // ask has the home do the operation, again and again within the deadline if it throttles.
-func (h *Home) ask(ctx context.Context, c Caller, o *keyUse, class keyClass, out *Outcome) ([]byte, error) {
+func (h *Home) ask(ctx context.Context, c Caller, o *keyUse, class keyClass, patient bool, out *Outcome) ([]byte, error) {
 	out.Home = h.name
 	for try := 0; ; try++ {
-		result, err := h.once(ctx, c, o, class, out)
+		result, err := h.once(ctx, c, o, class, patient, out)
 		if err == nil || !errors.Is(err, ErrThrottled) {
 			return result, err
 		}
@@ -184,7 +205,7 @@ func (h *Home) ask(ctx context.Context, c Caller, o *keyUse, class keyClass, out
 }
 
 // once has the home do the operation when there is a place.
-func (h *Home) once(ctx context.Context, c Caller, o *keyUse, class keyClass, out *Outcome) ([]byte, error) {
+func (h *Home) once(ctx context.Context, c Caller, o *keyUse, class keyClass, patient bool, out *Outcome) ([]byte, error) {
 	now := laneTime()
 	if h.Lane == nil {
 		out.Tries++
@@ -192,7 +213,7 @@ func (h *Home) once(ctx context.Context, c Caller, o *keyUse, class keyClass, ou
 		out.Took = laneTime() - now
 		return result, err
 	}
-	p, err := h.Lane.acquire(ctx, c, class, now)
+	p, err := h.Lane.acquire(ctx, c, class, patient, now)
 	out.Waited += p.from - now
 	if err != nil {
 		return nil, err

@@ -349,6 +349,68 @@ func TestQueueMovesOnWhenBreakerOpens(t *testing.T) {
 	})
 }
 
+// TestHomeWithoutCapacity has the workers of a home go and come back: what waits goes to another home, or waits on if there is none.
+func TestHomeWithoutCapacity(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		one, two := script(t, "one", takes(100*time.Millisecond)), script(t, "two", takes(100*time.Millisecond))
+		first, second := NewLane(LaneConfig{Capacity: 1}), NewLane(LaneConfig{Capacity: 1})
+		e, _ := entryOf(t, Home{Key: one, Lane: first}, Home{Key: two, Priority: 1, Lane: second})
+		type result struct {
+			out Outcome
+			err error
+		}
+		results := make(chan result, 30)
+		come := func(n int) {
+			for range n {
+				go func() {
+					ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+					defer cancel()
+					_, out, err := e.Sign(ctx, Caller{}, p256Alg, zeros)
+					results <- result{out, err}
+				}()
+			}
+			synctest.Wait()
+		}
+		want := func(one, two int) {
+			t.Helper()
+			got := map[string]int{}
+			for range one + two {
+				r := <-results
+				if r.err != nil {
+					t.Error(r.err)
+				}
+				got[r.out.Home]++
+			}
+			if got["one"] != one || got["two"] != two {
+				t.Errorf("got %v, want %d and %d", got, one, two)
+			}
+		}
+		come(4)
+		first.SetCapacity(0)
+		come(1)
+		want(1, 4) // one was in the home
+
+		second.SetCapacity(0)
+		come(5)
+		if s := first.Stats(); s.Waiting != 5 || s.InFlight != 0 {
+			t.Errorf("got %+v, want five waiting for capacity", s)
+		}
+		first.SetCapacity(0)
+		time.Sleep(time.Second)
+		first.SetCapacity(2)
+		want(5, 0)
+
+		// The deadline ends the patience.
+		first.SetCapacity(0)
+		come(1)
+		if r := <-results; !errors.Is(r.err, context.DeadlineExceeded) || r.out.Waited != 2*time.Second {
+			t.Errorf("got %v, %+v", r.err, r.out)
+		}
+		wantIdle(t, first)
+		wantIdle(t, second)
+	})
+}
+
 func TestSingleHomeAllocatesNothingAndStartsNothing(t *testing.T) {
 	k := &constKey{Key: memoryKey(t, "p256"), sig: []byte("signature")}
 	lane := NewLane(LaneConfig{Capacity: 4, Hedge: HedgeConfig{Percentile: .5, Budget: 1}})

@@ -198,7 +198,7 @@ func (r *race) start(home int) {
 	r.pending++
 	r.e.flights.goes(func() {
 		a := answer{home: home}
-		a.result, a.err = r.e.Homes[home].ask(r.ctx, r.caller, &r.op, r.e.class, &a.out)
+		a.result, a.err = r.e.Homes[home].ask(r.ctx, r.caller, &r.op, r.e.class, false, &a.out)
 		r.answers <- a
 	})
 }

@@ -40,7 +40,7 @@ type Lane struct {
 
 	// For choosing among lanes, written with mu held.
 	load  atomic.Int64 // operations in the home and in the queue
-	room  atomic.Int64 // operations in the home at once
+	room  atomic.Int64 // operations in the home at once; 0 while it has no capacity
 	opens atomic.Int64 // when the home may be asked: 0 is now, otherwise on the clock; see notNow
 
 	hedges    hedger
@@ -63,6 +63,9 @@ type Lane struct {
 
 // notNow is the value of Lane.opens while nothing may be asked until something happens.
 const notNow = math.MaxInt64
+
+// errNoCapacity ends operations in a home that takes none, so that they go to another one. If there is none, they wait.
+var errNoCapacity = fmt.Errorf("there is no capacity now: %w", ErrUnavailable)
 
 // errOpen ends operations that a home's breaker keeps out.
 var errOpen = fmt.Errorf("the breaker is open after failures: %w", ErrUnavailable)
@@ -96,8 +99,8 @@ func NewLane(c LaneConfig) *Lane {
 // Name returns what operators call the place.
 func (l *Lane) Name() string { return l.config.Name }
 
-// SetCapacity changes how many operations are in the home at once. Those that are in it stay. With 0 the home takes none: operations that wait
-// fail with [ErrUnavailable], and so do those that come.
+// SetCapacity changes how many operations are in the home at once. Those that are in it stay. With 0 the home takes none: operations go to
+// other homes, and without any they wait, as for a token whose worker is replaced.
 func (l *Lane) SetCapacity(n int) {
 	n = max(n, 0)
 	l.mu.Lock()
@@ -107,7 +110,7 @@ func (l *Lane) SetCapacity(n int) {
 	}
 	l.capacity = n
 	if n == 0 {
-		l.refuseAllLocked()
+		l.refuseAllLocked(errNoCapacity)
 	}
 	l.dispatchLocked(laneTime())
 	l.publishLocked()
@@ -122,25 +125,21 @@ type place struct {
 	w     *waiter       // nil if it did not wait
 }
 
-// acquire waits for a place in the home. Its error is ErrOverloaded, ErrDeadline, ErrUnavailable or the context's. A place must be given back with release.
-func (l *Lane) acquire(ctx context.Context, c Caller, class keyClass, now time.Duration) (place, error) {
+// acquire waits for a place in the home; if patient is set, also for one that has no capacity. Its error is ErrOverloaded, ErrDeadline, ErrUnavailable or the context's. A place must be given back with release.
+func (l *Lane) acquire(ctx context.Context, c Caller, class keyClass, patient bool, now time.Duration) (place, error) {
 	p := place{class: class, asked: now, from: now}
 	l.mu.Lock()
-	ok, trial := l.capacity > 0, false
-	if ok {
-		ok, trial = l.breaker.admit(now)
-	}
 	var w *waiter
-	var err error
+	err := l.admitLocked(&p, patient, now)
 	switch {
-	case !ok:
+	case err != nil:
 		l.counts.Refused.Open++
-		err = errOpen
-	case trial, l.root.queued == 0 && l.inFlight < l.roomLocked():
-		p.trial = trial
+	case p.trial, l.root.queued == 0 && l.inFlight < l.roomLocked():
 		l.inFlight++
 	default:
-		w, err = l.enqueueLocked(ctx, c, class, now)
+		if w, err = l.enqueueLocked(ctx, c, class, now); err == nil {
+			w.patient = patient
+		}
 	}
 	l.publishLocked()
 	l.mu.Unlock()
@@ -151,6 +150,21 @@ func (l *Lane) acquire(ctx context.Context, c Caller, class keyClass, now time.D
 		return l.wait(ctx, p, w)
 	}
 	return p, nil
+}
+
+// admitLocked reports why the home cannot be asked, and whether the operation is its breaker's trial.
+func (l *Lane) admitLocked(p *place, patient bool, now time.Duration) error {
+	switch {
+	case l.capacity == 0 && l.breaker.state != closed:
+		return errOpen
+	case l.capacity == 0 && !patient:
+		return errNoCapacity
+	}
+	ok, trial := l.breaker.admit(now)
+	if p.trial = trial; !ok {
+		return errOpen
+	}
+	return nil
 }
 
 // enqueueLocked puts an operation into the queue, or refuses it or another one.
@@ -189,7 +203,7 @@ func (l *Lane) enqueueLocked(ctx context.Context, c Caller, class keyClass, now 
 
 // expectedLocked estimates how long an operation of that cost would wait in the flow.
 func (l *Lane) expectedLocked(f *flow, cost time.Duration) time.Duration {
-	return (f.ahead(cost) + l.mean.get()) / time.Duration(l.roomLocked())
+	return (f.ahead(cost) + l.mean.get()) / time.Duration(max(l.roomLocked(), 1))
 }
 
 // end wakes a waiter that is not queued any more.
@@ -207,6 +221,7 @@ func (l *Lane) wait(ctx context.Context, p place, w *waiter) (place, error) {
 		l.mu.Lock()
 		if w.queued {
 			w.flow.remove(w)
+			l.forgetLocked()
 			l.publishLocked()
 			l.mu.Unlock()
 			p.from = laneTime()
@@ -251,16 +266,31 @@ func (l *Lane) dispatchLocked(now time.Duration) {
 		w.from = now
 		w.end(nil)
 	}
+	l.forgetLocked()
+}
+
+// forgetLocked forgets all flows when nobody is there.
+func (l *Lane) forgetLocked() {
 	if l.root.queued == 0 && l.inFlight == 0 {
 		l.root.reset()
 	}
 }
 
-// refuseAllLocked ends all that waits.
-func (l *Lane) refuseAllLocked() {
+// refuseAllLocked ends all that waits, but for what waits for capacity.
+func (l *Lane) refuseAllLocked(err error) {
+	var patient []*waiter
 	for l.root.queued > 0 {
+		w := l.root.pop()
+		if w.patient && err == errNoCapacity {
+			patient = append(patient, w)
+			continue
+		}
 		l.counts.Refused.Open++
-		l.root.pop().end(errOpen)
+		w.end(err)
+	}
+	for _, w := range patient {
+		w.flow.charge(-w.cost)
+		w.flow.push(w)
 	}
 }
 
@@ -348,7 +378,7 @@ func (l *Lane) recordLocked(v verdict, trial bool, now time.Duration) breakerCha
 	change := l.breaker.record(v, trial, now)
 	if change == hasOpened {
 		l.counts.Opened++
-		l.refuseAllLocked()
+		l.refuseAllLocked(errOpen)
 	}
 	return change
 }

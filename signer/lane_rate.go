@@ -90,9 +90,7 @@ func (l *Lane) costLocked(class keyClass) time.Duration {
 func (l *Lane) measuredLocked(class keyClass) bool { return l.cost[class].n >= measured }
 
 // roomLocked returns how many operations the lane sends at once.
-func (l *Lane) roomLocked() int {
-	return max(min(l.capacity, int(l.limit)), 1)
-}
+func (l *Lane) roomLocked() int { return min(l.capacity, int(l.limit)) }
 
 type throttleChange byte
 

@@ -29,7 +29,7 @@ type LaneStats struct {
 type LaneRefused struct {
 	Overloaded uint64 // the queue was full
 	Deadline   uint64 // the deadline would have been missed
-	Open       uint64 // the breaker was open or the capacity 0, or became so while the operation waited
+	Open       uint64 // the breaker was open or the capacity 0, or became so while the operation waited; another home was asked if there was one
 }
 
 // Percentiles are estimates from a few thousand recent results, too high by at most an eighth. All are 0 without results.
@@ -41,7 +41,7 @@ func (l *Lane) Stats() LaneStats {
 	defer l.mu.Unlock()
 	s := l.counts
 	s.Name, s.Capacity, s.InFlight, s.Waiting = l.config.Name, l.capacity, l.inFlight, l.root.queued
-	s.Limit = min(l.capacity, int(l.limit))
+	s.Limit = l.roomLocked()
 	s.Breaker = l.breaker.state.String()
 	s.Hedges, s.HedgesWon = l.hedges.asked.Load(), l.hedges.won.Load()
 	s.Failovers = l.failovers.Load()
