@@ -300,9 +300,7 @@ func TestFileTakenAway(t *testing.T) {
 	}{
 		{"removed", func(t *testing.T, path string) { remove(t, path) }, "removed"},
 		{"replaced", func(t *testing.T, path string) {
-			b := read(t, path)
-			remove(t, path)
-			write(t, path+".x", b)
+			write(t, path+".x", read(t, path))
 			if err := os.Rename(path+".x", path); err != nil {
 				t.Fatal(err)
 			}
@@ -312,7 +310,18 @@ func TestFileTakenAway(t *testing.T) {
 				t.Fatal(err)
 			}
 		}, "somebody else changed it"},
-		{"appended to", func(t *testing.T, path string) { write(t, path, append(read(t, path), "x\n"...)) }, "somebody else changed it"},
+		{"appended to", func(t *testing.T, path string) {
+			f, err := os.OpenFile(path, os.O_WRONLY|os.O_APPEND, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := f.WriteString("x\n"); err != nil {
+				t.Fatal(err)
+			}
+			if err := f.Close(); err != nil {
+				t.Fatal(err)
+			}
+		}, "somebody else changed it"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()

@@ -14,9 +14,8 @@ import (
 type lineReader struct {
 	f      *os.File
 	r      *bufio.Reader
-	line   []byte
-	number int   // of line, from 1
-	offset int64 // of the first byte behind line
+	number int   // of the last line, from 1
+	offset int64 // of the first byte behind it
 }
 
 func openLines(path string) (*lineReader, error) {

@@ -124,7 +124,7 @@ func (v *verifier) file(ctx context.Context, i int, path string, next *Line) (*P
 			return v.leftover(r, path, next)
 		}
 		raw, err := r.next()
-		if errors.Is(err, errTorn) && newest {
+		if errors.Is(err, errTorn) && newest && len(v.c.Files) == 0 {
 			raw, err = v.settle(r, raw)
 		}
 		v.at = place{path, r.number}
