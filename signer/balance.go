@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	mathrand "math/rand/v2"
+	"runtime/debug"
 	"time"
 )
 
@@ -29,7 +30,13 @@ func (o *keyUse) able(h *Home) bool {
 	return h.Key.Supports(o.alg)
 }
 
-func (o *keyUse) do(ctx context.Context, k Key) ([]byte, error) {
+// do makes an error of a panic, so that no place in a lane is lost, and none of the goroutines of hedged operations takes the program with it.
+func (o *keyUse) do(ctx context.Context, k Key) (result []byte, err error) {
+	defer func() {
+		if v := recover(); v != nil {
+			err = &panicked{v, debug.Stack()}
+		}
+	}()
 	if o.decrypt {
 		return k.(Decrypter).DecryptRaw(ctx, o.input)
 	}

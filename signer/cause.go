@@ -1,5 +1,7 @@
 package signer
 
+import "fmt"
+
 // A Cause is why an operation was refused or failed, as one of a fixed list, for counting. A record's Reason says more.
 type Cause string
 
@@ -30,6 +32,17 @@ const (
 	CauseBackend     Cause = "backend"     // any other failure of the home, or of the authority that renews
 	CausePanic       Cause = "panic"       // a fault of the program
 )
+
+// panicked is the panic of a [Key], on its way to the goroutine that answers.
+type panicked struct {
+	value any
+	stack []byte
+}
+
+// Error says what a log of the panic would.
+func (p *panicked) Error() string {
+	return fmt.Sprintf("signer: key panicked: %v\n%s", p.value, p.stack)
+}
 
 // causes maps a policy's reasons.
 var causes = map[Reason]Cause{

@@ -265,6 +265,9 @@ func (c *call) caller() Caller {
 // done notes what became of the operation in the key's homes.
 func (c *call) done(o Outcome, err error) refusal {
 	c.rec.Home, c.rec.Waited, c.rec.Took, c.rec.Tries, c.rec.Hedged = o.Home, o.Waited, o.Took, o.Tries, o.Hedged
+	if p, ok := errors.AsType[*panicked](err); ok {
+		panic(p) // Handle records it, keyless.Server logs it
+	}
 	switch {
 	case err == nil:
 		return refusal{}

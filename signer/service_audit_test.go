@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 
 	"github.com/keyhaven/keyhaven/keyless"
 )
@@ -252,7 +253,8 @@ func TestPanicIsRecorded(t *testing.T) {
 	key.panics = true
 	func() {
 		defer func() {
-			if v := recover(); v != "the backend's secret" {
+			v, ok := recover().(*panicked)
+			if !ok || v.value != "the backend's secret" || !strings.Contains(v.Error(), "countingKey") {
 				t.Errorf("recovered %v", v)
 			}
 		}()
@@ -267,6 +269,33 @@ func TestPanicIsRecorded(t *testing.T) {
 	if len(a.list) != 1 || len(rec.list) != 1 {
 		t.Errorf("got %d and %d records, want one each", len(a.list), len(rec.list))
 	}
+}
+
+// TestPanicLeavesNoMark holds a lane's place to be free again after a panic, and the program to live through one in a goroutine of a hedged operation.
+func TestPanicLeavesNoMark(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e, r, one, two := hedgedPair(t, HedgeConfig{Percentile: .95})
+		one.sign = func(context.Context) error { panic("one") }
+		two.sign = func(context.Context) error { panic("two") }
+		for range 3 {
+			if _, err := signOnce(t, e); !isPanic(err) {
+				t.Errorf("hedged: got %v", err)
+			}
+		}
+		wantQuiet(t, e, r)
+		e, r = entryOf(t, Home{Key: one, Lane: NewLane(LaneConfig{Capacity: 1})})
+		for range 3 {
+			if _, err := signOnce(t, e); !isPanic(err) {
+				t.Errorf("alone: got %v", err)
+			}
+		}
+		wantQuiet(t, e, r)
+	})
+}
+
+func isPanic(err error) bool {
+	_, ok := errors.AsType[*panicked](err)
+	return ok
 }
 
 // TestBackendErrors says what becomes of each error of a key's homes.

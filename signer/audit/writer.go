@@ -23,7 +23,7 @@ const maxWrite = 4 << 20
 // The pauses between tries while the disk is in trouble.
 const (
 	minRetry = 100 * time.Millisecond
-	maxRetry = 5 * time.Second
+	maxRetry = time.Second
 )
 
 // writer is the one that writes. Its fields belong to the goroutine of Open, and then of Run.
