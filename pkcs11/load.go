@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"runtime"
 	"strings"
+
+	ck "github.com/miekg/pkcs11"
 )
 
 // needed are the functions of a module that a token cannot be used without, by their place in CK_FUNCTION_LIST.
@@ -22,20 +24,20 @@ var machines = map[string]elf.Machine{
 }
 
 // load opens the module at path. Its errors are ErrModule and say what to install.
-func load(path string) (functions, error) {
+func load(path string) (*ck.Ctx, functions, error) {
 	if runtime.GOOS == "linux" {
 		if err := checkELF(path); err != nil {
-			return functions{}, fmt.Errorf("%w: %s: %w", ErrModule, path, err)
+			return nil, functions{}, fmt.Errorf("%w: %s: %w", ErrModule, path, err)
 		}
 	}
-	fns, err := loadFunctions(path)
+	ctx, fns, err := loadFunctions(path)
 	if err != nil {
-		return functions{}, fmt.Errorf("%w: %s: %w%s", ErrModule, path, err, remedy(err.Error()))
+		return nil, functions{}, fmt.Errorf("%w: %s: %w%s", ErrModule, path, err, remedy(err.Error()))
 	}
 	if missing := fns.missing(); missing != "" {
-		return functions{}, fmt.Errorf("%w: %s: its function list lacks %s: it cannot sign; name the token's own PKCS#11 module", ErrModule, path, missing)
+		return nil, functions{}, fmt.Errorf("%w: %s: its function list lacks %s: it cannot sign; name the token's own PKCS#11 module", ErrModule, path, missing)
 	}
-	return fns, nil
+	return ctx, fns, nil
 }
 
 // checkELF finds what the loader says nothing helpful about.

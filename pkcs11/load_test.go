@@ -7,6 +7,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	ck "github.com/miekg/pkcs11"
 )
 
 // TestModulesThatDoNotLoad compiles libraries that are no modules, each in its way.
@@ -55,7 +57,7 @@ func TestModulesThatDoNotLoad(t *testing.T) {
 			"function list lacks C_", "own PKCS#11 module"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			_, err := load(tc.path)
+			_, _, err := load(tc.path)
 			if !errors.Is(err, ErrModule) {
 				t.Fatalf("got %v, want ErrModule", err)
 			}
@@ -65,5 +67,35 @@ func TestModulesThatDoNotLoad(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestOneFunctionList loads a module whose C_GetFunctionList yields another instance each time: all calls must go to one.
+func TestOneFunctionList(t *testing.T) {
+	const source = `
+static struct { unsigned char v[2]; void *f[68]; } lists[8];
+static unsigned long n;
+#define F(i) static unsigned long f##i(void) { return 0x80000000 + i; }
+F(0) F(1) F(2) F(3) F(4) F(5) F(6) F(7)
+static void *fs[] = {f0, f1, f2, f3, f4, f5, f6, f7};
+unsigned long C_GetFunctionList(void **out) {
+	if (n == 8) return 5;
+	for (int i = 0; i < 68; i++) lists[n].f[i] = fs[n];
+	*out = &lists[n++];
+	return 0;
+}`
+	path := filepath.Join(t.TempDir(), "instances.so")
+	cmd := exec.Command("cc", "-x", "c", "-shared", "-fPIC", "-o", path, "-")
+	cmd.Stdin = strings.NewReader(source)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("compile: %v: %s", err, out)
+	}
+	ctx, fns, err := load(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := ctx.Initialize()
+	if got := fns.operate(1, 1, &operation{}); got != want || want != ck.Error(0x80000000) {
+		t.Errorf("our calls go to instance %v, miekg's to %v; want the first", got, want)
 	}
 }

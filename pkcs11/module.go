@@ -39,13 +39,9 @@ func openModule(path string) (*module, error) {
 	defer modules.mu.Unlock()
 	m := modules.loaded[path]
 	if m == nil {
-		fns, err := load(path)
+		ctx, fns, err := load(path)
 		if err != nil {
 			return nil, err
-		}
-		ctx := ck.New(path)
-		if ctx == nil {
-			return nil, fmt.Errorf("%w: %s: no function list", ErrModule, path)
 		}
 		m = &module{path: path, fns: fns, ctx: ctx, sessions: map[ck.SessionHandle]*session{}}
 		modules.loaded[path] = m

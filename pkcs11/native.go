@@ -38,22 +38,18 @@ typedef struct {
 	kh_ulong rv, len;
 } kh_result;
 
-typedef kh_ulong (*kh_list_fn)(kh_functions **);
 typedef kh_ulong (*kh_init_fn)(kh_ulong, kh_mechanism *, kh_ulong);
 typedef kh_ulong (*kh_data_fn)(kh_ulong, unsigned char *, kh_ulong, unsigned char *, kh_ulong *);
 typedef kh_ulong (*kh_login_fn)(kh_ulong, kh_ulong, unsigned char *, kh_ulong);
 
-// kh_load opens a module and gets its functions. It returns NULL, or what went wrong. The handle is never closed: modules
-// leave threads and exit handlers behind.
-static const char *kh_load(const char *path, kh_functions **out) {
+// kh_load opens a module. It returns NULL, or what went wrong. The handle is never closed: modules leave threads and exit
+// handlers behind.
+static const char *kh_load(const char *path) {
 	void *h = dlopen(path, RTLD_NOW | RTLD_LOCAL);
 	if (h == NULL)
 		return dlerror();
-	kh_list_fn list = (kh_list_fn)dlsym(h, "C_GetFunctionList");
-	if (list == NULL)
+	if (dlsym(h, "C_GetFunctionList") == NULL)
 		return "it has no C_GetFunctionList";
-	if (list(out) != 0 || *out == NULL)
-		return "C_GetFunctionList failed";
 	return NULL;
 }
 
@@ -99,14 +95,23 @@ import (
 // functions is a module's function list. It stays valid until the process ends.
 type functions struct{ list *C.kh_functions }
 
-// loadFunctions opens the module at path, which joins the instance that miekg's package opened: the loader keeps one per file.
-func loadFunctions(path string) (functions, error) {
+// loadFunctions opens the module at path, for miekg's package and for us.
+func loadFunctions(path string) (*ck.Ctx, functions, error) {
 	p := append([]byte(path), 0)
-	var f functions
-	if msg := C.kh_load((*C.char)(unsafe.Pointer(&p[0])), &f.list); msg != nil {
-		return functions{}, errors.New(C.GoString(msg))
+	if msg := C.kh_load((*C.char)(unsafe.Pointer(&p[0]))); msg != nil {
+		return nil, functions{}, errors.New(C.GoString(msg))
 	}
-	return f, nil
+	ctx := ck.New(path)
+	if ctx == nil {
+		return nil, functions{}, errors.New("it has no C_GetFunctionList")
+	}
+	// C_GetFunctionList must not be called twice: some modules, as p11-kit's proxy, yield an instance of its own each time. The list is in
+	// miekg's context, a pointer to a C structure of the loader's handle and the list; a test holds that this stays so.
+	inside := *(**struct{ handle, list unsafe.Pointer })(unsafe.Pointer(ctx))
+	if inside.list == nil {
+		return nil, functions{}, errors.New("C_GetFunctionList failed")
+	}
+	return ctx, functions{(*C.kh_functions)(inside.list)}, nil
 }
 
 // missing names a function that is needed and not there, or returns "".

@@ -87,8 +87,7 @@ func tokenConfig(tb testing.TB, st *softhsm.Token) pkcs11.Config {
 
 // configFor is the configuration that serves st.
 func configFor(tb testing.TB, st *softhsm.Token) Config {
-	return Config{Token: tokenConfig(tb, st), Restart: Restart{Min: 10 * time.Millisecond, Max: 100 * time.Millisecond},
-		Sandbox: Sandbox{MaxMemory: testMemory}}
+	return Config{Token: tokenConfig(tb, st), Restart: Restart{Min: 10 * time.Millisecond, Max: 100 * time.Millisecond}}
 }
 
 // openPool opens st and closes it when the test ends. Whatever is logged must not hold the PIN.
