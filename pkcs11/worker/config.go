@@ -80,7 +80,7 @@ type Sandbox struct {
 	// ReadPaths and WritePaths are files and directories that the module reads, or reads and writes. Strict only.
 	// What is not there is left out.
 	ReadPaths, WritePaths []string
-	// Network leaves the module the Internet's sockets. Unix sockets need their path in WritePaths only. Strict only.
+	// Network leaves the module the Internet's sockets. Unix sockets that have a path are open to it either way. Strict only.
 	Network bool
 	// MaxMemory is how much a worker may allocate, in bytes. If zero, DefaultMaxMemory; if negative, no limit.
 	MaxMemory int64
