@@ -15,7 +15,7 @@ const repairPoll = 100 * time.Millisecond
 
 // Repair consents to going on after damage; reason goes into the log, whose next file says what was damaged. Nothing is changed or removed. A server that runs
 // is given until ctx ends to take the request, and taken says that it did; it takes none while nothing is damaged, and the request is withdrawn. If no
-// server runs, the next start takes it.
+// server runs, the next start takes it, or drops it if nothing is damaged.
 func Repair(ctx context.Context, dir, reason string) (taken bool, err error) {
 	if reason == "" || clean(reason) != reason {
 		return false, fmt.Errorf("audit: give a reason, of at most %d bytes of text; it goes into the log", maxString)

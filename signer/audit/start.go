@@ -45,6 +45,12 @@ func start(ctx context.Context, l *Log, c Config) (w *writer, err error) {
 	if w.id == (ID{}) {
 		rand.Read(w.id[:])
 	}
+	if w.damaged == nil {
+		// Consent is to damage that was seen, not to what may come.
+		if err := os.Remove(filepath.Join(c.Dir, repairFile)); err == nil {
+			c.Logger.Warn("request to repair the audit log dropped: nothing is damaged", "file", c.Dir)
+		}
+	}
 	return w, nil
 }
 
@@ -76,7 +82,7 @@ func (w *writer) resume(ctx context.Context, names []string) error {
 	case err == nil:
 	case errors.Is(err, fs.ErrNotExist):
 	default:
-		w.damaged = &damageError{filepath.Join(w.c.Dir, headFile), "cannot be read: " + err.Error()}
+		w.found(&damageError{filepath.Join(w.c.Dir, headFile), "cannot be read: " + err.Error()})
 	}
 	if last != nil {
 		if err := w.continueFrom(last); err != nil {
@@ -166,6 +172,9 @@ func (w *writer) compareHead(head *Line, last *ending) error {
 
 // found notes damage unless some was found before.
 func (w *writer) found(d *damageError) {
+	if w.attempted > 0 { // perhaps that file was not begun in vain, but emptied
+		w.number, w.attempted = w.attempted, 0
+	}
 	if w.damaged == nil {
 		w.damaged = d
 	}

@@ -88,6 +88,8 @@ func TestStartAfterDamage(t *testing.T) {
 			ls := lines(read(t, newest(dir)))
 			write(t, newest(dir), bytes.Join(ls[:len(ls)-2], nil))
 		}, "lines at the end were removed"},
+		{"newest file emptied", func(t *testing.T, dir string) { write(t, newest(dir), nil) }, "lines at the end were removed"},
+		{"newest file overwritten", func(t *testing.T, dir string) { write(t, newest(dir), []byte("garbage")) }, "lines at the end were removed"},
 		{"newest file removed", func(t *testing.T, dir string) { remove(t, newest(dir)) }, "lines at the end were removed"},
 		{"all files removed", func(t *testing.T, dir string) {
 			for i := 1; i <= 3; i++ {
@@ -193,6 +195,17 @@ func TestStartRefuses(t *testing.T) {
 	}
 	if _, err := os.Stat(filepath.Join(dir, repairFile)); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("the request is still there: %v", err)
+	}
+	if err := l.end(t); err != nil {
+		t.Fatal(err)
+	}
+	// Consent is not kept for later.
+	if _, err := Repair(t.Context(), dir, "too early"); err != nil {
+		t.Fatal(err)
+	}
+	l = open(t, Config{Dir: dir, Mode: Required, Server: testServer, Signer: key})
+	if _, err := os.Stat(filepath.Join(dir, repairFile)); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the request is still there after a start: %v", err)
 	}
 	if err := l.end(t); err != nil {
 		t.Fatal(err)
