@@ -17,6 +17,9 @@ import (
 	"time"
 
 	"github.com/keyhaven/keyhaven/mtls"
+	"github.com/keyhaven/keyhaven/pkcs11/worker"
+	auditlog "github.com/keyhaven/keyhaven/signer/audit"
+	"github.com/keyhaven/keyhaven/transit"
 )
 
 // TestCheckNamesTheFault holds each fault of a configuration to its line, its key and a remedy.
@@ -349,5 +352,30 @@ func TestExamples(t *testing.T) {
 		if code, out := s.try(check...); code != 0 {
 			t.Errorf("%s: got %d, %s", path, code, out)
 		}
+	}
+}
+
+// TestDocumentedDefaults holds the defaults that other packages choose against the rows of docs/configuration.md.
+func TestDocumentedDefaults(t *testing.T) {
+	page, err := os.ReadFile("../../docs/configuration.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for key, want := range map[string]any{
+		"tokens[].workers": worker.DefaultWorkers, "tokens[].sessions": worker.DefaultSessions, "tokens[].deadline": worker.DefaultDeadline,
+		"tokens[].keep_alive": worker.DefaultKeepAlive, "tokens[].sandbox.mode": worker.SandboxBasic, "tokens[].on_worker_loss": worker.Move,
+		"transit[].batch": transit.DefaultBatch, "transit[].in_flight": transit.DefaultInFlight, "transit[].timeout": transit.DefaultTimeout,
+		"transit[].mount": transit.DefaultMount,
+	} {
+		if row := regexp.MustCompile("(?m)^\\| `" + regexp.QuoteMeta(key) + "` \\| \\w+ \\| `([^`]+)` \\|").FindStringSubmatch(string(page)); row == nil || row[1] != fmt.Sprint(want) {
+			t.Errorf("%s: the row says %q, the source %v", key, row, want)
+		}
+	}
+	if size, err := parseSize("1GiB"); err != nil || size != worker.DefaultMaxMemory {
+		t.Errorf("sandbox.max_memory: the row says %d, %v, the source %d", size, err, worker.DefaultMaxMemory)
+	}
+	audit := defaults().Audit
+	if size, err := parseSize(audit.RotateSize); err != nil || size != auditlog.DefaultRotateSize || audit.Checkpoint != auditlog.DefaultCheckpoint || audit.RotateEvery != auditlog.DefaultRotateEvery {
+		t.Errorf("the audit's defaults differ from those of its package: %+v", audit)
 	}
 }

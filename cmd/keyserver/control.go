@@ -103,7 +103,7 @@ func (c *control) guard(next http.Handler) http.Handler {
 		if r.Method != http.MethodGet {
 			level = slog.LevelInfo
 		}
-		c.logger.Log(ctx, level, "control request", "op", r.Pattern, "uid", uid, "dur", time.Since(start))
+		c.logger.Log(ctx, level, "control request", "op", fmt.Sprintf("%.10s %.60s", r.Method, r.URL.Path), "uid", uid, "dur", time.Since(start))
 	})
 }
 

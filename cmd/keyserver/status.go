@@ -119,9 +119,11 @@ func (a *auditStatus) take(s *audit.Stats) {
 func (s *server) status(ctx context.Context) status {
 	l := s.current.Load()
 	st := status{Version: cli.Version(), Identity: l.source.Identity().String(), Started: s.started, Reload: s.last.Load(),
-		Policy: policyStatus{len(l.cfg.Clients), len(clientIDs(l.plan))}, Degraded: s.degraded()}
+		Policy: policyStatus{len(l.cfg.Clients), len(clientIDs(l.plan))}}
 	err := s.ready(ctx)
-	st.Ready, st.Reasons = err == nil, lines(err)
+	if st.Ready, st.Reasons = err == nil, lines(err); st.Ready {
+		st.Degraded = s.degraded()
+	}
 	for _, p := range s.keys.present() {
 		st.Homes = append(st.Homes, s.homeStatus(p))
 	}
