@@ -82,14 +82,19 @@ func (t *tokenFile) stale() bool {
 	return t.seen == nil || !os.SameFile(info, t.seen) || info.ModTime() != t.seen.ModTime() || info.Size() != t.seen.Size()
 }
 
-func (t *tokenFile) login(ctx context.Context) (*login, secrets, error) {
+func (t *tokenFile) login(ctx context.Context) (l *login, used secrets, err error) {
 	// Looked at before it is read: a change in between is found at the next look.
-	t.seen, _ = os.Stat(t.a.TokenFile)
+	seen, _ := os.Stat(t.a.TokenFile)
+	defer func() {
+		if t.seen = seen; err != nil {
+			t.seen = nil // try again
+		}
+	}()
 	token, err := readFile(t.a.TokenFile, true)
 	if err != nil {
 		return nil, nil, &fileError{err}
 	}
-	used := secrets{token}
+	used = secrets{token}
 	client, err := t.c.client()
 	if err != nil {
 		return nil, used, err
@@ -114,7 +119,7 @@ func (t *tokenFile) login(ctx context.Context) (*login, secrets, error) {
 		auth.LeaseDuration = int(n)
 	}
 	auth.Renewable, _ = s.Data["renewable"].(bool)
-	l, err := loggedIn(client, &api.Secret{Auth: auth})
+	l, err = loggedIn(client, &api.Secret{Auth: auth})
 	return l, used, err
 }
 

@@ -191,33 +191,34 @@ func (s *session) classify(ctx context.Context, err error) error {
 	return connection(ctx, s.home, errors.New(s.known.scrub(trim(err).Error())))
 }
 
-// run keeps logged in until ctx ends. The first login was made by logIn.
+// run keeps logged in until ctx ends. The first login was made by logIn. While no new one can be had, the present one is held on to: it may be
+// that it can still be renewed.
 func (s *session) run(ctx context.Context, l *login) {
 	pause := s.pauses.min
 	for {
 		began := time.Now()
-		if l != nil {
-			s.hold(ctx, l)
+		if !s.ended() && s.hold(ctx, l) {
 			pause = s.pauses.min
 		}
-		// A login that ends at once, and one that fails, leave the server time.
-		s.wait(ctx, pause-time.Since(began))
+		// A login that ends as soon as it is made leaves the server time.
+		s.wait(ctx, s.pauses.min-time.Since(began))
 		if ctx.Err() != nil {
 			return
 		}
-		var err error
-		if l, err = s.logIn(ctx); err != nil {
-			if ctx.Err() != nil {
-				return
-			}
-			s.log.Warn("transit login failed", "home", s.home, "err", err, "again_in", pause)
-			l = nil
-			// Jitter keeps many key servers from coming back at the same moment.
-			pause = min(pause*2, s.pauses.max)
-			pause = pause*3/4 + rand.N(pause/4+1)
+		next, err := s.logIn(ctx)
+		if err == nil {
+			s.log.Info("transit login renewed by a new one", "home", s.home, "expires", next.expires)
+			l, pause = next, s.pauses.min
 			continue
 		}
-		s.log.Info("transit login renewed by a new one", "home", s.home, "expires", l.expires)
+		if ctx.Err() != nil {
+			return
+		}
+		s.log.Warn("transit login failed", "home", s.home, "err", err, "again_in", pause)
+		s.wait(ctx, pause)
+		// Jitter keeps many key servers from coming back at the same moment.
+		pause = min(pause*2, s.pauses.max)
+		pause = pause*3/4 + rand.N(pause/4+1)
 	}
 }
 
@@ -235,15 +236,16 @@ func (s *session) wait(ctx context.Context, d time.Duration) {
 	}
 }
 
-// hold renews a login and returns when a new one is due: the server renews no more, it refused the login, or the file changed.
-func (s *session) hold(ctx context.Context, l *login) {
+// hold renews a login and returns when a new one is due: the server renews no more or not now, it refused the login, or the file changed. It
+// reports whether a renewal succeeded.
+func (s *session) hold(ctx context.Context, l *login) (well bool) {
 	var done <-chan error
 	var renewed <-chan *api.RenewOutput
 	if !l.expires.IsZero() {
-		w, err := l.client.NewLifetimeWatcher(&api.LifetimeWatcherInput{Secret: &api.Secret{Auth: l.secret}})
+		w, err := l.client.NewLifetimeWatcher(s.watch(l))
 		if err != nil {
 			s.log.Error("transit login cannot be renewed", "home", s.home, "err", err)
-			return
+			return false
 		}
 		ended := make(chan struct{})
 		go func() { defer close(ended); w.Start() }()
@@ -255,21 +257,34 @@ func (s *session) hold(ctx context.Context, l *login) {
 	for {
 		select {
 		case <-ctx.Done():
-			return
+			return well
 		case <-s.kick:
-			return
+			return well
 		case <-done:
-			return
+			return well
 		case r := <-renewed:
 			if r.Secret != nil && r.Secret.Auth != nil {
+				well = true
 				s.expires.Store(r.RenewedAt.Add(time.Duration(r.Secret.Auth.LeaseDuration) * time.Second).UnixNano())
 			}
 		case <-look.C:
 			if s.method.stale() {
-				return
+				return well
 			}
 		}
 	}
+}
+
+// watch says how a login is renewed for the rest of its time. A renewal that fails ends the watch: left to itself, the watcher repeats it
+// without a pause when little time is left.
+func (s *session) watch(l *login) *api.LifetimeWatcherInput {
+	auth := *l.secret
+	auth.LeaseDuration = max(1, int(time.Until(s.ends())/time.Second))
+	behaviour := api.RenewBehaviorErrorOnErrors
+	if !auth.Renewable {
+		behaviour = api.RenewBehaviorRenewDisabled
+	}
+	return &api.LifetimeWatcherInput{Secret: &api.Secret{Auth: &auth}, RenewBehavior: behaviour}
 }
 
 // revoke gives a login back that was made for this backend alone. It is a courtesy; the login ends by itself.
