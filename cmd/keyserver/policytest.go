@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"net/http"
 	"slices"
 	"time"
@@ -178,21 +177,36 @@ func (q policyQuery) ask(cmd *cobra.Command, online bool) (a policyAnswer, err e
 		err = call(cmd, http.MethodPost, "/v1/policy/test", q, &a)
 		return a, err
 	}
-	p, err := load(optionsOf(cmd), slog.New(slog.DiscardHandler))
+	p, err := loadRules(optionsOf(cmd))
 	if err != nil {
 		return a, cli.ConfigError(err)
-	}
-	if path := p.cfg.beside(quotaFile); path != "" {
-		p.quotas = new(signer.Quotas)
-		if err := p.quotas.Load(path); err != nil {
-			return a, err
-		}
 	}
 	a, err = p.test(q, nil)
 	if err != nil {
 		return a, cli.UsageError("%w", err)
 	}
 	return a, nil
+}
+
+// loadRules loads what of the configuration decides about requests. Nothing else of it needs to be right, or readable for the caller.
+func loadRules(o loadOptions) (*plan, error) {
+	cfg, file, err := read(o)
+	if file == nil {
+		return nil, err
+	}
+	p := &plan{cfg: cfg, file: file, quotas: new(signer.Quotas)}
+	errs := p.loadPolicy()
+	if cfg.CADir != "" {
+		if p.revoked, err = openRevocations(cfg.CADir); err != nil {
+			errs = append(errs, file.Errorf("ca_dir", "%v", err))
+		}
+	}
+	if path := cfg.beside(quotaFile); path != "" {
+		if err := p.quotas.Load(path); err != nil {
+			errs = append(errs, file.Errorf("state_dir", "%v", err))
+		}
+	}
+	return p, errs.Err()
 }
 
 func (a policyAnswer) table(w io.Writer) {
