@@ -28,13 +28,15 @@ const (
 
 // writer is the one that writes. Its fields belong to the goroutine of Open, and then of Run.
 type writer struct {
-	l       *Log
-	c       Config
-	lock    io.Closer
-	sealer  *sealer
-	outputs []*outputQueue
-	ended   chan struct{} // closed when Run returns
-	check   checkpointer
+	l        *Log
+	c        Config
+	lock     io.Closer
+	sealer   *sealer
+	outputs  []*outputQueue
+	ended    chan struct{} // closed when Run returns
+	closing  sync.Once
+	closeErr error
+	check    checkpointer
 
 	// The log so far.
 	id   ID
@@ -544,18 +546,16 @@ func (w *writer) left() int {
 	return len(w.l.gather.records) + len(w.pending) - w.kept
 }
 
+// close lets the directory and the outputs go, once.
 func (w *writer) close() error {
-	w.leave()
-	var errs []error
-	for _, o := range w.outputs {
-		errs = append(errs, o.out.Close())
-	}
-	w.outputs = nil
-	if w.lock != nil {
-		errs = append(errs, w.lock.Close())
-		w.lock = nil
-	}
-	return errors.Join(errs...)
+	w.closing.Do(func() {
+		w.leave()
+		for _, o := range w.outputs {
+			w.closeErr = errors.Join(w.closeErr, o.out.Close())
+		}
+		w.closeErr = errors.Join(w.closeErr, w.lock.Close())
+	})
+	return w.closeErr
 }
 
 // readRepair returns the reason of a request to repair.
