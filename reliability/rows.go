@@ -109,7 +109,7 @@ func sessionRows() []Row {
 	}
 	for _, n := range []struct{ workers, most int }{{1, 1}, {1, 2}, {2, 2}, {2, 5}} {
 		rows = append(rows, Row{
-			Name: fmt.Sprintf("sessions-%d-%d", n.workers, n.most), Failure: fmt.Sprintf("the token has %d sessions, for workers: %d", n.most, n.workers),
+			Name: fmt.Sprintf("sessions-%d-%d", n.workers, n.most), Failure: fmt.Sprintf("the token has no more sessions than %d; workers: %d", n.most, n.workers),
 			Homes: 1, Workers: n.workers, Loss: None, Before: before(faults{MaxSessions: n.most}), Fault: standing(100), Also: atMost(n.most),
 		})
 	}
@@ -139,6 +139,6 @@ func signatureRows() []Row {
 			Fault: func(t *Trial) error {
 				return t.Until("300 short signatures", func() bool { return t.Counters().Short >= 300 })
 			}},
-		{Name: "der-2", Failure: "the module gives ECDSA signatures in DER; second home", Homes: 2, Loss: None, Before: before(faults{ECDSA: faultmodule.ECDSADER}), Fault: standing(100)},
+		{Name: "der-2", Failure: "the module gives ECDSA signatures in DER; second home", Homes: 2, Loss: None, Before: before(faults{ECDSA: faultmodule.ECDSADER}), Fault: standing(100), Says: "key is not used"},
 	}
 }

@@ -22,15 +22,27 @@ const head = `| row | failure | homes × workers | sent | lost | longest gap | r
 |---|---|---|---|---|---|---|---|---|---|---|
 `
 
-// line is a result as a line of the table.
+// line is a result as a line of the table. Of a row that is not as it must be, the lost are in bold.
 func (r *Result) line() string {
-	recovery := "–"
+	recovery, lost := "–", fmt.Sprint(r.Lost)
 	if r.Lost > 0 {
 		recovery = short(r.Recovery)
 	}
-	return fmt.Sprintf("| `%s` | %s | %d × %d | %d | %d | %s | %s | %d | %d | %d | %s |\n", r.Row.Name, r.Row.Failure, r.Row.Homes, r.Row.Workers,
-		r.Sent, r.Lost, short(r.Gap), recovery, r.WorkerRestarts, r.ServerRestarts, r.Wrong, r.Seen())
+	if r.Check() != nil {
+		lost = "**" + lost + "**"
+	}
+	return fmt.Sprintf("%s | %d | %s | %s | %s | %d | %d | %d | %s |\n", r.Row.title(), r.Sent, lost, short(r.Gap), recovery,
+		r.WorkerRestarts, r.ServerRestarts, r.Wrong, r.Seen())
 }
+
+func (r *Row) title() string {
+	return fmt.Sprintf("| `%s` | %s | %d × %d", r.Name, r.Failure, r.Homes, r.Workers)
+}
+
+// Unmeasured is the result of a row that came to no end.
+func Unmeasured(row Row) *Result { return &Result{Row: row, faults: []error{errUnmeasured}} }
+
+var errUnmeasured = errors.New("the row came to no end")
 
 func short(d time.Duration) string {
 	if d < time.Second {
@@ -44,6 +56,10 @@ func Table(results []*Result, rates []Rate) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "%s\n\n%s", machine(), head)
 	for _, r := range results {
+		if errors.Is(r.Check(), errUnmeasured) {
+			fmt.Fprintf(&b, "%s | **did not recover** | | | | | | | |\n", r.Row.title())
+			continue
+		}
 		b.WriteString(r.line())
 	}
 	b.WriteString("\n| sessions | operations a second | p50 | p99 |\n|---|---|---|---|\n")

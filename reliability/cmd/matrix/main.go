@@ -46,31 +46,34 @@ func run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	var results []*reliability.Result
-	var wrong []error
+	results, wrong := rows(ctx, b)
+	rates, err := b.Rates(ctx, 1, 2, 4, 8, 16)
+	if err != nil {
+		return errors.Join(wrong, err)
+	}
+	text, err := reliability.Replace(string(old), reliability.Table(results, rates))
+	if err == nil {
+		err = os.WriteFile(document, []byte(text), 0o644)
+	}
+	return errors.Join(wrong, err)
+}
+
+// rows does all rows and returns, besides their results, what is not as it must be.
+func rows(ctx context.Context, b *reliability.Bench) (results []*reliability.Result, wrong error) {
 	for _, row := range reliability.Rows() {
 		r, err := b.Run(ctx, row)
 		if err == nil {
-			results = append(results, r)
 			err = r.Check()
+		} else {
+			r = reliability.Unmeasured(row)
 		}
+		results = append(results, r)
+		verdict := "as it must be"
 		if err != nil {
-			wrong = append(wrong, fmt.Errorf("%s: %w", row.Name, err))
-			fmt.Printf("%-16s FAILED\n", row.Name)
-			continue
+			wrong = errors.Join(wrong, fmt.Errorf("%s: %w", row.Name, err))
+			verdict = "NOT AS IT MUST BE"
 		}
-		fmt.Printf("%-16s sent %4d, lost %3d\n", row.Name, r.Sent, r.Lost)
+		fmt.Printf("%-18s sent %4d, lost %4d: %s\n", row.Name, r.Sent, r.Lost, verdict)
 	}
-	if err := errors.Join(wrong...); err != nil {
-		return err
-	}
-	rates, err := b.Rates(ctx, 1, 2, 4, 8, 16)
-	if err != nil {
-		return err
-	}
-	text, err := reliability.Replace(string(old), reliability.Table(results, rates))
-	if err != nil {
-		return err
-	}
-	return os.WriteFile(document, []byte(text), 0o644)
+	return results, wrong
 }
