@@ -101,7 +101,7 @@ func (b *bench) startPeer(ctx context.Context, t token, sessions int) (*keyServe
 	return b.serve(ctx, name, "peer", ports[0], proc, t)
 }
 
-// startOurs runs our key server with these settings of the token beside its name, and changes to the rest of the configuration.
+// startOurs runs our key server, which logs no single operation, as the existing one does not, with these settings of the token beside its name, and changes to the rest of the configuration.
 func (b *bench) startOurs(ctx context.Context, name string, t token, settings, extra obj) (*keyServer, error) {
 	ports, err := freePorts(1)
 	if err != nil {
@@ -128,7 +128,7 @@ func (b *bench) startOurs(ctx context.Context, name string, t token, settings, e
 	if err := b.lab.WriteYAML(file, cfg); err != nil {
 		return nil, err
 	}
-	proc := b.lab.Process(fmt.Sprintf("keyserver-%d", b.runs), nil, "keyhaven-keyserver", "run", "--config", b.lab.Path(file), "--log-format", "json")
+	proc := b.lab.Process(fmt.Sprintf("keyserver-%d", b.runs), nil, "keyhaven-keyserver", "run", "--config", b.lab.Path(file), "--log-level", "warn")
 	return b.serve(ctx, name, "ks1", ports[0], proc, t)
 }
 

@@ -25,8 +25,9 @@ func (b *bench) slow(ctx context.Context) (err error) {
 	return b.compareServers(ctx, comparison{group: "network HSM", token: t, ours: hsmSettings, overDefault: 8, overBest: 1})
 }
 
-// hsmSettings fit our token to such a HSM: enough sessions that it always has the next operation at hand.
-var hsmSettings = obj{"sessions": hsmServe}
+// hsmSettings fit our token to such an HSM: two workers with half as many sessions again as it works on at once, so that
+// it always has the next operation at hand, and no long queue of them.
+var hsmSettings = obj{"workers": 2, "sessions": hsmServe * 3 / 4}
 
 // networkHSM puts the delaying module before the token.
 func (b *bench) networkHSM() (t token, end func() error, err error) {
