@@ -18,7 +18,14 @@ import (
 var ErrLost = errors.New("worker lost while it held the operation")
 
 // errGone means that there is no worker to be asked. It is a signer.ErrUnavailable.
-var errGone = fmt.Errorf("no worker is ready: %w", signer.ErrUnavailable)
+var errGone = error(unavailable{errors.New("no worker is ready")})
+
+// unavailable makes an error a signer.ErrUnavailable without saying so.
+type unavailable struct{ error }
+
+func (e unavailable) Unwrap() error { return e.error }
+
+func (e unavailable) Is(target error) bool { return target == signer.ErrUnavailable }
 
 // sentinels are the errors whose identity crosses the socket: bit i of an error's mask is sentinels[i]. The list only grows.
 var sentinels = []error{

@@ -124,7 +124,12 @@ func TestNothingShowsThePIN(t *testing.T) {
 		}
 		return len(all)
 	}
-	mustSign(t, keysOf(t, openPool(t, st, func(c *Config) { c.Sandbox.Mode = SandboxOff }))["test-p256"]) // the poller is there afterwards
+	// The runtime's poller is there afterwards.
+	first := openPool(t, st, nil)
+	mustSign(t, keysOf(t, first)["test-p256"])
+	if err := first.Close(); err != nil {
+		t.Fatal(err)
+	}
 	before, children := descriptors(), len(childrenOf(t))
 	for _, mode := range []string{SandboxOff, SandboxBasic} {
 		p := openPool(t, st, func(c *Config) { c.Sandbox.Mode = mode })

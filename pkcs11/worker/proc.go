@@ -14,7 +14,6 @@ import (
 	"time"
 
 	"github.com/keyhaven/keyhaven/pkcs11"
-	"github.com/keyhaven/keyhaven/signer"
 )
 
 // proc is the pool's side of one worker process.
@@ -266,7 +265,7 @@ func (w *proc) conclude(exit error) {
 	if err == nil {
 		err = errors.New("it left")
 	}
-	w.report(fmt.Errorf("worker %d ended while it started: %w: %w", w.cmd.Process.Pid, err, signer.ErrUnavailable))
+	w.report(unavailable{fmt.Errorf("worker %d ended while it started: %w", w.cmd.Process.Pid, err)})
 }
 
 // report tells the outcome of the start, the first time.
@@ -285,7 +284,7 @@ func (w *proc) waitStart(ctx context.Context, limit time.Duration) error {
 	case err := <-w.started:
 		return err
 	case <-timer.C:
-		err := fmt.Errorf("the module was not logged in after %v: %w", limit, signer.ErrUnavailable)
+		err := unavailable{fmt.Errorf("the module was not logged in after %v", limit)}
 		w.kill("start", err)
 		<-w.gone
 		return err

@@ -48,7 +48,7 @@ func (p *Pool) start(ctx context.Context, s *seat) (*proc, error) {
 	}
 	w, err := p.spawn(pin, reading)
 	if err != nil {
-		return nil, fmt.Errorf("%w: %w", err, signer.ErrUnavailable)
+		return nil, unavailable{err}
 	}
 	stop := context.AfterFunc(p.ctx, func() { w.kill("", context.Canceled) })
 	defer stop()

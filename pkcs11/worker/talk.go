@@ -9,7 +9,6 @@ import (
 	"log/slog"
 
 	"github.com/keyhaven/keyhaven/pkcs11"
-	"github.com/keyhaven/keyhaven/signer"
 )
 
 // send hands an operation to the worker, with the key's description if the worker does not have it yet. It is false if the
@@ -247,7 +246,7 @@ func (p *Pool) do(ctx context.Context, r *request) ([]byte, [][]byte, error) {
 		case o.lost && p.cfg.OnLoss == Fail:
 			err = ErrLost
 		case o.lost:
-			err = fmt.Errorf("%w: %w", ErrLost, signer.ErrUnavailable)
+			err = unavailable{ErrLost}
 			move = !o.stuck
 		case err != nil:
 			move = errors.Is(err, pkcs11.ErrDevice) && p.cfg.OnLoss == Move
