@@ -17,8 +17,22 @@ func noRestart(t *Trial) error {
 	return nil
 }
 
-// noLogin checks that no worker logged in twice.
-func noLogin(t *Trial) error { return logins(t.Row.Workers)(t) }
+// kept checks that workers kept their logins, but for one that the machine may have held up: without keep-alive each worker
+// loses its login with each of three pauses.
+func kept(t *Trial) error {
+	if n := t.Counters().Logins; n > uint64(t.Row.Workers)+1 {
+		return fmt.Errorf("%d logins of %d workers", n, t.Row.Workers)
+	}
+	return nil
+}
+
+// notKept checks that workers lost their logins.
+func notKept(t *Trial) error {
+	if n := t.Counters().Logins; n < uint64(t.Row.Workers)+3 {
+		return fmt.Errorf("%d logins of %d workers, want one more at least for each of three pauses", n, t.Row.Workers)
+	}
+	return nil
+}
 
 // logins checks how often the token was asked to log in.
 func logins(want int) func(*Trial) error {

@@ -141,9 +141,5 @@ func (r *Result) Seen() string {
 	if len(r.Errors) == 0 {
 		return "–"
 	}
-	var list []string
-	for _, text := range slices.Sorted(maps.Keys(r.Errors)) {
-		list = append(list, text)
-	}
-	return strings.Join(list, "; ")
+	return strings.Join(slices.Sorted(maps.Keys(r.Errors)), "; ")
 }

@@ -95,9 +95,9 @@ func deviceRows() []Row {
 func sessionRows() []Row {
 	rows := []Row{
 		{Name: "idle", Failure: "the login ends when the token is idle; no keep-alive", Homes: 1, Token: "keep_alive: -1s", Loss: None,
-			Before: before(faults{LoginIdle: spell / 2}), Fault: idle, Says: "logged in to token"},
+			Before: before(faults{LoginIdle: spell / 2}), Fault: idle, Also: notKept},
 		{Name: "idle-kept", Failure: "the same, with keep-alive", Homes: 1, Token: "keep_alive: 100ms", Loss: None,
-			Before: before(faults{LoginIdle: spell / 2}), Fault: idle, Also: noLogin},
+			Before: before(faults{LoginIdle: spell / 2}), Fault: idle, Also: kept},
 		{Name: "login-lost", Failure: "the token forgets the login", Homes: 1, Loss: None, Fault: event(func(h *Home) { h.ForgetLogin() }), Says: "logged in to token"},
 		{Name: "sessions-lost", Failure: "the token drops all sessions", Homes: 1, Loss: None, Fault: event(func(h *Home) { h.DropSessions() }), Also: noRestart},
 		{Name: "session-codes", Failure: "session handles and the login are refused now and then", Homes: 1, Loss: None, Also: noRestart,

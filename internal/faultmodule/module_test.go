@@ -266,8 +266,10 @@ func TestFaults(t *testing.T) {
 		}
 	})
 	t.Run("ECDSA forms", func(t *testing.T) {
-		x, y := elliptic.Unmarshal(elliptic.P256(), tok.point)
-		pub := &ecdsa.PublicKey{Curve: elliptic.P256(), X: x, Y: y}
+		pub, err := ecdsa.ParseUncompressedPublicKey(elliptic.P256(), tok.point)
+		if err != nil {
+			t.Fatal(err)
+		}
 		set(t, c, Faults{ECDSA: ECDSAShort})
 		sig, err := tok.sign(tok.session)
 		if err != nil || len(sig) != 64 || sig[0] != 0 && sig[32] != 0 {
