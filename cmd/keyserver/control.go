@@ -141,6 +141,16 @@ type retryRequest struct {
 	Name string `json:"name"`
 }
 
+// until returns a context that also ends when the server is to stop.
+func (s *server) until(ctx context.Context) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancel(ctx)
+	stop := context.AfterFunc(s.stopped, cancel)
+	return ctx, func() {
+		stop()
+		cancel()
+	}
+}
+
 // controlAPI is what the socket offers.
 func (s *server) controlAPI() http.Handler {
 	mux := http.NewServeMux()
@@ -148,7 +158,9 @@ func (s *server) controlAPI() http.Handler {
 		answer(w, http.StatusOK, s.status(r.Context()))
 	})
 	mux.HandleFunc("POST /v1/reload", func(w http.ResponseWriter, r *http.Request) {
-		answer(w, http.StatusOK, s.reload(context.WithoutCancel(r.Context()))) // a caller who leaves does not stop it half way
+		ctx, end := s.until(context.WithoutCancel(r.Context())) // a caller who leaves does not stop it half way
+		defer end()
+		answer(w, http.StatusOK, s.reload(ctx))
 	})
 	mux.HandleFunc("POST /v1/tokens/retry", func(w http.ResponseWriter, r *http.Request) {
 		var in retryRequest
@@ -156,7 +168,9 @@ func (s *server) controlAPI() http.Handler {
 			answer(w, http.StatusBadRequest, controlError{err.Error()})
 			return
 		}
-		switch err := s.keys.retry(r.Context(), in.Name); {
+		ctx, end := s.until(r.Context())
+		defer end()
+		switch err := s.keys.retry(ctx, in.Name); {
 		case errors.Is(err, errNoHome):
 			answer(w, http.StatusNotFound, controlError{fmt.Sprintf("there is no token %.100q; token list shows those that there are", in.Name)})
 		case err != nil:

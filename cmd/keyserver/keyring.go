@@ -110,6 +110,12 @@ func (r *keyring) replace(ctx context.Context, specs []*spec) (faults []error) {
 		}
 	}
 	opened := r.openAll(ctx, fresh)
+	if ctx.Err() != nil && len(old) > 0 { // the server stops: what was opened is not needed, and what failed is no fault
+		for _, p := range opened {
+			r.closing.Go(func() { r.end(p) })
+		}
+		return []error{fmt.Errorf("the homes stay as they were: %w", context.Cause(ctx))}
+	}
 	for i, s := range specs {
 		if next[i] = opened[s]; next[i] == nil {
 			j := slices.IndexFunc(old, func(p *place) bool { return p.backend != nil && p.same(s) })
@@ -124,13 +130,16 @@ func (r *keyring) replace(ctx context.Context, specs []*spec) (faults []error) {
 			continue
 		}
 		// Operations in progress are waited for, perhaps for long: the rest of a new configuration must not be.
-		r.closing.Go(func() {
-			if err := p.close(); err != nil {
-				r.logger.Warn("closing a home failed", "home", p.name, "err", err)
-			}
-		})
+		r.closing.Go(func() { r.end(p) })
 	}
 	return r.faults()
+}
+
+// end closes a place that is not used any more.
+func (r *keyring) end(p *place) {
+	if err := p.close(); err != nil {
+		r.logger.Warn("closing a home failed", "home", p.name, "err", err)
+	}
 }
 
 // take locks places against other changes and returns what unlocks them. A round of attempts gives way.

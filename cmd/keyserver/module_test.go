@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/keyhaven/keyhaven/internal/softhsm"
+	"github.com/keyhaven/keyhaven/keyless"
 )
 
 // misbehaving puts a module between the site's programs and SoftHSM2 that misbehaves while certain files are there, see
@@ -89,6 +90,46 @@ func TestModuleHangsAtStart(t *testing.T) {
 		<-ended
 		t.Error("the server did not end after SIGTERM")
 	}
+}
+
+// TestRevocationDoesNotWait takes a client away in a configuration with a token that hangs, and stops the server while the reload goes on.
+func TestRevocationDoesNotWait(t *testing.T) {
+	s := newSite(t)
+	tok := s.token("ec:p256")
+	s.must("client", "add", "two", "--ca-dir", s.path("ca"), "--out", s.path("two"))
+	file := mustSKI(t, s.writeKey("filekey.pem"))
+	tokens, _, _ := s.misbehaving(tok)
+	socket := s.path("ks.sock")
+	control := "control: " + socket + "\n"
+	cfg := s.write("ks.yaml", 0o600, s.config(control+"clients:"+rule("one", "sign")+rule("two", "sign")))
+	s.write("hang", 0o600, "")
+	p := s.start(cfg)
+	one, two := p.client("one"), p.client("two")
+	for _, c := range []*keyless.Client{one, two} {
+		if _, err := do(t, c, signOp(file)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.write("ks.yaml", 0o600, s.config(control+tokens+"clients:"+rule("one", "sign")))
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		s.try("reload", "--control", socket) // ends with the server
+	}()
+	eventually(t, "the client that is taken away has no connection", func() bool { return !two.Healthy() })
+	if err := connect(t, p, s.tls("two")); err == nil {
+		t.Error("the client that is taken away was let in")
+	}
+	if _, err := do(t, one, signOp(file)); err != nil {
+		t.Errorf("while the token hangs: %v", err)
+	}
+	if n := p.count(reloaded); n != 0 {
+		t.Fatal("the reload did not wait for the token; this test shows nothing")
+	}
+	if code := p.stop(); code != 0 {
+		t.Errorf("got exit code %d", code)
+	}
+	<-ended
 }
 
 // TestPINChanged changes the PIN on the token while the server runs. When the login is lost, the old PIN is tried once; SIGHUP

@@ -42,7 +42,8 @@ type server struct {
 	metrics *metrics
 	notify  notifier
 
-	reloading sync.Mutex // held during a reload
+	stopped   context.Context // of run; for what the control socket starts
+	reloading sync.Mutex      // held during a reload
 	current   atomic.Pointer[live]
 	last      atomic.Pointer[reloadReport] // of the last reload; nil before the first
 	endings   atomic.Pointer[[]expiry]     // as of the last look
@@ -199,6 +200,7 @@ const (
 // run serves until ctx ends and what is in flight then is done.
 func (s *server) run(ctx context.Context) (err error) {
 	hangups := cli.Hangups(ctx) // from the start, as an unexpected SIGHUP ends a process
+	s.stopped = ctx
 	l := s.current.Load()
 	starting, cancel := context.WithTimeout(ctx, startTimeout)
 	s.keys.start(starting, l.places)
