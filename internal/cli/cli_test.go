@@ -56,6 +56,16 @@ func TestExecute(t *testing.T) {
 	}
 }
 
+// An error that the output has said is not said again.
+func TestQuiet(t *testing.T) {
+	root := program(func(*cobra.Command, []string) error { return Quiet(errors.New("refused")) })
+	root.SetArgs([]string{"group", "leaf", "--need=x"})
+	var stderr bytes.Buffer
+	if code := Execute(context.Background(), root, &stderr); code != ExitRuntime || stderr.Len() > 0 {
+		t.Errorf("got code %d and %q, want %d and nothing", code, stderr.String(), ExitRuntime)
+	}
+}
+
 func TestLogger(t *testing.T) {
 	for _, tt := range []struct {
 		args []string

@@ -37,7 +37,7 @@ func TestServer(t *testing.T) {
 	reg.MustRegister(c)
 	c.Inc()
 	addr := make(chan net.Addr, 1)
-	s := &Server{Addr: "127.0.0.1:0", Registry: reg, Ready: func(context.Context) error { return fault },
+	s := &Server{Addr: "127.0.0.1:0", Registry: reg, Ready: func(context.Context) error { return fault }, Degraded: func() []string { return []string{"one home of two"} },
 		Listening: func(a net.Addr) { addr <- a }}
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
@@ -47,11 +47,11 @@ func TestServer(t *testing.T) {
 	if code, _ := get(t, base+"/healthz"); code != 200 {
 		t.Errorf("healthz: got %d, want 200", code)
 	}
-	if code, _ := get(t, base+"/readyz"); code != 200 {
-		t.Errorf("readyz: got %d, want 200", code)
+	if code, body := get(t, base+"/readyz"); code != 200 || body != "ready\ndegraded: one home of two\n" {
+		t.Errorf("readyz: got %d %q, want 200 with what does not work", code, body)
 	}
 	fault = errors.New("token away")
-	if code, body := get(t, base+"/readyz"); code != 503 || !strings.Contains(body, "token away") {
+	if code, body := get(t, base+"/readyz"); code != 503 || !strings.Contains(body, "token away") || strings.Contains(body, "degraded") {
 		t.Errorf("readyz: got %d %q, want 503 with the reason", code, body)
 	}
 	if _, body := get(t, base+"/metrics"); !strings.Contains(body, "keyhaven_test_total 1") || !strings.Contains(body, "go_goroutines") {
