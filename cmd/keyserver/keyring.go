@@ -274,7 +274,11 @@ func jitter(d time.Duration) time.Duration { return d/2 + rand.N(d/2+1) }
 func (r *keyring) widen() {
 	for _, p := range r.present() {
 		if l := r.laneOf(p); l != nil && p.backend != nil {
-			l.SetCapacity(capacity(p.backend))
+			n := capacity(p.backend)
+			if n == 0 && stopped(p.backend) {
+				n = 1 // nothing will be ready before an operator acts: operations are not to wait for it, but to be told
+			}
+			l.SetCapacity(n)
 		}
 	}
 }

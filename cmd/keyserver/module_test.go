@@ -4,28 +4,45 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"strings"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/keyhaven/keyhaven/internal/faultmodule"
 	"github.com/keyhaven/keyhaven/internal/softhsm"
 	"github.com/keyhaven/keyhaven/keyless"
 )
 
-// misbehaving puts a module between the site's programs and SoftHSM2 that misbehaves while certain files are there, see
-// pkcs11/testdata/shim.c. It returns the configuration of the token behind it, and the paths of the files.
-func (s *site) misbehaving(tok *softhsm.Token) (tokens, hang, broken string) {
+// misbehaving puts a module between the site's programs and SoftHSM2 that misbehaves on command and counts. It returns the
+// configuration of the token behind it, and the command.
+func (s *site) misbehaving(tok *softhsm.Token) (tokens string, faults *faultmodule.Control) {
 	s.t.Helper()
-	module := s.path("libshim.so")
-	cc := exec.Command("cc", "-shared", "-fPIC", "-O1", "-o", module, "../../pkcs11/testdata/shim.c", "-ldl", "-lpthread")
-	if out, err := cc.CombinedOutput(); err != nil {
-		s.t.Fatalf("compile the shim: %v: %s", err, out)
+	module, err := faultmodule.Build(s.path("faulty"))
+	if err != nil {
+		s.t.Fatal(err)
 	}
-	hang, broken = s.path("hang"), s.path("broken")
-	s.env = append(s.env, "KH_SHIM_MODULE="+tok.Module, "KH_SHIM_LOG="+s.path("faults"), "KH_SHIM_HANG="+hang, "KH_SHIM_BREAK="+broken)
-	return fmt.Sprintf("tokens:\n  - uri: \"pkcs11:token=%s?pin-source=%s\"\n    module: %s\n    deadline: 1s\n", tok.Label, tok.PINFile, module), hang, broken
+	faults, err = faultmodule.New(s.path("faulty"), tok.Module)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.t.Cleanup(func() {
+		if err := faults.Close(); err != nil {
+			s.t.Error(err)
+		}
+	})
+	return fmt.Sprintf("tokens:\n  - uri: \"pkcs11:token=%s?pin-source=%s\"\n    module: %s\n    workers: 2\n    deadline: 1s\n", tok.Label, tok.PINFile, module), faults
 }
+
+// set replaces the faults.
+func set(t *testing.T, c *faultmodule.Control, f faultmodule.Faults) {
+	t.Helper()
+	if err := c.Set(f); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// hanging has no signature come back.
+var hanging = faultmodule.Faults{Rules: []faultmodule.Rule{{Function: "C_Sign", Do: faultmodule.Hang}}}
 
 // TestModuleHangs has a signature that never ends. A new configuration takes effect all the same, and so does SIGTERM.
 func TestModuleHangs(t *testing.T) {
@@ -33,24 +50,20 @@ func TestModuleHangs(t *testing.T) {
 	tok := s.token("ec:p256")
 	ec := skiOf(t, s.must("key", "list", "--uri", tok.URI()), "ec")
 	s.must("client", "add", "two", "--ca-dir", s.path("ca"), "--out", s.path("two"))
-	tokens, hang, _ := s.misbehaving(tok)
+	tokens, faults := s.misbehaving(tok)
 	limits := "timeouts: {drain: 100ms, operation: 200ms}\n"
 	p := s.start(s.write("ks.yaml", 0o600, s.config(tokens+limits+"clients:"+rule("one", "sign")+rule("two", "sign"))))
 	if _, err := do(t, p.client("one"), signOp(ec)); err != nil {
 		t.Fatal(err)
 	}
-	s.write("hang", 0o600, "")
-	defer os.Remove(hang)
+	set(t, faults, hanging)
 	asked := make(chan struct{})
 	c := p.client("one")
 	go func() {
 		defer close(asked)
 		_, _ = c.Do(t.Context(), signOp(ec)) // ends with the server
 	}()
-	eventually(t, "an operation is in the module", func() bool {
-		_, metrics := p.get("/metrics")
-		return strings.Contains(metrics, "keyhaven_keyserver_operations_in_flight 1")
-	})
+	eventually(t, "an operation is in the module", func() bool { return faults.Counters().Hanging > 0 })
 	s.write("ks.yaml", 0o600, s.config(limits+"clients:"+rule("two", "sign")))
 	p.reload(reloaded)
 	if err := connect(t, p, s.tls("one")); err == nil {
@@ -66,9 +79,8 @@ func TestModuleHangs(t *testing.T) {
 func TestModuleHangsAtStart(t *testing.T) {
 	s := newSite(t)
 	tok := s.token("ec:p256")
-	tokens, hang, _ := s.misbehaving(tok)
-	s.write("hang", 0o600, "")
-	defer os.Remove(hang)
+	tokens, faults := s.misbehaving(tok)
+	set(t, faults, hanging)
 	cmd := s.command(t.Context(), "run", "--config", s.write("ks.yaml", 0o600, s.config(tokens+"clients:"+rule("one", "sign"))))
 	cmd.Stdout, cmd.Stderr = s, s
 	if err := cmd.Start(); err != nil {
@@ -76,10 +88,7 @@ func TestModuleHangsAtStart(t *testing.T) {
 	}
 	ended := make(chan error, 1)
 	go func() { ended <- cmd.Wait() }()
-	eventually(t, "the test signature hangs", func() bool {
-		_, err := os.Stat(s.path("faults"))
-		return err == nil
-	})
+	eventually(t, "the test signature hangs", func() bool { return faults.Counters().Hanging > 0 })
 	if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
@@ -98,11 +107,11 @@ func TestRevocationDoesNotWait(t *testing.T) {
 	tok := s.token("ec:p256")
 	s.must("client", "add", "two", "--ca-dir", s.path("ca"), "--out", s.path("two"))
 	file := mustSKI(t, s.writeKey("filekey.pem"))
-	tokens, _, _ := s.misbehaving(tok)
+	tokens, faults := s.misbehaving(tok)
 	socket := s.path("ks.sock")
 	control := "control: " + socket + "\n"
 	cfg := s.write("ks.yaml", 0o600, s.config(control+"clients:"+rule("one", "sign")+rule("two", "sign")))
-	s.write("hang", 0o600, "")
+	set(t, faults, hanging)
 	p := s.start(cfg)
 	one, two := p.client("one"), p.client("two")
 	for _, c := range []*keyless.Client{one, two} {
@@ -138,7 +147,7 @@ func TestPINChanged(t *testing.T) {
 	s := newSite(t)
 	tok := s.token("ec:p256")
 	ec := skiOf(t, s.must("key", "list", "--uri", tok.URI()), "ec")
-	tokens, _, broken := s.misbehaving(tok)
+	tokens, faults := s.misbehaving(tok)
 	p := s.start(s.write("ks.yaml", 0o600, s.config(tokens+"clients:"+rule("one", "sign"))))
 	c := p.client("one")
 	if _, err := do(t, c, signOp(ec)); err != nil {
@@ -150,14 +159,12 @@ func TestPINChanged(t *testing.T) {
 	if out, err := change.CombinedOutput(); err != nil {
 		t.Fatalf("change the PIN: %v: %s", err, out)
 	}
-	s.write("broken", 0o600, "")
+	set(t, faults, faultmodule.Faults{Down: true, Count: true})
 	if _, err := do(t, c, signOp(ec)); err == nil {
 		t.Error("a broken device signed")
 	}
-	p.wait("token refused the PIN; it is not tried again")
-	if err := os.Remove(broken); err != nil {
-		t.Fatal(err)
-	}
+	set(t, faults, faultmodule.Faults{Count: true})
+	eventually(t, "a worker tries the old PIN", func() bool { return faults.Counters().LoginsFailed > 0 })
 	if _, err := do(t, c, signOp(ec)); err == nil {
 		t.Error("signed without a login")
 	}
@@ -168,7 +175,7 @@ func TestPINChanged(t *testing.T) {
 	if _, err := do(t, c, signOp(ec)); err != nil {
 		t.Errorf("after SIGHUP: %v", err)
 	}
-	if n := p.count("token refused the PIN; it is not tried again"); n != 1 {
+	if n := faults.Counters().LoginsFailed; n != 1 {
 		t.Errorf("the wrong PIN was tried %d times, want once", n)
 	}
 }
