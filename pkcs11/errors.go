@@ -49,6 +49,8 @@ var (
 	// ErrCertificateMismatch means that a certificate is not for the key.
 	ErrCertificateMismatch = errors.New("certificate does not fit the key")
 
+	// errUnsigned means that the token did not sign what it can sign. It is a signer.ErrUnavailable: another home of the key may.
+	errUnsigned = error(&kind{"token does not sign", signer.ErrUnavailable})
 	// errNoUserPIN means that the token says that it has no PIN.
 	errNoUserPIN = errors.New("no user PIN yet")
 	// errUnproven means that the PIN may be what the token counted as wrong.
@@ -94,6 +96,16 @@ func coded(err error) error {
 		return code{rv}
 	}
 	return err
+}
+
+// unsigned makes a module's error that no remedy helped against a failure of the token: what is signed was checked before. It is no
+// reason to load the module anew.
+func unsigned(err error) error {
+	var rv ck.Error
+	if !errors.As(err, &rv) || errors.Is(err, signer.ErrUnavailable) || errors.Is(err, signer.ErrThrottled) {
+		return err
+	}
+	return fmt.Errorf("%w: %w", errUnsigned, err)
 }
 
 // fault is what an error of the module asks for.

@@ -185,8 +185,8 @@ func TestGeneralErrorIsNoDeviceError(t *testing.T) {
 	k := generate(t, tok, "p256")
 	for _, code := range []string{"0x5", "0x7"} {
 		sh.ask("SIGN", code+":1")
-		if err := signOnce(t.Context(), k); err == nil || errors.Is(err, ErrDevice) {
-			t.Errorf("code %s: %v, want an error that is not ErrDevice", code, err)
+		if err := signOnce(t.Context(), k); !errors.Is(err, signer.ErrUnavailable) || errors.Is(err, ErrDevice) {
+			t.Errorf("code %s: %v, want an error by which another home is asked, and that is not ErrDevice", code, err)
 		}
 		mustSign(t, k)
 	}

@@ -100,7 +100,7 @@ func (k *key) sign(ctx context.Context, alg signer.Algorithm, m method, input []
 	}
 	op.mechanism, op.in = m.mechanism, in
 	if err := k.perform(ctx, &op); err != nil {
-		return nil, err
+		return nil, unsigned(err)
 	}
 	return k.finish(alg, op.out[:op.n])
 }
@@ -281,6 +281,13 @@ func (k *key) locate(ctx context.Context, s *session) (*location, error) {
 	handles, err := t.m.find(s, template)
 	if err != nil {
 		return nil, fmt.Errorf("find the key again: %w", err)
+	}
+	if len(handles) == 0 {
+		// Modules have been seen to forget all that is on the token when it was away for a moment; a new process finds it again.
+		all, err := t.m.find(s, template[:1])
+		if err == nil && len(all) == 0 {
+			return nil, fmt.Errorf("%w: %w: no private key is on token %s any more", ErrDevice, ErrKeyNotFound, t.name)
+		}
 	}
 	for _, h := range handles {
 		ok, err := k.is(ctx, s, h)
