@@ -195,9 +195,10 @@ func (s *session) classify(ctx context.Context, err error) error {
 // that it can still be renewed.
 func (s *session) run(ctx context.Context, l *login) {
 	pause := s.pauses.min
+	asked := false // for a login, while there was a pause
 	for {
 		began := time.Now()
-		if !s.ended() && s.hold(ctx, l) {
+		if !asked && !s.ended() && s.hold(ctx, l) {
 			pause = s.pauses.min
 		}
 		// A login that ends as soon as it is made leaves the server time.
@@ -208,32 +209,34 @@ func (s *session) run(ctx context.Context, l *login) {
 		next, err := s.logIn(ctx)
 		if err == nil {
 			s.log.Info("transit login renewed by a new one", "home", s.home, "expires", next.expires)
-			l, pause = next, s.pauses.min
+			l, pause, asked = next, s.pauses.min, false
 			continue
 		}
 		if ctx.Err() != nil {
 			return
 		}
 		s.log.Warn("transit login failed", "home", s.home, "err", err, "again_in", pause)
-		s.wait(ctx, pause)
+		asked = s.wait(ctx, pause)
 		// Jitter keeps many key servers from coming back at the same moment.
 		pause = min(pause*2, s.pauses.max)
 		pause = pause*3/4 + rand.N(pause/4+1)
 	}
 }
 
-// wait waits, but no longer than until a login is asked for.
-func (s *session) wait(ctx context.Context, d time.Duration) {
+// wait waits, but no longer than until a login is asked for, and reports whether one was.
+func (s *session) wait(ctx context.Context, d time.Duration) (asked bool) {
 	if d <= 0 {
-		return
+		return false
 	}
 	t := time.NewTimer(d)
 	defer t.Stop()
 	select {
-	case <-ctx.Done():
 	case <-s.kick:
+		return true
+	case <-ctx.Done():
 	case <-t.C:
 	}
+	return false
 }
 
 // hold renews a login and returns when a new one is due: the server renews no more or not now, it refused the login, or the file changed. It

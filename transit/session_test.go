@@ -181,3 +181,29 @@ func TestClassifyLogin(t *testing.T) {
 		}
 	}
 }
+
+// A login that is asked for while one that failed is pausing is made, though the present one has no end.
+func TestAskedForInAPause(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := new(scripted)
+		s, end := runs(t, m)
+		defer end()
+		refused := s.cur.Load()
+		m.fails.Store(true)
+		m.old.Store(true)
+		// Into every kind of moment between tries.
+		for at := range 200 {
+			time.Sleep(time.Duration(at) * 100 * time.Millisecond)
+			ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+			if _, err := s.refresh(ctx, refused); errors.Is(err, context.DeadlineExceeded) {
+				t.Fatalf("pause %d: nobody logs in", at)
+			}
+			cancel()
+		}
+		m.fails.Store(false)
+		time.Sleep(defaultPauses.again)
+		if l, err := s.refresh(context.Background(), refused); l == nil || l == refused || err != nil {
+			t.Errorf("got %v, %v, want a new login", l, err)
+		}
+	})
+}
