@@ -53,13 +53,36 @@ type hedger struct {
 	won    atomic.Uint64
 }
 
-// after returns how long to wait for the home before another is asked; 0 is for ever.
-func (h *hedger) after(class keyClass) time.Duration {
+// after returns how long to wait for the home before another is asked; 0 is for ever. What waits for so long without a budget that the
+// home seems to hang is hedged free of charge.
+func (h *hedger) after(class keyClass) (d time.Duration, free bool) {
 	if h.budget.Load() < hedgePrice {
+		return h.late(class), true
+	}
+	return time.Duration(h.delays[class].Load()), false
+}
+
+// late returns after how long a home seems to hang; 0 if that is not known.
+func (h *hedger) late(class keyClass) time.Duration {
+	d := time.Duration(h.delays[class].Load())
+	if d == 0 {
 		return 0
 	}
-	return time.Duration(h.delays[class].Load())
+	return max(lateDelays*d, minLate)
 }
+
+// hangs reports whether a home that kept an operation for so long seems to hang.
+func (h *hedger) hangs(class keyClass, took time.Duration) bool {
+	d := h.late(class)
+	return d > 0 && took >= d
+}
+
+// A home that keeps an operation for lateDelays times as long as it takes before another home is asked, and for minLate at least,
+// seems to hang.
+const (
+	lateDelays = 20
+	minLate    = 100 * time.Millisecond
+)
 
 // overdue reports whether an operation that was given up had taken longer than most. Leaving it out would make the home seem
 // faster than it is. One that had only begun says nothing.
@@ -162,7 +185,7 @@ func (e *Entry) hedgeAfter(o *keyUse, home int, asked uint64, now time.Duration)
 		after = l.trialDelayLocked(e.class)
 		l.mu.Unlock()
 	} else {
-		after = l.hedges.after(e.class)
+		after, free = l.hedges.after(e.class)
 	}
 	if after == 0 {
 		return 0, false
@@ -247,7 +270,11 @@ func (e *Entry) race(ctx context.Context, c Caller, o keyUse, home int, asked ui
 				e.Homes[a.home].failedOver()
 			}
 		case <-timer.C:
-			if next, _ := e.next(&r.op, r.asked, laneTime()); next >= 0 && (free || first.take()) {
+			if next, _ := e.next(&r.op, r.asked, laneTime()); next >= 0 && !free && !first.take() {
+				// Others have spent the budget meanwhile.
+				free = true
+				timer.Reset(first.late(e.class))
+			} else if next >= 0 {
 				first.asked.Add(1)
 				out.Hedged = true
 				r.start(next)

@@ -6,6 +6,7 @@ import (
 	"crypto"
 	"errors"
 	"fmt"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -132,7 +133,7 @@ func TestHedgeBudget(t *testing.T) {
 func TestHedgeBudgetOfManyAtOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e, r, one, two := hedgedPair(t, HedgeConfig{Percentile: .95})
-		one.sign = takes(time.Second)
+		one.sign = takes(150 * time.Millisecond) // much longer than ever, but not as if it hung
 		for range 60 {
 			go signOnce(t, e)
 		}
@@ -142,6 +143,40 @@ func TestHedgeBudgetOfManyAtOnce(t *testing.T) {
 		}
 		wantQuiet(t, e, r)
 	})
+}
+
+// TestHangingHomeCostsNothing has a home hang for good. When the budget is spent, operations are hedged late and free of charge, until
+// the breaker has opened.
+func TestHangingHomeCostsNothing(t *testing.T) {
+	for name, atOnce := range map[string]int{"one by one": 1, "many at once": 60} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e, r, one, _ := hedgedPair(t, HedgeConfig{Percentile: .95})
+				one.sign = func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }
+				late := e.Homes[0].Lane.hedges.late(e.class)
+				for range 60 / atOnce {
+					var all sync.WaitGroup
+					for range atOnce {
+						all.Go(func() {
+							ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+							defer cancel()
+							start := time.Now()
+							if _, out, err := e.Sign(ctx, Caller{}, p256Alg, zeros); err != nil {
+								t.Errorf("lost an operation: %v, %+v", err, out)
+							} else if took := time.Since(start); took > 2*late {
+								t.Errorf("took %v: %+v", took, out)
+							}
+						})
+					}
+					all.Wait()
+				}
+				if got := e.Homes[0].Lane.Stats().Breaker; got != "open" {
+					t.Errorf("the breaker is %s", got)
+				}
+				wantQuiet(t, e, r)
+			})
+		})
+	}
 }
 
 // TestTrialsAreHedged has a home hang for good. Its breaker's trials may not cost an operation, though hedging is off.

@@ -305,7 +305,7 @@ func (l *Lane) release(ctx context.Context, p *place, err error) time.Duration {
 	l.mu.Lock()
 	v := well
 	switch {
-	case hedged && p.trial && took >= l.trialDelayLocked(p.class):
+	case hedged && p.trial && took >= l.trialDelayLocked(p.class), hedged && l.hedges.hangs(p.class, took):
 		v = ill
 	case !result && !throttled:
 		v = l.verdictLocked(ctx, err, p.class, took)
