@@ -190,7 +190,6 @@ func TestAskedForInAPause(t *testing.T) {
 		defer end()
 		refused := s.cur.Load()
 		m.fails.Store(true)
-		m.old.Store(true)
 		// Into every kind of moment between tries.
 		for at := range 200 {
 			time.Sleep(time.Duration(at) * 100 * time.Millisecond)
