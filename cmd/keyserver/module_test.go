@@ -148,7 +148,7 @@ func TestPINChanged(t *testing.T) {
 	tok := s.token("ec:p256")
 	ec := skiOf(t, s.must("key", "list", "--uri", tok.URI()), "ec")
 	tokens, faults := s.misbehaving(tok)
-	p := s.start(s.write("ks.yaml", 0o600, s.config(tokens+"clients:"+rule("one", "sign"))))
+	p := s.start(s.write("ks.yaml", 0o600, s.config(tokens+"timeouts: {operation: 500ms}\nclients:"+rule("one", "sign"))))
 	c := p.client("one")
 	if _, err := do(t, c, signOp(ec)); err != nil {
 		t.Fatal(err)
