@@ -1,9 +1,11 @@
 package worker
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"strings"
 	"sync"
 	"syscall"
@@ -350,9 +352,14 @@ func TestKeepAlive(t *testing.T) {
 func TestSilentWorker(t *testing.T) {
 	p := openPool(t, makeToken(t, "p256"), func(c *Config) { c.Workers, c.Deadline = 1, 200*time.Millisecond })
 	k := keysOf(t, p)["test-p256"]
-	if err := syscall.Kill(p.Stats().Workers[0].PID, syscall.SIGSTOP); err != nil {
+	pid := p.Stats().Workers[0].PID
+	if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
+	eventually(t, "the process is stopped", func() bool {
+		stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+		return err == nil && bytes.Contains(stat, []byte(") T "))
+	})
 	mustSign(t, k)
 	if st := p.Stats(); st.Kills["silent"] != 1 {
 		t.Errorf("stats %+v, want one kill of a silent worker", st)
