@@ -57,7 +57,10 @@ type Lane struct {
 	mean     average             // service time of all
 	latency  [keyClasses]latency // queue and service
 	service  latency
-	spare    *waiter // for reuse, linked by next
+	ahead    int           // operations sent ahead; see roomLocked
+	finished int           // results since paceFrom
+	paceFrom time.Duration // when the present window began
+	spare    *waiter       // for reuse, linked by next
 	counts   LaneStats
 }
 
@@ -320,6 +323,7 @@ func (l *Lane) release(ctx context.Context, p *place, err error) time.Duration {
 	switch {
 	case result:
 		l.counts.Done++
+		l.paceLocked(now)
 		l.measureLocked(p.class, took)
 		l.service.add(took, now)
 		t = l.creepLocked()

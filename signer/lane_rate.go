@@ -89,8 +89,31 @@ func (l *Lane) costLocked(class keyClass) time.Duration {
 
 func (l *Lane) measuredLocked(class keyClass) bool { return l.cost[class].n >= measured }
 
-// roomLocked returns how many operations the lane sends at once.
-func (l *Lane) roomLocked() int { return min(l.capacity, int(l.limit)) }
+// roomLocked returns how many operations the lane sends at once: as many as the home does at once, and a little work ahead so that it never waits
+// for the next one; less while it throttles.
+func (l *Lane) roomLocked() int {
+	if l.limit < float64(l.capacity) {
+		return int(l.limit)
+	}
+	return l.capacity + min(l.ahead, maxAhead*l.capacity)
+}
+
+// The work that is sent ahead: what the home does in aheadTime, as the last paceWindow tells, and maxAhead times its capacity at most. Nobody's fair
+// turn comes later than by aheadTime for it.
+const (
+	aheadTime  = time.Millisecond
+	paceWindow = 5 * time.Millisecond
+	maxAhead   = 3
+)
+
+// paceLocked counts a result.
+func (l *Lane) paceLocked(now time.Duration) {
+	l.finished++
+	if since := now - l.paceFrom; since >= paceWindow {
+		l.ahead = int(time.Duration(l.finished) * aheadTime / since)
+		l.finished, l.paceFrom = 0, now
+	}
+}
 
 type throttleChange byte
 
