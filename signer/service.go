@@ -29,12 +29,13 @@ type ServiceConfig struct {
 
 // Service answers requests of keyless clients. It implements [keyless.Handler]; all methods may be called from several goroutines at once.
 type Service struct {
-	registry *Registry
-	policy   atomic.Pointer[Policy]
-	sealer   atomic.Pointer[Sealer]
-	recorder Recorder
-	auditor  Auditor
-	renew    func(ctx context.Context, id string, csrDER []byte) ([][]byte, error)
+	registry   *Registry
+	policy     atomic.Pointer[Policy]
+	sealer     atomic.Pointer[Sealer]
+	recorder   Recorder
+	auditor    Auditor
+	renew      func(ctx context.Context, id string, csrDER []byte) ([][]byte, error)
+	inProgress atomic.Int64
 }
 
 // lateCommit is how long a record may take to be kept after the time of its operation is over.
@@ -65,6 +66,9 @@ func (s *Service) SetSealer(x *Sealer) { s.sealer.Store(x) }
 
 // Admits reports whether the present policy has a rule for the client.
 func (s *Service) Admits(id string) bool { return s.policy.Load().Admits(id) }
+
+// InProgress returns how many requests are being served and have yet to hand their record to the auditor.
+func (s *Service) InProgress() int { return int(s.inProgress.Load()) }
 
 // A call is one request on its way through a [Service].
 type call struct {
@@ -103,6 +107,7 @@ func (s *Service) Handle(ctx context.Context, req *keyless.Request) ([]byte, err
 			c.rec.TraceID = span.TraceID().String()
 		}
 	}
+	s.inProgress.Add(1)
 	ended := false
 	defer func() {
 		if !ended { // but panics, on the way to keyless.Server, which logs what it was
@@ -120,6 +125,7 @@ func (s *Service) finish(ctx context.Context, c *call, payload []byte, no refusa
 		c.rec.Result, c.rec.Cause, c.rec.Reason = no.result, no.cause, no.reason
 	}
 	c.rec.Duration = time.Since(c.rec.Time)
+	s.inProgress.Add(-1)
 	if err := s.commit(ctx, c); err != nil {
 		clear(payload)
 		no.code = keyless.ErrInternal

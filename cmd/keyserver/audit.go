@@ -14,8 +14,9 @@ import (
 
 // An auditor keeps records in the log that the present configuration names. It is a signer.Auditor that outlives reloads.
 type auditor struct {
-	registry *signer.Registry
-	logger   *slog.Logger
+	registry   *signer.Registry
+	inProgress func() int
+	logger     *slog.Logger
 
 	mu     sync.RWMutex // held for reading by operations, for writing while one log takes the place of another
 	config AuditConfig
@@ -24,8 +25,8 @@ type auditor struct {
 	fault  error // why there is no log where one is configured
 }
 
-func newAuditor(r *signer.Registry, logger *slog.Logger) *auditor {
-	return &auditor{registry: r, logger: logger}
+func newAuditor(r *signer.Registry, inProgress func() int, logger *slog.Logger) *auditor {
+	return &auditor{registry: r, inProgress: inProgress, logger: logger}
 }
 
 // use opens the log of a plan, if it is not the present one. Operations wait meanwhile. On an error there is no log: in the mode required
@@ -70,7 +71,7 @@ func (a *auditor) open(p *plan) (*audit.Log, error) {
 	}
 	return audit.Open(context.Background(), audit.Config{
 		Dir: c.Dir, Mode: audit.Mode(c.mode()), Server: p.source.Identity().String(), Signer: key, Checkpoint: c.Checkpoint,
-		RotateSize: size, RotateEvery: c.RotateEvery, Outputs: outputs, Logger: a.logger,
+		RotateSize: size, RotateEvery: c.RotateEvery, Outputs: outputs, InProgress: a.inProgress, Logger: a.logger,
 	})
 }
 

@@ -64,7 +64,7 @@ func newServer(ctx context.Context, p *plan, o loadOptions, logger *slog.Logger)
 	s := &server{options: o, logger: logger, started: time.Now(), keys: newKeyring(logger), notify: notifier{logger},
 		renewals: make(chan struct{}, 1), expiryNews: make(chan struct{}, 1)}
 	s.probes = newProber(s.keys.registry, p.cfg.Probe.Interval, logger)
-	s.auditor = newAuditor(s.keys.registry, logger)
+	s.auditor = newAuditor(s.keys.registry, func() int { return s.service.InProgress() }, logger)
 	registry := ops.NewRegistry()
 	s.records = signer.NewQueue(signer.LogRecorder(logger), recordQueue)
 	s.service = signer.NewService(signer.ServiceConfig{

@@ -41,6 +41,9 @@ type Config struct {
 	RotateEvery time.Duration
 	// Queue bounds the records that wait for the writer. If zero, 8192. If it is full, Commit waits in the mode required, and the record is lost in the mode best-effort.
 	Queue int
+	// InProgress says how many operations are on their way to Commit; nil says none. While there are some, a write waits a little
+	// for the records of others. It is called from many goroutines and must not block.
+	InProgress func() int
 	// Outputs get each line after it is durable here, as well as they can.
 	Outputs []Output
 	// Logger gets what operators should know; nil discards.
@@ -90,6 +93,9 @@ func (c *Config) fill() {
 	if c.Queue == 0 {
 		c.Queue = DefaultQueue
 	}
+	if c.InProgress == nil {
+		c.InProgress = func() int { return 0 }
+	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
@@ -119,6 +125,7 @@ type Log struct {
 		sync.Mutex
 		Stats
 	}
+	inProgress func() int
 }
 
 // batch is a group of records that become durable together.
@@ -158,7 +165,7 @@ func Open(ctx context.Context, c Config) (*Log, error) {
 	l := &Log{
 		mode: c.Mode, queue: c.Queue, logger: c.Logger,
 		wake: make(chan struct{}, 1), rotate: make(chan chan error),
-		gather: newBatch(nil),
+		gather: newBatch(nil), inProgress: c.InProgress,
 	}
 	w, err := start(ctx, l, c)
 	if err != nil {
@@ -239,7 +246,7 @@ func (l *Log) enqueue(ctx context.Context, r *signer.Record) (*batch, error) {
 	first := len(b.records) == 1
 	f := l.fault.Load()
 	l.mu.Unlock()
-	if first {
+	if first || l.inProgress() == 0 {
 		select {
 		case l.wake <- struct{}{}:
 		default:

@@ -70,6 +70,9 @@ type writer struct {
 	told     uint64           // lost records that the log tells of
 	lost     uint64
 
+	lastWrite time.Time     // of operations
+	pace      time.Duration // the least time between writes while operations are in progress
+
 	retry   time.Duration // 0: nothing is wrong
 	retryAt time.Time
 }
@@ -92,6 +95,7 @@ func (l *Log) Run(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 		case <-l.wake:
+			w.gather(ctx)
 		case <-timer.C:
 		case r := <-w.check.results:
 			w.signed(r, time.Now())
@@ -109,6 +113,39 @@ func (l *Log) Run(ctx context.Context) error {
 	stop()
 	outputs.Wait()
 	return err
+}
+
+// maxPace is the longest that a record waits for others, once the write before it is over.
+const maxPace = 5 * time.Millisecond
+
+// gather lets the records of operations in progress join those that wait: while there are any, at most one write is made in a quarter of
+// the time that an operation takes, so that durability costs operations a fraction of their time, however dear a write is.
+func (w *writer) gather(ctx context.Context) {
+	for w.l.inProgress() > 0 {
+		left := time.Until(w.lastWrite.Add(w.pace))
+		if left <= 0 {
+			return
+		}
+		pace := time.NewTimer(left)
+		select {
+		case <-pace.C:
+		case <-w.l.wake: // perhaps none is in progress any more
+		case <-ctx.Done():
+			left = 0
+		}
+		pace.Stop()
+		if left == 0 {
+			return
+		}
+	}
+}
+
+// paced takes note of a write of n operations that took total together.
+func (w *writer) paced(n int, total time.Duration) {
+	w.lastWrite = time.Now()
+	if n > 0 {
+		w.pace = min(total/time.Duration(4*n), maxPace)
+	}
 }
 
 // idle returns how long nothing is to be done unless records come.
@@ -232,6 +269,11 @@ func (w *writer) writeOps() error {
 		return err
 	}
 	ops := min(int(w.seq-before), len(w.pending)-w.kept) // the operations come first
+	var total time.Duration
+	for _, r := range w.pending[w.kept : w.kept+ops] {
+		total += r.Duration
+	}
+	w.paced(ops, total)
 	w.kept += ops
 	w.records += uint64(ops)
 	w.check.ops += uint64(ops)
