@@ -70,8 +70,12 @@ func (e *Entry) do(ctx context.Context, c Caller, o keyUse) ([]byte, Outcome, er
 		home, none := e.next(&o, asked, now)
 		patient := home < 0
 		if patient {
-			home = e.waitFor(&o, patience)
-			patience |= 1 << max(home, 0)
+			if home = e.waitFor(&o, patience); home < 0 {
+				home, none = e.next(&o, asked, now) // one may have come back meanwhile
+				patient = false
+			} else {
+				patience |= 1 << home
+			}
 		}
 		if home < 0 {
 			if err == nil {
@@ -259,7 +263,7 @@ func (h *Home) probe(ctx context.Context, pub crypto.PublicKey) error {
 	digest := make([]byte, size)
 	rand.Read(digest)
 	began := laneTime()
-	sig, err := h.Key.Sign(ctx, alg, digest)
+	sig, err := (&keyUse{alg: alg, input: digest}).do(ctx, h.Key)
 	if err == nil && !verifies(pub, alg, digest, sig) {
 		err = fmt.Errorf("the signature is wrong: %w", ErrUnavailable)
 	}
