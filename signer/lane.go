@@ -81,7 +81,7 @@ func laneTime() time.Duration { return time.Since(epoch) }
 
 // NewLane returns a lane that is idle and takes the home to be well.
 func NewLane(c LaneConfig) *Lane {
-	c.Capacity = max(c.Capacity, 1)
+	c.Name, c.Capacity = valid(c.Name), max(c.Capacity, 1)
 	switch {
 	case c.Queue == 0:
 		c.Queue = defaultQueue

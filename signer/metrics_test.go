@@ -159,3 +159,30 @@ func BenchmarkMetrics(b *testing.B) {
 		m.Record(rec)
 	}
 }
+
+func TestMetricsOfStrangeLabels(t *testing.T) {
+	reg := NewRegistry()
+	k := &labelledKey{Key: memoryKey(t, "p256"), label: "cl\xe9", home: "tok\xe9n"}
+	if err := reg.Replace([]Home{{Key: k, Lane: NewLane(LaneConfig{Name: "tok\xe9n"})}}); err != nil {
+		t.Fatal(err)
+	}
+	all := prometheus.NewRegistry()
+	m := NewMetrics(all, reg)
+	s := NewService(ServiceConfig{Registry: reg, Policy: mustPolicy(t, everything(edgeOne)), Recorder: m})
+	_, err := ask(t, s, keyless.Operation{Opcode: keyless.OpECDSASignSHA256, SKI: skiOf(t, "p256"), Payload: make([]byte, 32)})
+	wantCode(t, err, 0)
+	if _, err := all.Gather(); err != nil {
+		t.Error(err)
+	}
+	if e := reg.Entries()[0]; e.Label() != "cl\ufffd" {
+		t.Errorf("got label %q", e.Label())
+	}
+}
+
+// labelledKey is a Key with another name.
+type labelledKey struct {
+	Key
+	label, home string
+}
+
+func (k *labelledKey) Info() KeyInfo { return KeyInfo{Label: k.label, Home: k.home} }

@@ -50,11 +50,10 @@ type Entry struct {
 	SKI    keyless.SKI
 	Digest [32]byte // the legacy digest, tag 0x01
 	Type   string   // as TypeOf returns it
-	Labels []string // each label that a home gives the key, sorted
+	Labels []string // each label that a home gives the key, sorted; what is not UTF-8 is replaced
 	Homes  []Home   // in the order in which they were handed in
 
 	public crypto.PublicKey
-	home   string // the first home's name
 	class  keyClass
 
 	flights *flights // the registry's
@@ -135,7 +134,7 @@ func (s *snapshot) add(h Home) error {
 	}
 	e := s.bySKI[ski]
 	if e == nil {
-		e = &Entry{SKI: ski, Type: TypeOf(pub), public: pub, home: info.Home, class: classOf(pub)}
+		e = &Entry{SKI: ski, Type: TypeOf(pub), public: pub, class: classOf(pub)}
 		s.entries = append(s.entries, e)
 		s.bySKI[ski] = e
 		// Ed25519 keys are younger than the digest and have none.
@@ -152,13 +151,16 @@ func (s *snapshot) add(h Home) error {
 	if len(e.Homes) == maxHomes {
 		return fmt.Errorf("signer: key %q of %s: the key has %d homes already", info.Label, info.Home, maxHomes)
 	}
-	h.name = info.Home
+	h.name = valid(info.Home)
 	e.Homes = append(e.Homes, h)
-	if info.Label != "" && !slices.Contains(e.Labels, info.Label) {
-		e.Labels = append(e.Labels, info.Label)
+	if label := valid(info.Label); label != "" && !slices.Contains(e.Labels, label) {
+		e.Labels = append(e.Labels, label)
 	}
 	return nil
 }
+
+// valid makes UTF-8 of what a token or an engine calls something. Metrics take no other text.
+func valid(name string) string { return strings.ToValidUTF8(name, "\ufffd") }
 
 // BySKI returns the key with the subject key identifier, or nil.
 func (r *Registry) BySKI(ski keyless.SKI) *Entry { return r.snap.Load().bySKI[ski] }
