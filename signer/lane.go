@@ -279,21 +279,15 @@ func (l *Lane) forgetLocked() {
 	}
 }
 
-// refuseAllLocked ends all that waits, but for what waits for capacity.
+// refuseAllLocked ends all that waits, but for what waits for capacity. No flow is charged for it.
 func (l *Lane) refuseAllLocked(err error) {
-	var patient []*waiter
-	for l.root.queued > 0 {
-		w := l.root.pop()
+	for _, w := range l.root.waiters(nil) {
 		if w.patient && err == errNoCapacity {
-			patient = append(patient, w)
 			continue
 		}
+		w.flow.remove(w)
 		l.counts.Refused.Open++
 		w.end(err)
-	}
-	for _, w := range patient {
-		w.flow.charge(-w.cost)
-		w.flow.push(w)
 	}
 }
 

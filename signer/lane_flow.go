@@ -162,6 +162,17 @@ func (f *flow) pop() *waiter {
 	return w
 }
 
+// waiters appends all that is queued in the flow and those below it.
+func (f *flow) waiters(all []*waiter) []*waiter {
+	for _, c := range f.active {
+		all = c.waiters(all)
+	}
+	for w := f.head; w != nil; w = w.next {
+		all = append(all, w)
+	}
+	return all
+}
+
 // charge adds service time to what a flow and those above it had.
 func (f *flow) charge(d time.Duration) {
 	for ; f.parent != nil; f = f.parent {

@@ -347,3 +347,42 @@ func BenchmarkLaneContended(b *testing.B) {
 		}
 	})
 }
+
+func TestCapacityThatGoesAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := NewLane(LaneConfig{Capacity: 1})
+		l.SetCapacity(0)
+		done := make(chan error)
+		come := func(c Caller) {
+			go func() {
+				p, err := l.acquire(t.Context(), c, classP256, true, laneTime())
+				if err == nil {
+					l.release(t.Context(), &p, nil)
+				}
+				done <- err
+			}()
+			synctest.Wait()
+		}
+		callers := []Caller{{"a", "1"}, {"a", "2"}, {"b", "1"}}
+		for _, c := range callers {
+			come(c)
+		}
+		before := l.root.clock
+		for range 10 {
+			l.SetCapacity(0)
+		}
+		for _, c := range callers { // their flows are the same still
+			come(c)
+		}
+		if len(l.root.active) != 2 || flowsOf(l, "a") != 2 || l.root.children["a"].queued != 4 || l.root.clock != before {
+			t.Errorf("got %d clients with flows, %d of a, want 2 and 2; clock %v, was %v", len(l.root.active), flowsOf(l, "a"), l.root.clock, before)
+		}
+		l.SetCapacity(1)
+		for range 2 * len(callers) {
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+		}
+		wantIdle(t, l)
+	})
+}
