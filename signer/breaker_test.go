@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"strings"
 	"testing"
@@ -158,5 +159,30 @@ func TestProbeTellsTheBreaker(t *testing.T) {
 	e, _ := entryOf(t, Home{Key: k, Lane: lane})
 	if err := e.Probe(t.Context(), 0); err == nil || lane.Stats().Breaker != "open" {
 		t.Errorf("got %v and %s for a wrong signature", err, lane.Stats().Breaker)
+	}
+}
+
+func TestProbeOfPanickingKey(t *testing.T) {
+	k := script(t, "hsm", func(context.Context) error { panic("fault") })
+	e, _ := entryOf(t, Home{Key: k, Lane: NewLane(LaneConfig{})})
+	if err := e.Probe(t.Context(), 0); err == nil || !strings.Contains(err.Error(), "fault") {
+		t.Errorf("got %v, want an error of the panic", err)
+	}
+}
+
+func TestMissingKeyLeavesOthersAlone(t *testing.T) {
+	gone := fmt.Errorf("%w: %w", ErrNotFound, ErrUnavailable)
+	lane := NewLane(LaneConfig{})
+	e, _ := entryOf(t, Home{Key: script(t, "hsm", fails(gone)), Lane: lane}, Home{Key: script(t, "spare", fails(nil)), Priority: 1})
+	for range 20 {
+		if out, err := signOnce(t, e); err != nil || out.Home != "spare" {
+			t.Errorf("got %q, %v, want the other home", out.Home, err)
+		}
+		if err := e.Probe(t.Context(), 0); !errors.Is(err, ErrNotFound) {
+			t.Error(err)
+		}
+	}
+	if s := lane.Stats(); s.Breaker != "closed" || s.Failed != 0 {
+		t.Errorf("got %+v, want the place open for its other keys", s)
 	}
 }

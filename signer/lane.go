@@ -349,6 +349,8 @@ func (l *Lane) verdictLocked(ctx context.Context, err error, class keyClass, too
 			return ill
 		}
 		return noVerdict
+	case errors.Is(err, ErrNotFound):
+		return noVerdict // the key is gone; who asks for it must not close the place's other keys
 	case errors.Is(err, ErrUnavailable):
 		return ill
 	}
