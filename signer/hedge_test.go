@@ -343,3 +343,27 @@ func TestDecryptGoesThroughTheLane(t *testing.T) {
 	}
 	wantIdle(t, lane)
 }
+
+// TestTrialAfterAnAbandonedOneIsHedged has the caller of a trial go away before the home answers.
+func TestTrialAfterAnAbandonedOneIsHedged(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		one, two := script(t, "one", fails(ErrUnavailable)), script(t, "two", takes(time.Millisecond))
+		e, r := entryOf(t, Home{Key: one, Lane: NewLane(LaneConfig{Breaker: BreakerConfig{Failures: 1}})}, Home{Key: two, Priority: 1})
+		signOnce(t, e)
+		time.Sleep(time.Second)
+		one.sign = func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }
+		for i, want := range []error{context.Canceled, nil} {
+			stay := []time.Duration{time.Millisecond, time.Second}[i]
+			ctx, cancel := context.WithCancel(t.Context())
+			time.AfterFunc(stay, cancel)
+			if _, out, err := e.Sign(ctx, Caller{}, p256Alg, zeros); !errors.Is(err, want) {
+				t.Errorf("got %v, %+v, want %v", err, out, want)
+			}
+			cancel()
+		}
+		if n := one.calls.Load(); n != 3 {
+			t.Errorf("the home was asked %d times, want for the failure and both trials", n)
+		}
+		r.Wait()
+	})
+}

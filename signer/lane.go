@@ -393,8 +393,8 @@ func (l *Lane) publishLocked() {
 	switch b := &l.breaker; {
 	case l.capacity == 0, b.state == halfOpen && b.trial:
 		opens = notNow
-	case b.state == open:
-		opens = int64(b.until)
+	case b.state != closed:
+		opens = int64(b.until) // over when the next operation is the trial
 	}
 	if opens != l.opens.Load() {
 		l.opens.Store(opens)
