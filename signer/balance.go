@@ -92,11 +92,12 @@ func (e *Entry) do(ctx context.Context, c Caller, o keyUse) ([]byte, Outcome, er
 		if !patient {
 			after, free = e.hedgeAfter(&o, home, asked, now)
 		}
-		if after > 0 {
-			return e.race(ctx, c, o, home, asked, after, free, out)
-		}
 		var result []byte
-		result, err = e.Homes[home].ask(ctx, c, &o, e.class, patient, &out)
+		if after > 0 {
+			result, asked, err = e.race(ctx, c, o, home, asked, after, free, &out)
+		} else {
+			result, err = e.Homes[home].ask(ctx, c, &o, e.class, patient, &out)
+		}
 		if err == nil || !movesOn(ctx, err) {
 			return result, out, err
 		}

@@ -475,3 +475,31 @@ func BenchmarkEntrySign(b *testing.B) {
 		}
 	})
 }
+
+// TestHedgedOperationIsPatientToo has all workers of two homes go while an operation waits in one of them.
+func TestHedgedOperationIsPatientToo(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e, r, one, _ := hedgedPair(t, HedgeConfig{Percentile: .95})
+		one.sign = takes(20 * time.Millisecond)
+		first, second := e.Homes[0].Lane, e.Homes[1].Lane
+		first.SetCapacity(1)
+		done := make(chan error, 2)
+		for range 2 {
+			go func() {
+				_, err := signOnce(t, e)
+				done <- err
+			}()
+		}
+		synctest.Wait()
+		second.SetCapacity(0)
+		first.SetCapacity(0)
+		time.Sleep(time.Second)
+		first.SetCapacity(1)
+		for range 2 {
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+		}
+		wantQuiet(t, e, r)
+	})
+}

@@ -236,9 +236,9 @@ func (r *race) another() bool {
 }
 
 // race asks a home, and another one if the first has not answered in time. The first result wins. It returns when the context ends, while homes that do
-// not obey theirs may be at work still; hence the copy of the input. asked holds the homes that are not to be asked any more, and out what became
-// of the operation so far. If free is set, asking another home costs nothing of the first one's budget.
-func (e *Entry) race(ctx context.Context, c Caller, o keyUse, home int, asked uint64, after time.Duration, free bool, out Outcome) ([]byte, Outcome, error) {
+// not obey theirs may be at work still; hence the copy of the input. asked holds the homes that are not to be asked any more, and is returned with
+// those that were; out tells what became of the operation so far. If free is set, asking another home costs nothing of the first one's budget.
+func (e *Entry) race(ctx context.Context, c Caller, o keyUse, home int, asked uint64, after time.Duration, free bool, out *Outcome) ([]byte, uint64, error) {
 	o.input = slices.Clone(o.input)
 	inner, cancel := context.WithCancelCause(ctx)
 	defer cancel(errHedged)
@@ -264,7 +264,7 @@ func (e *Entry) race(ctx context.Context, c Caller, o keyUse, home int, asked ui
 					first.won.Add(1)
 				}
 				out.Tries += r.pending
-				return a.result, out, nil
+				return a.result, r.asked, nil
 			}
 			if r.pending == 0 && movesOn(ctx, failure) && r.another() {
 				e.Homes[a.home].failedOver()
@@ -282,8 +282,8 @@ func (e *Entry) race(ctx context.Context, c Caller, o keyUse, home int, asked ui
 		case <-ctx.Done():
 			out.Home = e.Homes[home].name
 			out.Tries += r.pending
-			return nil, out, fmt.Errorf("signer: no answer from %s: %w", out.Home, ctx.Err())
+			return nil, r.asked, fmt.Errorf("signer: no answer from %s: %w", out.Home, ctx.Err())
 		}
 	}
-	return nil, out, failure
+	return nil, r.asked, failure
 }
