@@ -15,7 +15,8 @@ import (
 type LaneConfig struct {
 	// Name is what operators call the place, as [Backend] has it.
 	Name string
-	// Capacity is how many operations are in the home at once; below 1 it is 1. See [Lane.SetCapacity].
+	// Capacity is how many operations the home does at once; below 1 it is 1. To a fast home more are sent, at most four times as many, so that
+	// it need not wait for the next one. See [Lane.SetCapacity].
 	Capacity int
 	// Queue is how many operations wait at most; 0 is 1024, below 0 none. When it is full, the newest operation of the longest flow is
 	// refused, which may be the one that comes.
@@ -40,7 +41,7 @@ type Lane struct {
 
 	// For choosing among lanes, written with mu held.
 	load  atomic.Int64 // operations in the home and in the queue
-	room  atomic.Int64 // operations in the home at once; 0 while it has no capacity
+	room  atomic.Int64 // operations that are sent to the home at once; 0 while it has no capacity
 	opens atomic.Int64 // when the home may be asked: 0 is now, otherwise on the clock; see notNow
 
 	hedges    hedger
@@ -95,6 +96,7 @@ func NewLane(c LaneConfig) *Lane {
 	}
 	l := &Lane{config: c, capacity: c.Capacity, limit: float64(c.Capacity), root: newRoot(), breaker: breaker{config: c.Breaker}}
 	l.hedges.config, l.cut = c.Hedge, laneTime()
+	l.paceFrom = l.cut
 	l.publishLocked()
 	return l
 }
@@ -102,7 +104,7 @@ func NewLane(c LaneConfig) *Lane {
 // Name returns what operators call the place.
 func (l *Lane) Name() string { return l.config.Name }
 
-// SetCapacity changes how many operations are in the home at once. Those that are in it stay. With 0 the home takes none: operations go to
+// SetCapacity changes how many operations the home does at once. Those that are in it stay. With 0 the home takes none: operations go to
 // other homes, and without any they wait, as for a token whose worker is replaced.
 func (l *Lane) SetCapacity(n int) {
 	n = max(n, 0)

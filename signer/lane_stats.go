@@ -7,7 +7,7 @@ type LaneStats struct {
 	Name     string
 	Capacity int    // operations in the home at once, as configured
 	Limit    int    // the same, as far as a throttling home takes them now; at most Capacity
-	InFlight int    // operations in the home
+	InFlight int    // operations in the home, and a few that were sent ahead so that it need not wait for them
 	Waiting  int    // operations in the queue
 	Breaker  string // "closed", "open" or "half-open"
 
@@ -41,7 +41,7 @@ func (l *Lane) Stats() LaneStats {
 	defer l.mu.Unlock()
 	s := l.counts
 	s.Name, s.Capacity, s.InFlight, s.Waiting = l.config.Name, l.capacity, l.inFlight, l.root.queued
-	s.Limit = l.roomLocked()
+	s.Limit = min(l.capacity, int(l.limit))
 	s.Breaker = l.breaker.state.String()
 	s.Hedges, s.HedgesWon = l.hedges.asked.Load(), l.hedges.won.Load()
 	s.Failovers = l.failovers.Load()

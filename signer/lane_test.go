@@ -386,3 +386,34 @@ func TestCapacityThatGoesAgain(t *testing.T) {
 		wantIdle(t, l)
 	})
 }
+
+func TestFastHomeIsSentWorkAhead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := NewLane(LaneConfig{Capacity: 2})
+		done := make(chan error)
+		come := func(n int) {
+			for range n {
+				go func() { done <- hold(t.Context(), l, Caller{}, 100*time.Microsecond) }()
+			}
+			synctest.Wait()
+		}
+		come(1000)
+		for range 1000 {
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+		}
+		come(20)
+		if s := l.Stats(); s.InFlight != 8 || s.Limit != 2 || s.Capacity != 2 {
+			t.Errorf("got %+v, want four times the capacity in flight", s)
+		}
+		l.SetCapacity(0)
+		if s := l.Stats(); s.InFlight != 8 || s.Waiting != 0 || s.Limit != 0 {
+			t.Errorf("got %+v, want nothing sent ahead without capacity", s)
+		}
+		for range 20 {
+			<-done
+		}
+		wantIdle(t, l)
+	})
+}

@@ -97,9 +97,9 @@ func laneDesc(name, help string, labels ...string) *prometheus.Desc {
 }
 
 var laneMetrics = []laneMetric{
-	{laneDesc("capacity", "Operations that the home is given at once, as configured."), prometheus.GaugeValue, func(s *LaneStats) float64 { return float64(s.Capacity) }},
-	{laneDesc("limit", "Operations that the home is given at once now; below its capacity after it throttled."), prometheus.GaugeValue, func(s *LaneStats) float64 { return float64(s.Limit) }},
-	{laneDesc("in_flight", "Operations in the home."), prometheus.GaugeValue, func(s *LaneStats) float64 { return float64(s.InFlight) }},
+	{laneDesc("capacity", "Operations that the home does at once, as configured."), prometheus.GaugeValue, func(s *LaneStats) float64 { return float64(s.Capacity) }},
+	{laneDesc("limit", "The same now: below the capacity after the home throttled."), prometheus.GaugeValue, func(s *LaneStats) float64 { return float64(s.Limit) }},
+	{laneDesc("in_flight", "Operations in the home, and a few that were sent ahead."), prometheus.GaugeValue, func(s *LaneStats) float64 { return float64(s.InFlight) }},
 	{laneDesc("waiting", "Operations in the queue before the home."), prometheus.GaugeValue, func(s *LaneStats) float64 { return float64(s.Waiting) }},
 	{laneDesc("done_total", "Operations that the home answered with a result."), prometheus.CounterValue, func(s *LaneStats) float64 { return float64(s.Done) }},
 	{laneDesc("failed_total", "Failures of the home that its breaker counted."), prometheus.CounterValue, func(s *LaneStats) float64 { return float64(s.Failed) }},
