@@ -24,8 +24,8 @@
 //
 // A client learns of a key only if a rule of the policy names that key and the operation for that client. In every other
 // case the answer is [keyless.CodeKeyNotFound], the same for a key that does not exist, a key of someone else, an operation
-// or a scheme that is not allowed, a server name outside the rule, a window that is closed and a limit that is used up. Client, key, operation and server name are judged
-// before the key's type is looked at, so that a refused client learns nothing of it either. Faults that show without a key, such as
+// or a scheme that is not allowed, a server name outside the rule, a window that is closed, a limit that is used up, and a permission that ended while the key worked. Client, key, operation
+// and server name are judged before the key's type is looked at, so that a refused client learns nothing of it either. Faults that show without a key, such as
 // a digest of the wrong length, are the same for every key. Only a client that passed the policy gets a
 // [keyless.CodeCrypto] about an opcode that does not fit the key. The local record holds the true reason.
 //

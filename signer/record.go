@@ -16,7 +16,7 @@ type Result string
 const (
 	ResultOK      Result = "ok"
 	ResultRefused Result = "refused" // the request was not allowed or not well-formed; no key was used
-	ResultFailed  Result = "failed"  // the request was right and the key's home could not serve it
+	ResultFailed  Result = "failed"  // the request was right and the key's home could not serve it, or its result was kept back
 )
 
 // Record is what is kept of one operation. It never holds what was signed, decrypted or sealed, only its hash.

@@ -55,7 +55,8 @@ func NewService(c ServiceConfig) *Service {
 	return s
 }
 
-// SetPolicy puts a policy in place of the present one; requests that come after it returns are judged by it. Nil admits nobody.
+// SetPolicy puts a policy in place of the present one; requests that come after it returns are judged by it, and results that are there after
+// it returns are kept back if it does not allow them. Nil admits nobody.
 func (s *Service) SetPolicy(p *Policy) { s.policy.Store(p) }
 
 // Policy returns the present policy.
@@ -253,6 +254,24 @@ func (s *Service) admit(c *call, code *keyless.Error, alg Algorithm) refusal {
 		}
 	}
 	return refusal{}
+}
+
+// revoked takes a result back that the policy of now, which may have come while the operation was under way, would not allow any more.
+func (s *Service) revoked(c *call, alg Algorithm) refusal {
+	now := s.policy.Load()
+	if now == c.policy {
+		return refusal{}
+	}
+	entry := c.entry
+	if e := s.registry.BySKI(entry.SKI); e != nil {
+		entry = e // it may have other labels
+	}
+	g := now.grant(c.req.Peer.ID, c.op, entry, c.req.SNI)
+	reason := g.allows(c.op, alg)
+	if reason == Allowed {
+		return refusal{}
+	}
+	return refusal{keyless.ErrKeyNotFound, ResultFailed, causes[reason], "taken back, as the policy was replaced meanwhile: " + string(reason)}
 }
 
 // caller says for whom the key is used.

@@ -88,7 +88,20 @@ func (s *Service) signed(ctx context.Context, c *call, alg Algorithm, input []by
 		return nil, no
 	}
 	sig, outcome, err := c.entry.Sign(ctx, c.caller(), alg, input)
-	return sig, c.done(outcome, err)
+	return s.outcome(c, alg, sig, outcome, err)
+}
+
+// outcome lets a key's result go, unless what allowed it is gone.
+func (s *Service) outcome(c *call, alg Algorithm, result []byte, o Outcome, err error) ([]byte, refusal) {
+	no := c.done(o, err)
+	if no.code == nil {
+		no = s.revoked(c, alg)
+	}
+	if no.code != nil {
+		clear(result)
+		return nil, no
+	}
+	return result, refusal{}
 }
 
 // decrypt serves raw RSA decryption, which must be allowed on the server, for the key and for the client. The block goes out as it is: nothing here looks at
@@ -118,7 +131,7 @@ func (s *Service) decrypt(ctx context.Context, c *call) ([]byte, refusal) {
 		return nil, no
 	}
 	block, outcome, err := c.entry.DecryptRaw(ctx, c.caller(), slices.Clone(c.req.Payload))
-	return block, c.done(outcome, err)
+	return s.outcome(c, Algorithm{}, block, outcome, err)
 }
 
 // withoutKey reports why an operation that uses no key of the registry is refused. Off and not allowed look the same from outside.

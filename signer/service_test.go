@@ -375,6 +375,35 @@ func TestPolicyIsReplacedAtOnce(t *testing.T) {
 	}
 }
 
+// TestRevokedWhileUnderWay has a rule go while an operation waits in the key's home.
+func TestRevokedWhileUnderWay(t *testing.T) {
+	other := everything(edgeOne)
+	other.Keys = []string{"rsa"}
+	for name, tt := range map[string]struct {
+		rule ClientRule
+		want keyless.ErrorCode
+	}{"the key is revoked": {other, keyless.CodeKeyNotFound}, "the rules are as they were": {everything(edgeOne), 0}} {
+		t.Run(name, func(t *testing.T) {
+			var s *Service
+			k := script(t, "hsm", func(context.Context) error {
+				s.SetPolicy(mustPolicy(t, tt.rule))
+				return nil
+			})
+			reg := NewRegistry()
+			if err := reg.Replace([]Home{{Key: k}}); err != nil {
+				t.Fatal(err)
+			}
+			rec := new(recorded)
+			s = NewService(ServiceConfig{Registry: reg, Policy: mustPolicy(t, everything(edgeOne)), Recorder: rec})
+			sig, err := ask(t, s, keyless.Operation{Opcode: keyless.OpECDSASignSHA256, SKI: skiOf(t, "p256"), Payload: make([]byte, 32)})
+			wantCode(t, err, tt.want)
+			if r := rec.last(t); (sig == nil) != (tt.want != 0) || (r.Result == ResultOK) != (tt.want == 0) || r.Home != "hsm" {
+				t.Errorf("got signature %q, record %+v", sig, r)
+			}
+		})
+	}
+}
+
 // instantKey signs in no time, so that what is left is the service's own cost.
 type instantKey struct{ Key }
 
