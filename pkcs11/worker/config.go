@@ -19,9 +19,13 @@ const (
 	DefaultKeepAlive     = 30 * time.Second
 	DefaultRestartMin    = 250 * time.Millisecond
 	DefaultRestartMax    = 30 * time.Second
-	DefaultMaxMemory     = 1 << 30 // bytes
+	DefaultMaxMemory     = 1 << 30 // bytes, and sessionMemory for each session
 	DefaultMaxFiles      = 1024
 )
+
+// sessionMemory is what the default limit of memory leaves for each session: a thread's stack, of which the whole counts, and what the
+// C library's allocator keeps for it.
+const sessionMemory = 16 << 20
 
 // maxWorkers bounds Config.Workers.
 const maxWorkers = 64
@@ -82,7 +86,8 @@ type Sandbox struct {
 	ReadPaths, WritePaths []string
 	// Network leaves the module the Internet's sockets. Unix sockets that have a path are open to it either way. Strict only.
 	Network bool
-	// MaxMemory is how much a worker may allocate, in bytes. If zero, DefaultMaxMemory; if negative, no limit.
+	// MaxMemory is how much a worker may allocate, in bytes. If zero, DefaultMaxMemory and 16 MiB for each session; if negative, no limit.
+	// The stacks of threads count, 8 MiB each as a rule, and each session is a thread.
 	MaxMemory int64
 	// MaxFiles is how many descriptors a worker may have. If zero, DefaultMaxFiles.
 	MaxFiles int
@@ -109,9 +114,9 @@ func (c Config) withDefaults() (Config, error) {
 	fill(&c.Restart.Max, max(DefaultRestartMax, c.Restart.Min))
 	fill(&c.OnLoss, Move)
 	fill(&c.Sandbox.Mode, SandboxBasic)
-	fill(&c.Sandbox.MaxMemory, DefaultMaxMemory)
-	fill(&c.Sandbox.MaxFiles, DefaultMaxFiles)
 	fill(&c.Token.Sessions, DefaultSessions)
+	fill(&c.Sandbox.MaxMemory, DefaultMaxMemory+sessionMemory*int64(c.Token.Sessions))
+	fill(&c.Sandbox.MaxFiles, DefaultMaxFiles)
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
