@@ -32,7 +32,7 @@ var sentinels = []error{
 	signer.ErrUnsupported, signer.ErrUnavailable, signer.ErrNotFound, signer.ErrAmbiguous, signer.ErrThrottled,
 	pkcs11.ErrPINIncorrect, pkcs11.ErrPINLocked, pkcs11.ErrPINFinalTry, pkcs11.ErrTokenNotFound, pkcs11.ErrAmbiguous,
 	pkcs11.ErrKeyNotFound, pkcs11.ErrExtractable, pkcs11.ErrUnsupported, pkcs11.ErrInput, pkcs11.ErrDevice, pkcs11.ErrBusy,
-	pkcs11.ErrClosed, pkcs11.ErrModule, pkcs11.ErrModuleNotAllowed, context.DeadlineExceeded, errSandbox,
+	pkcs11.ErrClosed, pkcs11.ErrModule, pkcs11.ErrModuleNotAllowed, context.DeadlineExceeded, errSandbox, signer.ErrOverloaded,
 }
 
 // errorHeader is mask (4) and the module's return value plus one (8), 0 if there is none.

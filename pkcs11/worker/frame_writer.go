@@ -55,6 +55,13 @@ func (w *frameWriter) close() {
 	w.flush()
 }
 
+// waiting is how much is queued, in bytes.
+func (w *frameWriter) waiting() int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return len(w.buf)
+}
+
 // run writes until close is called or a write fails.
 func (w *frameWriter) run(to io.Writer) error {
 	for range w.wake {

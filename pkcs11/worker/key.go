@@ -4,6 +4,9 @@ import (
 	"bytes"
 	"context"
 	"crypto"
+	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/rsa"
 	"errors"
 	"fmt"
 	"slices"
@@ -73,6 +76,7 @@ func (p *Pool) learn(d *pkcs11.Description, b []byte) *key {
 	} else if bytes.Equal(k.now.Load().bytes, b) {
 		return k
 	}
+	d.Info.Home = p.name // whatever the worker calls it
 	p.numbers++
 	k.now.Store(&knowledge{number: p.numbers, info: d.Info, algorithms: d.Algorithms, decrypt: d.Decrypt, bytes: b})
 	return k
@@ -102,13 +106,49 @@ func (k *key) Sign(ctx context.Context, alg signer.Algorithm, input []byte) ([]b
 	if !slices.Contains(now.algorithms, alg) {
 		return nil, k.fault(now, "sign with", fmt.Errorf("%w: %v with %v", pkcs11.ErrUnsupported, alg.Kind, alg.Hash))
 	}
-	return k.ask(ctx, now, &request{typ: frameSign, signRequest: signRequest{now.number, alg, input}, description: now.bytes}, "sign with")
+	r := &request{typ: frameSign, signRequest: signRequest{now.number, alg, input}, description: now.bytes, of: k}
+	return k.ask(ctx, now, r, "sign with")
+}
+
+// admits reports whether a result has the form of a signature, or of a decrypted block. Whether a signature is right, the client
+// that asked for it verifies.
+func (k *key) admits(typ frameType, result []byte) bool {
+	switch pub := k.pub.(type) {
+	case *rsa.PublicKey:
+		return len(result) == pub.Size()
+	case *ecdsa.PublicKey:
+		return typ == frameSign && isPair(result, (pub.Curve.Params().BitSize+7)/8)
+	}
+	return typ == frameSign && len(result) == ed25519.SignatureSize
+}
+
+// isPair reports whether b is the DER form of a sequence of two positive integers of at most size bytes, as in RFC 3279 section 2.2.3.
+func isPair(b []byte, size int) bool {
+	head := 2
+	if len(b) > 2 && b[1] == 0x81 {
+		head = 3
+	}
+	if len(b) < head || b[0] != 0x30 || int(b[head-1]) != len(b)-head || head == 2 && b[1] > 0x7f {
+		return false
+	}
+	b = b[head:]
+	for range 2 {
+		if len(b) < 3 || b[0] != 0x02 || b[1] == 0 || b[2] > 0x7f {
+			return false
+		}
+		n := int(b[1])
+		if n > size+1 || n > len(b)-2 {
+			return false
+		}
+		b = b[2+n:]
+	}
+	return len(b) == 0
 }
 
 // DecryptRaw implements [signer.Decrypter].
 func (d decrypter) DecryptRaw(ctx context.Context, ciphertext []byte) ([]byte, error) {
 	now := d.now.Load()
-	r := &request{typ: frameDecrypt, signRequest: signRequest{key: now.number, input: ciphertext}, description: now.bytes}
+	r := &request{typ: frameDecrypt, signRequest: signRequest{key: now.number, input: ciphertext}, description: now.bytes, of: d.key}
 	return d.ask(ctx, now, r, "decrypt with")
 }
 

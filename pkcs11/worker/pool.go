@@ -247,7 +247,10 @@ func (p *Pool) await(ctx context.Context, deadline time.Time) error {
 	changed, closed, coming := p.changed, p.closed, false
 	err := p.logins.denial()
 	for _, s := range p.slots {
-		coming = coming || s.state == StateStarting || s.state == StateReady && s.proc != nil
+		switch s.state {
+		case StateStarting, StateReady, StateDraining: // a worker that drains is replaced at once, unless the pool closes
+			coming = true
+		}
 		if err == nil && s.lastError != "" {
 			err = errors.New(s.lastError)
 		}
@@ -287,7 +290,7 @@ func (p *Pool) notifyLocked() {
 func (p *Pool) offer(w *proc) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.dead {
+	if w.dead || w.isSick {
 		return
 	}
 	p.mu.Lock()
@@ -317,7 +320,9 @@ func (p *Pool) watch() {
 		case <-tick.C:
 		}
 		for _, w := range *p.ready.Load() {
-			if quiet := w.quiet(); quiet > limit {
+			if err := w.backlog(); err != nil {
+				w.kill("protocol", err)
+			} else if quiet := w.quiet(); quiet > limit {
 				w.kill("silent", fmt.Errorf("it held operations and said nothing for %v", quiet.Round(time.Millisecond)))
 			}
 		}

@@ -30,6 +30,8 @@ type proc struct {
 	gone     chan struct{} // closed when the process has ended and nothing of it is left
 	sessions int           // set before started yields nil
 	name     string        // the token's, likewise
+	born     time.Time     // likewise
+	logs     logLimit      // belongs to read
 
 	inFlight atomic.Int32
 	heard    atomic.Int64 // when a frame came last, since start
@@ -51,11 +53,14 @@ type proc struct {
 type op struct {
 	done   chan struct{} // one value when the rest is set
 	id     uint32
+	typ    frameType
+	of     *key // nil for what concerns no key
 	result []byte
 	err    error
 	lost   bool // the worker is gone
 	stuck  bool // because of this operation
 	listed [][]byte
+	size   int // of listed, in bytes
 }
 
 var ops = sync.Pool{New: func() any { return &op{done: make(chan struct{}, 1)} }}

@@ -189,7 +189,10 @@ func (s *server) enqueue(j *job) error {
 	case s.jobs <- j:
 		return nil
 	default:
-		return fmt.Errorf("%w: more than %d operations at once", errFrame, maxInFlight)
+		// The pool has given up operations that are still queued here.
+		s.out.send(frameError, j.id, encodeError(fmt.Errorf("%w: the worker is behind", signer.ErrOverloaded)))
+		jobs.Put(j)
+		return nil
 	}
 }
 

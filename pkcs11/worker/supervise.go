@@ -59,7 +59,8 @@ func (p *Pool) start(ctx context.Context, s *seat) (*proc, error) {
 		p.count(w)
 		return nil, err
 	}
-	p.log.Info("worker is ready", "pid", w.cmd.Process.Pid, "sessions", w.sessions, "dur", time.Since(began))
+	w.born = time.Now()
+	p.log.Info("worker is ready", "pid", w.cmd.Process.Pid, "sessions", w.sessions, "dur", w.born.Sub(began))
 	p.enter(s, StateReady, w)
 	p.offer(w)
 	return w, nil
@@ -82,7 +83,6 @@ func (p *Pool) count(w *proc) (reason string, cause error) {
 // supervise keeps a seat filled until the pool is closed.
 func (p *Pool) supervise(s *seat, w *proc) {
 	fails := 0 // starts in a row that came to nothing
-	born := time.Now()
 	for {
 		if w == nil {
 			var err error
@@ -96,20 +96,19 @@ func (p *Pool) supervise(s *seat, w *proc) {
 					continue
 				}
 			}
-			born = time.Now()
 		}
 		select {
 		case <-w.gone:
 			reason, cause := p.count(w)
 			p.log.Warn("worker is lost", "pid", w.cmd.Process.Pid, "reason", reason, "err", cause)
-			w = p.lost(s, cause, time.Since(born), &fails)
+			w = p.lost(s, cause, time.Since(w.born), &fails)
 		case <-w.sick:
 			p.log.Warn("device failed; worker is replaced", "pid", w.cmd.Process.Pid, "err", w.whyEnded())
 			p.retire(s, w)
 			_, cause := p.count(w)
-			w = p.lost(s, cause, time.Since(born), &fails)
+			w = p.lost(s, cause, time.Since(w.born), &fails)
 		case answer := <-s.kick:
-			w, born = p.replace(s, w, answer), time.Now()
+			w = p.replace(s, w, answer)
 		case <-p.ctx.Done():
 			p.retire(s, w)
 			return

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"time"
 
 	"github.com/keyhaven/keyhaven/pkcs11"
 )
@@ -16,7 +17,7 @@ import (
 func (w *proc) send(o *op, r *request) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.dead || w.quitting {
+	if w.dead || w.quitting || len(w.pending) >= maxInFlight {
 		return false
 	}
 	if len(w.pending) == 0 {
@@ -25,7 +26,7 @@ func (w *proc) send(o *op, r *request) bool {
 	if w.last++; w.last == 0 {
 		w.last = 1
 	}
-	o.id = w.last
+	o.id, o.typ, o.of = w.last, r.typ, r.of
 	w.pending[o.id] = o
 	w.inFlight.Store(int32(len(w.pending)))
 	w.out.mu.Lock()
@@ -59,24 +60,66 @@ func (w *proc) forget(o *op) bool {
 	return true
 }
 
-// finish returns the operation of an id, which is no longer in the worker's hands, or nil if nobody waits for it.
-func (w *proc) finish(id uint32) *op {
+// finish ends an operation with its result. A result that cannot be one is an error: workers check what their module yields.
+func (w *proc) finish(id uint32, result []byte) error {
+	w.mu.Lock()
+	o := w.pending[id]
+	if o != nil && !o.admits(result) {
+		w.mu.Unlock()
+		return fmt.Errorf("%w: a result of %d bytes for type %d", errFrame, len(result), o.typ)
+	}
+	w.dropLocked(id)
+	w.mu.Unlock()
+	if o != nil {
+		o.result = bytes.Clone(result)
+		o.done <- struct{}{}
+	}
+	return nil
+}
+
+// admits reports whether result has the form of one of the operation.
+func (o *op) admits(result []byte) bool {
+	if o.typ == frameSign || o.typ == frameDecrypt {
+		return o.of.admits(o.typ, result)
+	}
+	return len(result) == 0
+}
+
+func (w *proc) dropLocked(id uint32) {
+	delete(w.pending, id)
+	w.inFlight.Store(int32(len(w.pending)))
+}
+
+// take returns the operation of an id, which is no longer in the worker's hands, or nil if nobody waits for it.
+func (w *proc) take(id uint32) *op {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	o := w.pending[id]
-	delete(w.pending, id)
-	w.inFlight.Store(int32(len(w.pending)))
+	w.dropLocked(id)
 	return o
+}
+
+// list adds a key's description to what an operation has.
+func (w *proc) list(f frame) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	o := w.pending[f.id]
+	if o == nil {
+		return nil
+	}
+	o.size += len(f.body)
+	if o.typ != frameList || len(o.listed) == maxKeys || o.size > maxList {
+		return fmt.Errorf("%w: keys that were not asked for, more than %d of them, or more than %d bytes", errFrame, maxKeys, maxList)
+	}
+	o.listed = append(o.listed, bytes.Clone(f.body))
+	return nil
 }
 
 // handle acts on a frame of the worker. It does not block.
 func (w *proc) handle(f frame) error {
 	switch f.typ {
 	case frameDone:
-		if o := w.finish(f.id); o != nil {
-			o.result = bytes.Clone(f.body)
-			o.done <- struct{}{}
-		}
+		return w.finish(f.id, f.body)
 	case frameError:
 		err, bad := decodeError(f.body)
 		if bad != nil {
@@ -84,21 +127,13 @@ func (w *proc) handle(f frame) error {
 		}
 		w.failed(f.id, err)
 	case frameListed:
-		w.mu.Lock()
-		o := w.pending[f.id]
-		w.mu.Unlock()
-		if o == nil {
-			return nil
-		}
-		if len(o.listed) == maxKeys {
-			return fmt.Errorf("%w: more than %d keys", errFrame, maxKeys)
-		}
-		o.listed = append(o.listed, bytes.Clone(f.body))
+		return w.list(f)
 	case frameStuck:
 		w.stuck(f.id)
 	case framePulse:
 	case frameAsk:
 		w.pool.logins.ask(w, f.id)
+		return w.backlog()
 	case frameLogin:
 		return w.loggedIn(f)
 	case frameLog:
@@ -113,8 +148,22 @@ func (w *proc) handle(f frame) error {
 	return nil
 }
 
-// maxKeys bounds a list of keys.
-const maxKeys = 10000
+// Bounds of a list of keys.
+const (
+	maxKeys = 10000
+	maxList = 64 << 20 // bytes
+)
+
+// maxBacklog bounds what waits to be sent to a worker, in bytes.
+const maxBacklog = maxInFlight * maxFrame / 2
+
+// backlog finds a worker that does not read what it is sent.
+func (w *proc) backlog() error {
+	if n := w.out.waiting(); n > maxBacklog {
+		return fmt.Errorf("%w: it does not read: %d bytes wait for it", errFrame, n)
+	}
+	return nil
+}
 
 func (w *proc) loggedIn(f frame) error {
 	if len(f.body) == 0 {
@@ -133,15 +182,16 @@ func (w *proc) failed(id uint32, err *remoteError) {
 	if errors.Is(err, pkcs11.ErrDevice) {
 		w.ail(err)
 	}
-	if o := w.finish(id); o != nil {
+	if o := w.take(id); o != nil {
 		o.err = err
 		o.done <- struct{}{}
-	} else if id == 0 {
+	} else if id == 0 && w.logs.admit(time.Now()) {
 		w.pool.log.Warn("idle token does not answer", "err", err, "pid", w.cmd.Process.Pid)
 	}
 }
 
-// ail marks the worker as one to be replaced, because its device failed.
+// ail marks the worker as one to be replaced, because its device failed. Nothing is given to it any more: what it has failed must
+// not come to it again.
 func (w *proc) ail(err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -149,6 +199,7 @@ func (w *proc) ail(err error) {
 		return
 	}
 	w.isSick = true
+	w.pool.withdraw(w)
 	if w.reason == "" {
 		w.reason, w.cause = "device", err
 	}
@@ -197,13 +248,16 @@ func (w *proc) handleStart(f frame) error {
 	if err := decodeJSON("ready", f.body, &r); err != nil {
 		return err
 	}
-	if r.Sessions < 1 || r.Sessions > 1<<16 || r.Token == "" {
-		return fmt.Errorf("%w: ready with %d sessions", errFrame, r.Sessions)
+	if r.Sessions < 1 || r.Sessions > w.pool.cfg.Token.Sessions || r.Token == "" || len(r.Token) > maxName {
+		return fmt.Errorf("%w: ready with %d sessions and a name of %d bytes", errFrame, r.Sessions, len(r.Token))
 	}
 	w.sessions, w.name, w.state = r.Sessions, r.Token, 0
 	w.report(nil)
 	return nil
 }
+
+// maxName bounds the name of a token, in bytes: labels have 32.
+const maxName = 256
 
 // errFailed means that the worker has said why it leaves.
 var errFailed = errors.New("the worker failed to start")
@@ -213,6 +267,7 @@ type request struct {
 	typ frameType
 	signRequest
 	description []byte
+	of          *key // nil for what concerns no key
 }
 
 // maxMoves bounds how often an operation is given to another worker: one that makes modules crash must not take all of them along.
@@ -260,8 +315,37 @@ func (p *Pool) do(ctx context.Context, r *request) ([]byte, [][]byte, error) {
 	}
 }
 
+// logLimit lets a worker write so many log records a second: one whose module has taken over must not fill the server's log.
+type logLimit struct {
+	second  time.Time
+	n       int
+	dropped int
+}
+
+const maxLogRate = 50
+
+// admit reports whether a record may be written. Only the goroutine that reads what the worker says calls it.
+func (l *logLimit) admit(now time.Time) bool {
+	if now.Sub(l.second) >= time.Second {
+		l.second, l.n = now, 0
+	}
+	l.n++
+	if l.n > maxLogRate {
+		l.dropped++
+		return false
+	}
+	return true
+}
+
 // relay writes a worker's log record to the pool's log.
 func (p *Pool) relay(w *proc, r *logRecord) {
+	if !w.logs.admit(time.Now()) {
+		return
+	}
+	if n := w.logs.dropped; n > 0 {
+		w.logs.dropped = 0
+		p.log.Warn("worker logs too much; records were left out", "pid", w.cmd.Process.Pid, "count", n)
+	}
 	attrs := make([]slog.Attr, 0, len(r.Attrs)+1)
 	for i, a := range r.Attrs {
 		if i == maxLogAttrs {
