@@ -90,7 +90,7 @@ func (v *verifier) beginExport(raw []byte) error {
 	case h.First == 0:
 		return errors.New("the export says that it begins with seq 0")
 	}
-	v.export, v.id, v.server = h, h.Log, h.Server
+	v.export, v.id, v.server, v.rep.Export = h, h.Log, h.Server, true
 	v.seq, v.head = h.First-1, h.Prev
 	return nil
 }

@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
 	"unicode/utf16"
 	"unicode/utf8"
 )
@@ -98,6 +99,14 @@ func clean(v string) string {
 		cut--
 	}
 	return v[:cut] + ellipsis
+}
+
+// printable returns v with escapes for what is not printable, so that a terminal shows it as it is. What is read may come from anybody.
+func printable(v string) string {
+	if strings.ContainsFunc(v, func(r rune) bool { return r == utf8.RuneError || !unicode.IsPrint(r) }) {
+		v = strings.Trim(strconv.Quote(v), `"`)
+	}
+	return v
 }
 
 func appendUnicode(b []byte, r rune) []byte {

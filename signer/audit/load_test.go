@@ -90,6 +90,7 @@ func TestVerifyWhileWriting(t *testing.T) {
 			}
 		})
 	}
+	eventually(t, "a checkpoint that covers records", func() bool { return l.Stats().Checkpoints >= 2 })
 	for range 20 {
 		rep := verify(t, VerifyConfig{Dir: dir, Keys: []crypto.PublicKey{pub}})
 		if rep.Problem != nil {

@@ -33,7 +33,11 @@ func (f *Filter) Check() error {
 	case !f.Since.IsZero() && !f.Until.IsZero() && !f.Since.Before(f.Until):
 		return fmt.Errorf("audit: %s to %s is no range", f.Since.Format(time.RFC3339), f.Until.Format(time.RFC3339))
 	}
-	return nil
+	switch signer.Result(f.Result) {
+	case "", signer.ResultOK, signer.ResultRefused, signer.ResultFailed:
+		return nil
+	}
+	return fmt.Errorf("audit: result %q; use %s, %s or %s", f.Result, signer.ResultOK, signer.ResultRefused, signer.ResultFailed)
 }
 
 // chooses reports whether the line is wanted.
@@ -217,6 +221,8 @@ func writeCSV(w *csv.Writer, l *Line) error {
 		row[20] = r.ServerIP.String()
 	}
 	for i, cell := range row {
+		cell = printable(cell) // a person may read it
+		row[i] = cell
 		// A spreadsheet takes such a cell for a formula, and clients choose some of them.
 		if cell != "" && strings.ContainsRune("=+-@\t\r", rune(cell[0])) {
 			row[i] = "'" + cell

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"path/filepath"
+	"sort"
 	"time"
 )
 
@@ -28,6 +29,8 @@ type verifier struct {
 	base    uint64 // seq of marks[0]
 	marks   []mark // the state after each of the last lines
 	at      place  // of the last line that was read
+	index   int    // of the file that is read
+	loose   loose  // what no signature covers
 	excused int    // index of the file whose open line's damage was noted already
 	behind  place  // where a next line of the file before would stand
 	line    Line
@@ -37,6 +40,14 @@ type verifier struct {
 type mark struct {
 	chain   Hash
 	records uint64
+	file    int32 // index of the line's file
+	line    int32
+}
+
+// loose is the first operation behind the last one that a signature covers; its seq is 0 if there is none.
+type loose struct {
+	at  place
+	seq uint64
 }
 
 // anchor is a checkpoint beside the log.
@@ -54,7 +65,7 @@ type place struct {
 }
 
 func (v *verifier) problem(kind ProblemKind, at place, seq uint64, format string, args ...any) *Problem {
-	return &Problem{Kind: kind, File: at.path, Line: at.line, Seq: seq, Text: fmt.Sprintf(format, args...)}
+	return &Problem{Kind: kind, File: printable(at.path), Line: at.line, Seq: seq, Text: printable(fmt.Sprintf(format, args...))}
 }
 
 // run fills in the report.
@@ -63,6 +74,7 @@ func (v *verifier) run(ctx context.Context) error {
 		return nil
 	}
 	for i, path := range v.paths {
+		v.index = i
 		next, err := v.peek(i + 1)
 		if err != nil {
 			return err
@@ -87,7 +99,7 @@ func (v *verifier) sum() {
 	v.rep.Last, v.rep.Head = v.seq, v.head
 	v.rep.Uncovered = v.rep.Records - v.rep.Covered
 	if v.begun {
-		v.rep.Log, v.rep.Server = v.id.String(), v.server
+		v.rep.Log, v.rep.Server = v.id.String(), printable(v.server)
 	}
 }
 
@@ -140,6 +152,9 @@ func (v *verifier) file(ctx context.Context, i int, path string, next *Line) (*P
 			return nil, fmt.Errorf("audit: %s: %w", path, err)
 		}
 		if v.at.line == 1 && isExport(raw) {
+			if len(v.c.Files) == 0 { // its first line says where it begins, so the log's beginning could be missing
+				return v.problem(Foreign, v.at, v.seq+1, "an export is no file of a log; verify it by itself, with --file"), nil
+			}
 			if err := v.beginExport(raw); err != nil {
 				return nil, fmt.Errorf("audit: %s: %w", path, err)
 			}
@@ -188,14 +203,25 @@ func (v *verifier) settle(r *lineReader, raw []byte) ([]byte, error) {
 
 // leftover judges what stands in a file behind the last line that the next file counts.
 func (v *verifier) leftover(r *lineReader, path string, next *Line) (*Problem, error) {
+	counted := r.offset
 	raw, err := r.next()
-	if errors.Is(err, io.EOF) || next.Open.Damage == "" && next.Open.Abandoned > 0 {
+	if errors.Is(err, io.EOF) {
 		return nil, nil
 	}
 	if err != nil && !errors.Is(err, errTorn) {
 		return nil, fmt.Errorf("audit: %s: %w", path, err)
 	}
 	at := place{path, r.number}
+	if next.Open.Damage == "" && next.Open.Abandoned > 0 {
+		st, err := r.f.Stat()
+		if err != nil {
+			return nil, fmt.Errorf("audit: %w", err)
+		}
+		if behind := st.Size() - counted; behind < 0 || uint64(behind) > next.Open.Abandoned {
+			return v.problem(Inserted, at, v.seq+1, "%d bytes stand behind seq %d, but the server gave up %d there", behind, v.seq, next.Open.Abandoned), nil
+		}
+		return nil, nil
+	}
 	if next.Open.Damage == "" {
 		return v.problem(Inserted, at, v.seq+1, "the next file begins behind seq %d, so nothing should stand here", v.seq), nil
 	}
@@ -258,8 +284,11 @@ func (v *verifier) advance(l *Line) {
 	v.seq, v.head = l.Seq, l.Chain
 	if l.Kind == KindOp {
 		v.rep.Records++
+		if v.loose.seq == 0 {
+			v.loose = loose{v.at, l.Seq}
+		}
 	}
-	v.marks = append(v.marks, mark{l.Chain, v.rep.Records})
+	v.marks = append(v.marks, mark{l.Chain, v.rep.Records, int32(v.index), int32(v.at.line)})
 	if len(v.marks) >= 4*maxLag {
 		drop := len(v.marks) - maxLag - 1
 		v.marks = append(v.marks[:0], v.marks[drop:]...)
@@ -404,7 +433,16 @@ func (v *verifier) checkpoint(l *Line) *Problem {
 	if m.chain != c.Head {
 		return v.problem(Altered, v.at, l.Seq, "lines up to seq %d were changed and chained anew: the checkpoint has another chain for it", c.Covers)
 	}
+	if c.Covers <= v.rep.SignedTo {
+		return nil // an older one, written once more
+	}
 	v.covered(l, m.records)
+	v.loose = loose{}
+	i := c.Covers - v.base + 1
+	n := sort.Search(len(v.marks[i:]), func(n int) bool { return v.marks[i:][n].records > m.records })
+	if i += uint64(n); i < uint64(len(v.marks)) {
+		v.loose = loose{place{v.paths[v.marks[i].file], int(v.marks[i].line)}, v.base + i}
+	}
 	return nil
 }
 
@@ -426,6 +464,7 @@ func (v *verifier) covered(l *Line, records uint64) {
 		return
 	}
 	v.rep.Covered = max(v.rep.Covered, records)
+	v.rep.SignedTo = max(v.rep.SignedTo, l.Checkpoint.Covers)
 	if l.Time.After(v.rep.LastCheckpoint) {
 		v.rep.LastCheckpoint = l.Time
 	}
@@ -449,6 +488,7 @@ func (v *verifier) meet() *Problem {
 			return p
 		}
 		v.covered(a.line, v.rep.Records)
+		v.loose = loose{}
 		v.rep.Anchored = v.rep.Anchored || a.own
 	}
 	return nil
@@ -467,6 +507,20 @@ func (v *verifier) end() *Problem {
 		case a.own:
 			return v.problem(Removed, place{a.from, 0}, c.Covers, "%s covers seq %d, which is not here", a.from, c.Covers)
 		}
+	}
+	return v.unsigned()
+}
+
+// unsigned looks whether signatures cover as much as they must.
+func (v *verifier) unsigned() *Problem {
+	left := v.rep.Records - v.rep.Covered
+	switch {
+	case len(v.ring) == 0 || left == 0:
+		return nil
+	case v.rep.Covered == 0:
+		return v.problem(Unsigned, v.loose.at, v.loose.seq, "no checkpoint covers any of %d operations, so that anybody could have written them; if the log has only begun, wait for the next checkpoint", left)
+	case v.c.AllSigned:
+		return v.problem(Unsigned, v.loose.at, v.loose.seq, "no checkpoint covers this operation and what follows, %d in all, so that anybody could have written them", left)
 	}
 	return nil
 }

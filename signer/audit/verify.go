@@ -24,6 +24,8 @@ type VerifyConfig struct {
 	Partial bool
 	// Repaired takes damage that a repair has noted for known: it goes to Report.Damage and verification goes on.
 	Repaired bool
+	// AllSigned demands that signatures cover all operations, as they do once a server has ended well.
+	AllSigned bool
 }
 
 // ProblemKind is what is wrong with a log.
@@ -37,9 +39,10 @@ const (
 	Duplicated ProblemKind = "duplicated"
 	Inserted   ProblemKind = "inserted"
 	Truncated  ProblemKind = "truncated"
-	Forged     ProblemKind = "forged"  // a checkpoint's signature is wrong, or its key unknown
-	Foreign    ProblemKind = "foreign" // a line or file of another log
-	Damaged    ProblemKind = "damaged" // the server found damage and went on; see VerifyConfig.Repaired
+	Forged     ProblemKind = "forged"   // a checkpoint's signature is wrong, or its key unknown
+	Foreign    ProblemKind = "foreign"  // a line or file of another log
+	Unsigned   ProblemKind = "unsigned" // keys were given, and no signature covers it
+	Damaged    ProblemKind = "damaged"  // the server found damage and went on; see VerifyConfig.Repaired
 )
 
 // Problem is the first thing that is wrong.
@@ -59,7 +62,8 @@ func (p *Problem) Error() string {
 // Report is what [Verify] found. The numbers are of what was verified before the problem.
 type Report struct {
 	Log            string    `json:"log"`
-	Server         string    `json:"server"`
+	Server         string    `json:"server"`           // with escapes for what is not printable
+	Export         bool      `json:"export,omitempty"` // it is an export, which begins where its first line says
 	Files          int       `json:"files"`
 	First          uint64    `json:"first"`       // seq of the first line
 	Last           uint64    `json:"last"`        // seq of the last line
@@ -67,6 +71,7 @@ type Report struct {
 	Records        uint64    `json:"records"`     // operations
 	Covered        uint64    `json:"covered"`     // operations that a checked signature covers
 	Uncovered      uint64    `json:"uncovered"`   // operations at the end that none covers
+	SignedTo       uint64    `json:"signed_to"`   // seq of the last line that a checked signature covers
 	Lost           uint64    `json:"lost"`        // records that the server says it could not keep
 	Checkpoints    int       `json:"checkpoints"` // whose signature was checked
 	KeysGiven      bool      `json:"keys_given"`  // false: signatures were not checked
