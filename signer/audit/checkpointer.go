@@ -90,7 +90,7 @@ func (c *checkpointer) drain() {
 }
 
 func (c *checkpointer) publish(line []byte) {
-	if err := writeAtomic(c.head, line); err != nil {
+	if err := writeAtomic(c.head, line, 0o600); err != nil {
 		c.l.logger.Warn("audit head file could not be written", "file", c.head, "err", err)
 		c.l.count(func(s *Stats) { s.CheckpointErr = err.Error() })
 	}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math"
 	"os"
 	"path/filepath"
 	"slices"
@@ -37,7 +38,7 @@ type realFile struct{ *os.File }
 func (realDisk) create(path string, again bool) (file, error) {
 	flags := os.O_WRONLY | os.O_CREATE | os.O_APPEND | os.O_EXCL
 	if again {
-		flags = os.O_WRONLY | os.O_CREATE | os.O_APPEND | os.O_TRUNC
+		flags = os.O_WRONLY | os.O_CREATE | os.O_APPEND | os.O_TRUNC | noFollow
 	}
 	f, err := os.OpenFile(path, flags, 0o600)
 	if err != nil {
@@ -63,6 +64,9 @@ const (
 	lockFile   = "audit.lock"
 )
 
+// maxNumber is the highest number of a file.
+const maxNumber = math.MaxInt32
+
 func fileName(number int) string { return fmt.Sprintf("%s%08d%s", filePrefix, number, fileSuffix) }
 
 // fileNumber is the reverse of fileName; 0 for any other name.
@@ -75,7 +79,7 @@ func fileNumber(name string) int {
 		return 0
 	}
 	n, err := strconv.Atoi(digits)
-	if err != nil || n < 1 || fileName(n) != name {
+	if err != nil || n < 1 || n > maxNumber || fileName(n) != name {
 		return 0
 	}
 	return n
@@ -97,14 +101,36 @@ func listFiles(dir string) ([]string, error) {
 	return names, nil
 }
 
+// openRead opens a file to read it. What is no regular file, and could make the reader wait without end, is an error.
+func openRead(path string) (*os.File, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	st, err := f.Stat()
+	if err == nil && !st.Mode().IsRegular() {
+		err = &os.PathError{Op: "open", Path: path, Err: errors.New("is no regular file; move it away")}
+	}
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
+}
+
 // writeAtomic puts a file in place of another, durably and in one step.
-func writeAtomic(path string, content []byte) error {
+func writeAtomic(path string, content []byte, mode fs.FileMode) error {
 	tmp := path + ".new"
-	f, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err := os.Remove(tmp); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	f, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, mode)
 	if err != nil {
 		return err
 	}
 	_, err = f.Write(content)
+	if err == nil {
+		err = f.Chmod(mode) // whatever the umask is
+	}
 	if err == nil {
 		err = f.Sync()
 	}

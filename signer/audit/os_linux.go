@@ -3,7 +3,6 @@ package audit
 import (
 	"errors"
 	"fmt"
-	"io"
 	"os"
 
 	"golang.org/x/sys/unix"
@@ -21,11 +20,18 @@ func (f realFile) datasync() error {
 	}
 }
 
+// noFollow has a link not opened.
+const noFollow = unix.O_NOFOLLOW
+
 var errLocked = errors.New("another process writes to it")
 
-// lock takes the directory for this process until the result is closed or the process ends.
-func lock(path string) (io.Closer, error) {
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+// lock takes the directory for this process until the result is closed or the process ends. If the lock's file is not there, it is made if create is set.
+func lock(path string, create bool) (*os.File, error) {
+	flags := os.O_RDONLY | noFollow
+	if create {
+		flags |= os.O_CREATE
+	}
+	f, err := os.OpenFile(path, flags, 0o600)
 	if err != nil {
 		return nil, err
 	}

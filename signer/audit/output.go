@@ -40,10 +40,13 @@ type outputQueue struct {
 	lost    atomic.Uint64
 	err     atomic.Pointer[string]
 	logger  *slog.Logger
+
+	ended    chan struct{} // closed when run returns
+	closeErr error         // of out; after ended
 }
 
 func newOutputQueue(out Output, logger *slog.Logger) *outputQueue {
-	return &outputQueue{out: out, chunks: make(chan []byte, 4096), logger: logger}
+	return &outputQueue{out: out, chunks: make(chan []byte, 4096), logger: logger, ended: make(chan struct{})}
 }
 
 func (q *outputQueue) stats() OutputStats {
@@ -75,8 +78,12 @@ func (q *outputQueue) drop(chunk, rest []byte) {
 // outputGrace is how long an output may take for what is left at the end.
 const outputGrace = 2 * time.Second
 
-// run hands lines over until ctx ends, and then those that are there, within outputGrace.
+// run hands lines over until ctx ends, and then those that are there, within outputGrace. Then it lets the output go.
 func (q *outputQueue) run(ctx context.Context) {
+	defer func() {
+		q.closeErr = q.out.Close()
+		close(q.ended)
+	}()
 	grace, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	defer cancel()
 	stop := context.AfterFunc(ctx, func() { time.AfterFunc(outputGrace, cancel) })
@@ -193,4 +200,41 @@ func (j *jsonLines) Close() error {
 	err := j.f.Close()
 	j.f = nil
 	return err
+}
+
+// outputPatience is how long Run waits at its end for an output that takes more than outputGrace.
+const outputPatience = outputGrace + time.Second
+
+// awaitOutputs waits until the outputs have ended. One that is stuck, as in a write to a pipe that nobody reads, is left behind: it ends when the write does.
+func (w *writer) awaitOutputs() {
+	patience := time.NewTimer(outputPatience)
+	defer patience.Stop()
+	for _, o := range w.outputs {
+		select {
+		case <-o.ended:
+			continue
+		default:
+		}
+		select {
+		case <-o.ended:
+		case <-patience.C:
+			patience.Reset(0) // for those after it
+			w.l.logger.Error("audit output is stuck and was left behind; what it was to write is in the log", "output", o.out.Name(), "bytes", o.bytes.Load())
+		}
+	}
+}
+
+// closeOutput lets an output go. One that Run left behind does so itself.
+func (w *writer) closeOutput(o *outputQueue) error {
+	select {
+	case <-w.ended:
+	default:
+		return o.out.Close() // Run was not called
+	}
+	select {
+	case <-o.ended:
+		return o.closeErr
+	default:
+		return nil
+	}
 }

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
@@ -19,7 +20,7 @@ type lineReader struct {
 }
 
 func openLines(path string) (*lineReader, error) {
-	f, err := os.Open(path)
+	f, err := openRead(path)
 	if err != nil {
 		return nil, err
 	}
@@ -58,14 +59,19 @@ func (r *lineReader) next() ([]byte, error) {
 	return nil, err
 }
 
-// readAnchor reads a checkpoint line.
+// readAnchor reads the checkpoint line in a file.
 func readAnchor(path string) (*Line, error) {
-	f, err := os.Open(path)
+	f, err := openRead(path)
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
-	text, err := io.ReadAll(io.LimitReader(f, maxLine+1))
+	return parseAnchor(f)
+}
+
+// parseAnchor reads a checkpoint line.
+func parseAnchor(r io.Reader) (*Line, error) {
+	text, err := io.ReadAll(io.LimitReader(r, maxLine+1))
 	if err != nil {
 		return nil, err
 	}
@@ -73,10 +79,15 @@ func readAnchor(path string) (*Line, error) {
 		text = append(text, '\n')
 	}
 	l, err := ParseLine(text)
-	if err == nil && l.Kind != KindCheckpoint {
-		err = errors.New("audit: line is no checkpoint")
+	switch {
+	case err != nil:
+		return nil, err
+	case l.Kind != KindCheckpoint:
+		return nil, errors.New("line is no checkpoint")
+	case l.Checkpoint.Covers >= l.Seq:
+		return nil, fmt.Errorf("checkpoint of seq %d says that it covers seq %d, which comes later", l.Seq, l.Checkpoint.Covers)
 	}
-	return l, err
+	return l, nil
 }
 
 // paths returns the files of a source in order.

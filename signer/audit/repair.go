@@ -24,12 +24,16 @@ func Repair(ctx context.Context, dir, reason string) (taken bool, err error) {
 		return false, fmt.Errorf("audit: %w", err)
 	}
 	path := filepath.Join(dir, repairFile)
-	if err := writeAtomic(path, []byte(reason+"\n")); err != nil {
+	// The server may be another user, who must be able to read it. The directory keeps others out.
+	if err := writeAtomic(path, []byte(reason+"\n"), 0o644); err != nil {
 		return false, fmt.Errorf("audit: request to repair: %w", err)
 	}
-	held, err := lock(filepath.Join(dir, lockFile))
-	if err == nil {
+	held, err := lock(filepath.Join(dir, lockFile), false)
+	switch {
+	case err == nil:
 		return false, held.Close()
+	case errors.Is(err, fs.ErrNotExist):
+		return false, nil // no server ever ran here
 	}
 	if !errors.Is(err, errLocked) {
 		return false, errors.Join(fmt.Errorf("audit: %w", err), os.Remove(path))
@@ -51,7 +55,12 @@ func Repair(ctx context.Context, dir, reason string) (taken bool, err error) {
 
 // LoadAnchor reads a checkpoint line from a file, such as a copy of the head file or what a log host kept.
 func LoadAnchor(path string) (*Line, error) {
-	l, err := readAnchor(path)
+	f, err := os.Open(path) // perhaps a pipe
+	if err != nil {
+		return nil, fmt.Errorf("audit: anchor: %w", err)
+	}
+	defer f.Close()
+	l, err := parseAnchor(f)
 	if err != nil {
 		return nil, fmt.Errorf("audit: anchor %s: %w", path, err)
 	}

@@ -19,10 +19,10 @@ const maxTail = maxWrite + maxLine
 
 // start takes the directory and finds out where the log in it ends.
 func start(ctx context.Context, l *Log, c Config) (w *writer, err error) {
-	if err := os.MkdirAll(c.Dir, 0o700); err != nil {
+	if err := makeDir(c); err != nil {
 		return nil, fmt.Errorf("audit: directory: %w", err)
 	}
-	held, err := lock(filepath.Join(c.Dir, lockFile))
+	held, err := lock(filepath.Join(c.Dir, lockFile), true)
 	if err != nil {
 		return nil, fmt.Errorf("audit: directory %s: %w", c.Dir, err)
 	}
@@ -52,6 +52,25 @@ func start(ctx context.Context, l *Log, c Config) (w *writer, err error) {
 		}
 	}
 	return w, nil
+}
+
+// makeDir makes the directory if it is not there, durably, since records in it are of no use without it.
+func makeDir(c Config) error {
+	st, err := os.Stat(c.Dir)
+	if err == nil && st.Mode().Perm()&0o022 != 0 {
+		c.Logger.Warn("others than the server may write to the audit directory; chmod 700 it", "file", c.Dir, "mode", st.Mode().Perm().String())
+	}
+	if !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	parent := filepath.Dir(filepath.Clean(c.Dir))
+	if err := os.MkdirAll(c.Dir, 0o700); err != nil {
+		return err
+	}
+	if err := c.disk.syncDir(parent); err != nil && !errors.Is(err, fs.ErrPermission) { // the parent need not be readable
+		return err
+	}
+	return nil
 }
 
 // resume takes over how the log ends.
@@ -286,7 +305,7 @@ func (e *ending) tell(path string, r *lineReader, what error) error {
 
 // cut takes off what stands behind size.
 func cut(path string, size int64) error {
-	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	f, err := os.OpenFile(path, os.O_WRONLY|noFollow, 0)
 	if err != nil {
 		return err
 	}

@@ -6,11 +6,9 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"runtime"
-	"strings"
 	"sync"
 	"time"
 
@@ -30,7 +28,7 @@ const (
 type writer struct {
 	l        *Log
 	c        Config
-	lock     io.Closer
+	lock     *os.File
 	sealer   *sealer
 	outputs  []*outputQueue
 	ended    chan struct{} // closed when Run returns
@@ -81,11 +79,11 @@ type writer struct {
 func (l *Log) Run(ctx context.Context) error {
 	w := l.w
 	defer close(w.ended)
-	var outputs, check sync.WaitGroup
+	var check sync.WaitGroup
 	background, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
 	for _, o := range w.outputs {
-		outputs.Go(func() { o.run(background) })
+		go o.run(background)
 	}
 	checking, stopCheck := context.WithCancel(background)
 	check.Go(func() { w.check.run(checking) })
@@ -111,7 +109,7 @@ func (l *Log) Run(ctx context.Context) error {
 	check.Wait()
 	err := w.finish(context.WithoutCancel(ctx))
 	stop()
-	outputs.Wait()
+	w.awaitOutputs()
 	return err
 }
 
@@ -321,80 +319,17 @@ func (w *writer) diskError(err error) error {
 	return fmt.Errorf("audit: no record can be kept: %w; %s", err, remedy(err))
 }
 
-// usable sees to it that there is a file to write to. Damage stops the writer until somebody consents to going on, or what was moved away is back.
-func (w *writer) usable(now time.Time) error {
-	if w.f != nil {
-		w.damaged = w.intact()
-	}
-	if w.damaged != nil {
-		reason, ok := w.consent()
-		if !ok {
-			return w.damaged
-		}
-		w.damage = w.damaged.Error() + reason
-		w.damaged = nil
-		w.leave()
-	}
-	if w.f == nil {
-		return w.create(now)
-	}
-	return nil
-}
-
-// damageError is damage that needs an operator's consent.
-type damageError struct{ file, what string }
-
-func (e *damageError) Error() string {
-	return fmt.Sprintf("audit: %s %s", e.file, e.what)
-}
-
-const repairAdvice = "; look into it, and then let the server go on with keyhaven-keyserver audit repair"
-
-// advised adds to damage what an operator can do.
-func advised(err error) error {
-	var d *damageError
-	if errors.As(err, &d) {
-		return fmt.Errorf("%w%s", err, repairAdvice)
-	}
-	return err
-}
-
-// intact reports whether the file is still the one that was written.
-func (w *writer) intact() error {
-	have, err := w.f.Stat()
-	if err != nil {
-		return &damageError{w.path(), "cannot be looked at any more: " + err.Error()}
-	}
-	there, err := os.Lstat(w.path())
-	switch {
-	case err != nil:
-		return &damageError{w.path(), "was removed or moved away while it was written"}
-	case !os.SameFile(have, there):
-		return &damageError{w.path(), "was replaced by another file while it was written"}
-	case have.Size() != w.size:
-		return &damageError{w.path(), fmt.Sprintf("has %d bytes, but %d were written: somebody else changed it", have.Size(), w.size)}
-	}
-	return nil
-}
-
-// consent reports whether the log may go on after damage, and what the operator said.
-func (w *writer) consent() (string, bool) {
-	reason, err := readRepair(w.c.Dir)
-	switch {
-	case err == nil:
-		w.consented = true
-		return " (repair: " + reason + ")", true
-	case w.c.Mode == BestEffort:
-		return "", true
-	}
-	return "", false
-}
-
 // create begins the next file. Its first line is durable when it returns nil.
 func (w *writer) create(now time.Time) error {
 	number := w.number + 1
 	name := fileName(number)
 	path := filepath.Join(w.c.Dir, name)
+	if fileNumber(name) != number {
+		return fmt.Errorf("audit: no record can be kept: %s would be a file that nobody looks for; move away the file before it, which this server did not make", path)
+	}
+	if err := w.locked(); err != nil {
+		return err
+	}
 	f, err := w.c.disk.create(path, w.attempted == number)
 	if err != nil {
 		return w.diskError(err)
@@ -437,6 +372,25 @@ func (w *writer) create(now time.Time) error {
 		s.Files++
 		s.File = name
 	})
+	return nil
+}
+
+// locked sees to it that the directory is still this process's alone, though somebody may have removed the lock.
+func (w *writer) locked() error {
+	path := filepath.Join(w.c.Dir, lockFile)
+	have, err := w.lock.Stat()
+	if err == nil {
+		if there, lerr := os.Lstat(path); lerr == nil && os.SameFile(have, there) {
+			return nil
+		}
+	}
+	held, err := lock(path, true)
+	if err != nil {
+		return w.diskError(err)
+	}
+	w.l.logger.Warn("audit lock was removed while the server ran, and is made anew", "file", path)
+	_ = w.lock.Close() // nobody can see it any more
+	w.lock = held
 	return nil
 }
 
@@ -493,10 +447,10 @@ func (w *writer) failed(err error, now time.Time) {
 }
 
 func (w *writer) succeeded(now time.Time) {
-	if w.retry == 0 {
+	w.retry = 0
+	if w.l.fault.Load() == nil {
 		return
 	}
-	w.retry = 0
 	if f := w.l.fault.Swap(nil); f != nil {
 		w.l.logger.Info("audit log can be written again", "dur", now.Sub(f.since))
 	}
@@ -560,22 +514,9 @@ func (w *writer) close() error {
 	w.closing.Do(func() {
 		w.leave()
 		for _, o := range w.outputs {
-			w.closeErr = errors.Join(w.closeErr, o.out.Close())
+			w.closeErr = errors.Join(w.closeErr, w.closeOutput(o))
 		}
 		w.closeErr = errors.Join(w.closeErr, w.lock.Close())
 	})
 	return w.closeErr
-}
-
-// readRepair returns the reason of a request to repair.
-func readRepair(dir string) (string, error) {
-	text, err := os.ReadFile(filepath.Join(dir, repairFile))
-	if err != nil {
-		return "", err
-	}
-	reason := strings.TrimSpace(string(text[:min(len(text), maxString)]))
-	if reason == "" {
-		reason = "no reason given"
-	}
-	return reason, nil
 }
