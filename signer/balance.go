@@ -63,46 +63,61 @@ func (e *Entry) do(ctx context.Context, c Caller, o keyUse) ([]byte, Outcome, er
 	if err := ctx.Err(); err != nil {
 		return nil, out, fmt.Errorf("signer: no home was asked: %w", err)
 	}
-	var asked, patience uint64
+	var asked, lost uint64 // lost are homes that had no capacity, and failed when they had
 	var err error
 	for before := -1; ; {
 		now := laneTime()
-		home, none := e.next(&o, asked, now)
-		patient := home < 0
-		if patient {
-			if home = e.waitFor(&o, patience); home < 0 {
-				home, none = e.next(&o, asked, now) // one may have come back meanwhile
-				patient = false
-			} else {
-				patience |= 1 << home
-			}
-		}
+		home, patience, none := e.choose(&o, asked, lost, now)
 		if home < 0 {
 			if err == nil {
 				err = none
 			}
 			return nil, out, err
 		}
-		if before >= 0 && before != home {
+		if before >= 0 && before != home && patience == 0 {
 			e.Homes[before].failedOver()
 		}
 		before = home
 		asked |= 1 << home
 		after, free := time.Duration(0), false
-		if !patient {
+		if patience == 0 {
 			after, free = e.hedgeAfter(&o, home, asked, now)
 		}
 		var result []byte
 		if after > 0 {
 			result, asked, err = e.race(ctx, c, o, home, asked, after, free, &out)
 		} else {
-			result, err = e.Homes[home].ask(ctx, c, &o, e.class, patient, &out)
+			result, err = e.Homes[home].ask(ctx, c, &o, e.class, patience, &out)
 		}
-		if err == nil || !movesOn(ctx, err) {
+		switch {
+		case err == nil || !movesOn(ctx, err):
 			return result, out, err
+		case after > 0:
+		case errors.Is(err, errNoCapacity):
+			asked &^= 1 << home // it was not
+		case patience > 0:
+			lost |= 1 << home
 		}
 	}
 }
+
+// choose returns the home to be asked, and for how long to wait for capacity in it before the others are looked at again; or -1 and the reason.
+func (e *Entry) choose(o *keyUse, asked, lost uint64, now time.Duration) (home int, patience time.Duration, err error) {
+	if home, err = e.next(o, asked, now); home >= 0 {
+		return home, 0, nil
+	}
+	if home = e.waitFor(o, lost); home < 0 {
+		home, err = e.next(o, asked, now) // one may have come back meanwhile
+		return home, 0, err
+	}
+	if len(e.Homes) == 1 {
+		return home, forever, nil
+	}
+	return home, lookAgain, nil
+}
+
+// lookAgain is how long an operation waits in a home without capacity before it looks for another one.
+const lookAgain = 100 * time.Millisecond
 
 // movesOn reports whether an operation with that error is for another home.
 func movesOn(ctx context.Context, err error) bool {
@@ -200,10 +215,10 @@ func (x *candidate) before(y *candidate) bool {
 }
 
 // ask has the home do the operation, again and again within the deadline if it throttles.
-func (h *Home) ask(ctx context.Context, c Caller, o *keyUse, class keyClass, patient bool, out *Outcome) ([]byte, error) {
+func (h *Home) ask(ctx context.Context, c Caller, o *keyUse, class keyClass, patience time.Duration, out *Outcome) ([]byte, error) {
 	out.Home = h.name
 	for try := 0; ; try++ {
-		result, err := h.once(ctx, c, o, class, patient, out)
+		result, err := h.once(ctx, c, o, class, patience, out)
 		if err == nil || !errors.Is(err, ErrThrottled) {
 			return result, err
 		}
@@ -217,7 +232,7 @@ func (h *Home) ask(ctx context.Context, c Caller, o *keyUse, class keyClass, pat
 }
 
 // once has the home do the operation when there is a place.
-func (h *Home) once(ctx context.Context, c Caller, o *keyUse, class keyClass, patient bool, out *Outcome) ([]byte, error) {
+func (h *Home) once(ctx context.Context, c Caller, o *keyUse, class keyClass, patience time.Duration, out *Outcome) ([]byte, error) {
 	now := laneTime()
 	if h.Lane == nil {
 		out.Tries++
@@ -225,7 +240,7 @@ func (h *Home) once(ctx context.Context, c Caller, o *keyUse, class keyClass, pa
 		out.Took = laneTime() - now
 		return result, err
 	}
-	p, err := h.Lane.acquire(ctx, c, class, patient, now)
+	p, err := h.Lane.acquire(ctx, c, class, patience, now)
 	out.Waited += p.from - now
 	if err != nil {
 		return nil, err

@@ -363,7 +363,7 @@ func TestHomeWithoutCapacity(t *testing.T) {
 		come := func(n int) {
 			for range n {
 				go func() {
-					ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+					ctx, cancel := context.WithTimeout(t.Context(), 1950*time.Millisecond)
 					defer cancel()
 					_, out, err := e.Sign(ctx, Caller{}, p256Alg, zeros)
 					results <- result{out, err}
@@ -403,7 +403,7 @@ func TestHomeWithoutCapacity(t *testing.T) {
 		// The deadline ends the patience.
 		first.SetCapacity(0)
 		come(1)
-		if r := <-results; !errors.Is(r.err, context.DeadlineExceeded) || r.out.Waited != 2*time.Second {
+		if r := <-results; !errors.Is(r.err, context.DeadlineExceeded) || r.out.Waited != 1950*time.Millisecond {
 			t.Errorf("got %v, %+v", r.err, r.out)
 		}
 		wantIdle(t, first)
@@ -499,6 +499,40 @@ func TestHedgedOperationIsPatientToo(t *testing.T) {
 			if err := <-done; err != nil {
 				t.Error(err)
 			}
+		}
+		wantQuiet(t, e, r)
+	})
+}
+
+// TestPatienceLooksAround has the home come back that nobody waits for.
+func TestPatienceLooksAround(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		one, two := script(t, "one", takes(time.Millisecond)), script(t, "two", takes(time.Millisecond))
+		first, second := NewLane(LaneConfig{}), NewLane(LaneConfig{})
+		e, r := entryOf(t, Home{Key: one, Lane: first}, Home{Key: two, Priority: 1, Lane: second})
+		first.SetCapacity(0)
+		second.SetCapacity(0)
+		done := make(chan error, 5)
+		for range cap(done) {
+			go func() {
+				ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+				defer cancel()
+				_, out, err := e.Sign(ctx, Caller{}, p256Alg, zeros)
+				if err == nil && (out.Home != "two" || out.Waited < time.Second || out.Tries != 1) {
+					t.Errorf("got %+v", out)
+				}
+				done <- err
+			}()
+		}
+		time.Sleep(time.Second)
+		second.SetCapacity(1)
+		for range cap(done) {
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+		}
+		if n := first.Stats().Failovers; n != uint64(cap(done)) {
+			t.Errorf("got %d fail-overs, want one for each", n)
 		}
 		wantQuiet(t, e, r)
 	})

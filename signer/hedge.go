@@ -221,7 +221,7 @@ func (r *race) start(home int) {
 	r.pending++
 	r.e.flights.goes(func() {
 		a := answer{home: home}
-		a.result, a.err = r.e.Homes[home].ask(r.ctx, r.caller, &r.op, r.e.class, false, &a.out)
+		a.result, a.err = r.e.Homes[home].ask(r.ctx, r.caller, &r.op, r.e.class, 0, &a.out)
 		r.answers <- a
 	})
 }
@@ -265,6 +265,9 @@ func (e *Entry) race(ctx context.Context, c Caller, o keyUse, home int, asked ui
 				}
 				out.Tries += r.pending
 				return a.result, r.asked, nil
+			}
+			if errors.Is(a.err, errNoCapacity) {
+				r.asked &^= 1 << a.home // it was not
 			}
 			if r.pending == 0 && movesOn(ctx, failure) && r.another() {
 				e.Homes[a.home].failedOver()

@@ -360,6 +360,7 @@ func TestTrialAfterAnAbandonedOneIsHedged(t *testing.T) {
 				t.Errorf("got %v, %+v, want %v", err, out, want)
 			}
 			cancel()
+			synctest.Wait()
 		}
 		if n := one.calls.Load(); n != 3 {
 			t.Errorf("the home was asked %d times, want for the failure and both trials", n)

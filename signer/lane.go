@@ -65,6 +65,9 @@ type Lane struct {
 	counts   LaneStats
 }
 
+// forever is the patience of who has no other home to look at.
+const forever = time.Duration(math.MaxInt64)
+
 // notNow is the value of Lane.opens while nothing may be asked until something happens.
 const notNow = math.MaxInt64
 
@@ -130,12 +133,13 @@ type place struct {
 	w     *waiter       // nil if it did not wait
 }
 
-// acquire waits for a place in the home; if patient is set, also for one that has no capacity. Its error is ErrOverloaded, ErrDeadline, ErrUnavailable or the context's. A place must be given back with release.
-func (l *Lane) acquire(ctx context.Context, c Caller, class keyClass, patient bool, now time.Duration) (place, error) {
+// acquire waits for a place in the home; with patience also for one that has no capacity, for so long. Its error is ErrOverloaded, ErrDeadline,
+// ErrUnavailable or the context's. A place must be given back with release.
+func (l *Lane) acquire(ctx context.Context, c Caller, class keyClass, patience time.Duration, now time.Duration) (place, error) {
 	p := place{class: class, asked: now, from: now}
 	l.mu.Lock()
 	var w *waiter
-	err := l.admitLocked(&p, patient, now)
+	err := l.admitLocked(&p, patience > 0, now)
 	switch {
 	case err != nil:
 		l.counts.Refused.Open++
@@ -143,7 +147,7 @@ func (l *Lane) acquire(ctx context.Context, c Caller, class keyClass, patient bo
 		l.inFlight++
 	default:
 		if w, err = l.enqueueLocked(ctx, c, class, now); err == nil {
-			w.patient = patient
+			w.patience = patience
 		}
 	}
 	l.publishLocked()
@@ -217,24 +221,50 @@ func (w *waiter) end(err error) {
 	w.ready <- struct{}{}
 }
 
-// wait returns when the waiter got its place, was refused or has no time left.
+// wait returns when the waiter got its place, was refused or has no time or patience left.
 func (l *Lane) wait(ctx context.Context, p place, w *waiter) (place, error) {
 	p.w = w
-	select {
-	case <-w.ready:
-	case <-ctx.Done():
-		l.mu.Lock()
-		if w.queued {
-			w.flow.remove(w)
-			l.forgetLocked()
-			l.publishLocked()
-			l.mu.Unlock()
-			p.from = laneTime()
-			return p, fmt.Errorf("signer: waiting for %s: %w", l.config.Name, ctx.Err())
-		}
-		l.mu.Unlock()
-		<-w.ready // there since it left the queue
+	var impatient <-chan time.Time
+	if w.patience > 0 && w.patience < forever {
+		timer := time.NewTimer(w.patience)
+		defer timer.Stop()
+		impatient = timer.C
 	}
+	for {
+		select {
+		case <-w.ready:
+			return l.granted(ctx, p, w)
+		case <-impatient:
+			if l.leave(w, true) {
+				p.from = laneTime()
+				return p, fmt.Errorf("signer: %s: %w", l.config.Name, errNoCapacity)
+			}
+		case <-ctx.Done():
+			if l.leave(w, false) {
+				p.from = laneTime()
+				return p, fmt.Errorf("signer: waiting for %s: %w", l.config.Name, ctx.Err())
+			}
+			<-w.ready // there since it left the queue
+			return l.granted(ctx, p, w)
+		}
+	}
+}
+
+// leave takes a waiter out of the queue, if it is there still; with stranded set only if the home has no capacity.
+func (l *Lane) leave(w *waiter, stranded bool) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if !w.queued || stranded && l.capacity > 0 {
+		return false
+	}
+	w.flow.remove(w)
+	l.forgetLocked()
+	l.publishLocked()
+	return true
+}
+
+// granted takes what a waiter was told.
+func (l *Lane) granted(ctx context.Context, p place, w *waiter) (place, error) {
 	if w.err != nil {
 		p.from = laneTime()
 		return p, fmt.Errorf("signer: %s: %w", l.config.Name, w.err)
@@ -284,7 +314,7 @@ func (l *Lane) forgetLocked() {
 // refuseAllLocked ends all that waits, but for what waits for capacity. No flow is charged for it.
 func (l *Lane) refuseAllLocked(err error) {
 	for _, w := range l.root.waiters(nil) {
-		if w.patient && err == errNoCapacity {
+		if w.patience > 0 && err == errNoCapacity {
 			continue
 		}
 		w.flow.remove(w)

@@ -43,7 +43,7 @@ func crowd(l *Lane, length time.Duration, sources ...source) (took [][]time.Dura
 					defer cancel()
 					start := time.Now()
 					d := ever
-					if p, err := l.acquire(ctx, s.caller(n), s.class, false, laneTime()); err == nil {
+					if p, err := l.acquire(ctx, s.caller(n), s.class, 0, laneTime()); err == nil {
 						time.Sleep(s.cost)
 						l.release(ctx, &p, nil)
 						d = time.Since(start)

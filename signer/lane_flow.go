@@ -21,7 +21,7 @@ type waiter struct {
 	class      keyClass
 	deadline   time.Duration // on the clock of the lane; 0 is none
 	queued     bool
-	patient    bool          // it waits although the home has no capacity
+	patience   time.Duration // how long it waits although the home has no capacity
 	from       time.Duration // when service began
 	err        error         // why it was refused while it waited
 	ready      chan struct{} // holds a value once the waiter was granted a place or refused

@@ -10,7 +10,7 @@ import (
 
 // hold takes a place of the lane as the caller and gives it back after d.
 func hold(ctx context.Context, l *Lane, c Caller, d time.Duration) error {
-	p, err := l.acquire(ctx, c, classP256, false, laneTime())
+	p, err := l.acquire(ctx, c, classP256, 0, laneTime())
 	if err != nil {
 		return err
 	}
@@ -307,7 +307,7 @@ func TestLaneUncontendedDoesNotAllocate(t *testing.T) {
 	l := NewLane(LaneConfig{Capacity: 2, Hedge: HedgeConfig{Percentile: .95}})
 	ctx, c := t.Context(), Caller{"peer", "sni"}
 	got := testing.AllocsPerRun(1000, func() {
-		p, err := l.acquire(ctx, c, classP256, false, laneTime())
+		p, err := l.acquire(ctx, c, classP256, 0, laneTime())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -323,7 +323,7 @@ func BenchmarkLaneUncontended(b *testing.B) {
 	ctx, c := b.Context(), Caller{"peer", "sni"}
 	b.ReportAllocs()
 	for b.Loop() {
-		p, err := l.acquire(ctx, c, classP256, false, laneTime())
+		p, err := l.acquire(ctx, c, classP256, 0, laneTime())
 		if err != nil {
 			b.Fatal(err)
 		}
@@ -338,7 +338,7 @@ func BenchmarkLaneContended(b *testing.B) {
 	b.RunParallel(func(pb *testing.PB) {
 		ctx, c := b.Context(), Caller{"peer", "sni"}
 		for pb.Next() {
-			p, err := l.acquire(ctx, c, classP256, false, laneTime())
+			p, err := l.acquire(ctx, c, classP256, 0, laneTime())
 			if err != nil {
 				b.Error(err)
 				return
@@ -355,7 +355,7 @@ func TestCapacityThatGoesAgain(t *testing.T) {
 		done := make(chan error)
 		come := func(c Caller) {
 			go func() {
-				p, err := l.acquire(t.Context(), c, classP256, true, laneTime())
+				p, err := l.acquire(t.Context(), c, classP256, forever, laneTime())
 				if err == nil {
 					l.release(t.Context(), &p, nil)
 				}
