@@ -174,6 +174,13 @@ func (a *auditor) trouble() error {
 	return a.fault
 }
 
+// keeps reports whether records are kept now.
+func (a *auditor) keeps() bool {
+	a.mu.RLock()
+	defer a.mu.RUnlock()
+	return a.log != nil && a.log.Fault() == nil
+}
+
 // stats returns how the log is doing, or nil without one.
 func (a *auditor) stats() *audit.Stats {
 	a.mu.RLock()

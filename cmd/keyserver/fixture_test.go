@@ -195,9 +195,9 @@ type program struct {
 }
 
 // start runs the server and waits until it serves.
-func (s *site) start(config string) *program {
+func (s *site) start(config string, flags ...string) *program {
 	s.t.Helper()
-	p := &program{s: s, cmd: s.command(context.Background(), "run", "--config", config, "--log-format", "json"), done: make(chan struct{}), news: make(chan struct{}, 1)}
+	p := &program{s: s, cmd: s.command(context.Background(), append([]string{"run", "--config", config, "--log-format", "json"}, flags...)...), done: make(chan struct{}), news: make(chan struct{}, 1)}
 	r, w := io.Pipe()
 	p.cmd.Stdout, p.cmd.Stderr = w, w
 	if err := p.cmd.Start(); err != nil {

@@ -84,7 +84,7 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 		ch <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, v, labels...)
 	}
 	gauge(descBuild, 1, cli.Version(), runtime.Version())
-	counter(descLost, float64(m.server.records.Lost()))
+	counter(descLost, float64(m.server.records.queue.Lost()))
 	m.homes(gauge, counter)
 	m.probes(gauge)
 	m.audit(gauge, counter)

@@ -38,7 +38,7 @@ type server struct {
 	keyless *keyless.Server
 	ops     *ops.Server
 	control *control // nil: none
-	records *signer.Queue
+	records *operationLog
 	metrics *metrics
 	notify  notifier
 
@@ -66,7 +66,7 @@ func newServer(ctx context.Context, p *plan, o loadOptions, logger *slog.Logger)
 	s.probes = newProber(s.keys.registry, p.cfg.Probe.Interval, logger)
 	s.auditor = newAuditor(s.keys.registry, func() int { return s.service.InProgress() }, logger)
 	registry := ops.NewRegistry()
-	s.records = signer.NewQueue(signer.LogRecorder(logger), recordQueue)
+	s.records = newOperationLog(logger, s.auditor.keeps)
 	s.service = signer.NewService(signer.ServiceConfig{
 		Registry: s.keys.registry, Policy: p.policy, Sealer: p.sealer, Renew: s.renewClient, Auditor: s.auditor,
 		Recorder: signer.Recorders{s.records, signer.NewMetrics(registry, s.keys.registry)},
@@ -132,9 +132,6 @@ func identify(cs tls.ConnectionState) (string, error) {
 	id, err := mtls.PeerIdentity(cs)
 	return id.String(), err
 }
-
-// recordQueue is how many operations may wait to be logged: some seconds' worth at full load, and few megabytes.
-const recordQueue = 16 << 10
 
 // logTimeout bounds the wait for the log at the end.
 const logTimeout = 3 * time.Second
@@ -237,7 +234,7 @@ func (s *server) log(err *error) (end func()) {
 	logged := make(chan struct{})
 	go func() {
 		defer close(logged)
-		s.records.Run(logging)
+		s.records.queue.Run(logging)
 	}()
 	return func() {
 		endLogging()
