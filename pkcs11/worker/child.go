@@ -121,6 +121,7 @@ func socket() (net.Conn, error) {
 
 // serve is what a confined worker does.
 func serve(ctx context.Context) int {
+	rename()
 	conn, err := socket()
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "worker: %v\n", err)

@@ -10,9 +10,12 @@ import (
 	"crypto/rand"
 	"crypto/rsa"
 	"errors"
+	"fmt"
 	"math/big"
 	"net"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -253,6 +256,28 @@ func TestHostileFrames(t *testing.T) {
 	for _, r := range []readyReply{{"t", 0}, {"t", DefaultSessions + 1}, {"", 1}, {strings.Repeat("t", maxName+1), 1}} {
 		if err := w.handle(frame{frameReady, 0, encodeJSON(r)}); !errors.Is(err, errFrame) {
 			t.Errorf("ready with %d sessions and a name of %d bytes: %v", r.Sessions, len(r.Token), err)
+		}
+	}
+}
+
+// TestLossIsExplained: what operators read about a worker whose module crashed says so, and the process has a name.
+func TestLossIsExplained(t *testing.T) {
+	for _, mode := range []string{SandboxBasic, SandboxStrict} {
+		st, ctl, via := faulty(t)
+		p := openPool(t, st, func(c *Config) {
+			via(c)
+			c.Workers, c.Sandbox = 1, Sandbox{Mode: mode, WritePaths: []string{st.Dir, filepath.Dir(c.Token.Module)}}
+		})
+		comm, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", p.Stats().Workers[0].PID))
+		if err != nil || string(comm) != "keyhaven-worker\n" {
+			t.Errorf("mode %s: the process is called %q, %v", mode, comm, err)
+		}
+		k := keysOf(t, p)["test-p256"]
+		set(t, ctl, faultmodule.Rule{Function: "C_Sign", Do: faultmodule.Crash, Count: 1})
+		mustSign(t, k)
+		why := p.Stats().Workers[0].LastError
+		if !strings.Contains(why, "SIGSEGV") || strings.Contains(why, "goroutine") || strings.Contains(why, "rflags") {
+			t.Errorf("mode %s: the worker was lost because %q, want the signal and no stacks", mode, why)
 		}
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"syscall"
 	"unsafe"
 
@@ -16,7 +17,7 @@ import (
 const confinedVariable = "KEYHAVEN_WORKER_CONFINED"
 
 // confine gives up what the module does not need, as far as that is a matter of the thread or process that executes: the limits,
-// no_new_privs and Landlock. In modes that set a thread's attributes the caller must execute the program again, see again.
+// no_new_privs, Landlock and descriptors. In modes that set a thread's attributes the caller must execute the program again, see again.
 func confine(r *confineRequest) (confinement, error) {
 	var c confinement
 	if r.Mode == SandboxOff {
@@ -24,6 +25,9 @@ func confine(r *confineRequest) (confinement, error) {
 	}
 	// Never unlocked: execve comes next, on this thread.
 	runtime.LockOSThread()
+	if err := dropInherited(); err != nil {
+		return c, err
+	}
 	if err := limit(r); err != nil {
 		return c, err
 	}
@@ -34,6 +38,20 @@ func confine(r *confineRequest) (confinement, error) {
 		return c, nil
 	}
 	return landlock(r)
+}
+
+// dropInherited has the execution that follows close the descriptors that are not for workers: those that whoever started the server left open.
+func dropInherited() error {
+	entries, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		return fmt.Errorf("%w: %w", errSandbox, err)
+	}
+	for _, e := range entries {
+		if fd, err := strconv.Atoi(e.Name()); err == nil && fd > pinFD {
+			unix.CloseOnExec(fd)
+		}
+	}
+	return nil
 }
 
 func limit(r *confineRequest) error {
@@ -69,8 +87,14 @@ var systemPaths = []string{
 	"/sys/kernel/mm/transparent_hugepage", "/dev/urandom", "/dev/random", "/dev/zero", "/run/systemd/resolve",
 }
 
-// writablePaths are what any process may write to.
-var writablePaths = []string{"/dev/null"}
+// writablePaths are what any worker may write to.
+var writablePaths = []string{"/dev/null", commFile}
+
+// commFile is what top, pgrep and the kernel's log call this process.
+const commFile = "/proc/self/comm"
+
+// rename gives the process a name: it would be "exe", as it is executed through /proc/self/exe. It must come before seal.
+func rename() { _ = os.WriteFile(commFile, []byte("keyhaven-worker"), 0) }
 
 const (
 	landlockRead = unix.LANDLOCK_ACCESS_FS_READ_FILE | unix.LANDLOCK_ACCESS_FS_READ_DIR

@@ -79,7 +79,30 @@ var attempts = map[string]func(*confineRequest) error{
 		}
 		return err
 	},
-	"trace":        func(*confineRequest) error { return unix.PtraceAttach(os.Getppid()) },
+	"trace": func(*confineRequest) error { return unix.PtraceAttach(os.Getppid()) },
+	"clone into a user namespace": func(*confineRequest) error {
+		pid, _, errno := unix.RawSyscall6(unix.SYS_CLONE, unix.CLONE_NEWUSER|uintptr(unix.SIGCHLD), 0, 0, 0, 0, 0)
+		if errno != 0 {
+			return errno
+		}
+		if pid == 0 {
+			unix.RawSyscall(unix.SYS_EXIT_GROUP, 0, 0, 0)
+		}
+		_, err := unix.Wait4(int(pid), nil, 0, nil)
+		return err
+	},
+	"clone3": func(*confineRequest) error {
+		_, _, errno := unix.RawSyscall(unix.SYS_CLONE3, 0, 0, 0) // EINVAL if it is there
+		return errno
+	},
+	"limit others": func(*confineRequest) error {
+		return unix.Prlimit(os.Getppid(), unix.RLIMIT_NOFILE, nil, new(unix.Rlimit))
+	},
+	"know its limits": func(*confineRequest) error { return unix.Getrlimit(unix.RLIMIT_NOFILE, new(unix.Rlimit)) },
+	"use what the server inherited": func(*confineRequest) error {
+		var st unix.Stat_t
+		return unix.Fstat(30, &st)
+	},
 	"unshare":      func(*confineRequest) error { return unix.Unshare(unix.CLONE_NEWUSER) },
 	"signal":       func(*confineRequest) error { return unix.Kill(os.Getppid(), 0) },
 	"use io_uring": func(*confineRequest) error { _, _, e := unix.Syscall(unix.SYS_IO_URING_SETUP, 1, 0, 0); return e },
@@ -129,6 +152,9 @@ func TestSandbox(t *testing.T) {
 		r := encodeJSON(&confineRequest{Mode: mode, Network: network, Module: "/usr/lib/x.so", MaxMemory: -1, MaxFiles: 64,
 			ReadPaths: []string{readable, "/nonexistent"}, WritePaths: []string{writable}})
 		cmd := exec.Command(os.Args[0], "probe", string(r), what)
+		for range 28 {
+			cmd.ExtraFiles = append(cmd.ExtraFiles, os.Stdin) // to descriptor 30
+		}
 		out, err := cmd.CombinedOutput()
 		if err != nil {
 			t.Fatalf("%s: %v: %s", what, err, out)
@@ -146,6 +172,11 @@ func TestSandbox(t *testing.T) {
 		{"open UDP over IPv6", "done", "done", "EACCES", "done"},
 		{"open a Unix socket", "done", "done", "done", "done"},
 		{"unshare", "", "", "EPERM", "EPERM"},
+		{"clone into a user namespace", "", "", "EPERM", "EPERM"},
+		{"clone3", "EINVAL", "EINVAL", "ENOSYS", "ENOSYS"},
+		{"limit others", "done", "done", "EPERM", "EPERM"},
+		{"know its limits", "done", "done", "done", "done"},
+		{"use what the server inherited", "done", "EBADF", "EBADF", "EBADF"},
 		{"trace", "", "", "EPERM", "EPERM"},
 		{"signal", "done", "done", "EPERM", "EPERM"},
 		{"use io_uring", "", "", "EPERM", "EPERM"},

@@ -47,6 +47,10 @@ func (f *filter) jump(compare uint16, k uint32, yes, no uint8) {
 
 func (f *filter) answer(action uint32) { f.op(unix.BPF_RET|unix.BPF_K, action) }
 
+// namespaces are the flags of clone(2) that make one: in a user namespace of its own a process has every privilege.
+const namespaces = unix.CLONE_NEWNS | unix.CLONE_NEWCGROUP | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC | unix.CLONE_NEWUSER | unix.CLONE_NEWPID |
+	unix.CLONE_NEWNET
+
 const answerDenied = unix.SECCOMP_RET_ERRNO | uint32(unix.EPERM)
 
 // callFilter returns the program for this architecture, nil if there is none.
@@ -67,6 +71,20 @@ func callFilter(network bool) filter {
 		f.jump(unix.BPF_JEQ, call, 0, 1)
 		f.answer(answerDenied)
 	}
+	// clone3(2) has its flags in memory, where a filter cannot see them. C libraries fall back to clone.
+	f.jump(unix.BPF_JEQ, unix.SYS_CLONE3, 0, 1)
+	f.answer(unix.SECCOMP_RET_ERRNO | uint32(unix.ENOSYS))
+	f.jump(unix.BPF_JEQ, unix.SYS_CLONE, 0, 4)
+	f.load(dataArgument)
+	f.jump(unix.BPF_JSET, namespaces, 0, 1)
+	f.answer(answerDenied)
+	f.answer(unix.SECCOMP_RET_ALLOW)
+	// prlimit(2) of any process but the own, which is 0.
+	f.jump(unix.BPF_JEQ, unix.SYS_PRLIMIT64, 0, 4)
+	f.load(dataArgument)
+	f.jump(unix.BPF_JEQ, 0, 1, 0)
+	f.answer(answerDenied)
+	f.answer(unix.SECCOMP_RET_ALLOW)
 	if !network {
 		// socket(2) of any family but Unix and netlink, which tells the host's own addresses.
 		f.jump(unix.BPF_JEQ, unix.SYS_SOCKET, 0, 4)

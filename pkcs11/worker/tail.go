@@ -1,8 +1,8 @@
 package worker
 
 import (
+	"bytes"
 	"fmt"
-
 	"os"
 	"strings"
 	"sync"
@@ -15,14 +15,19 @@ import (
 // maxTail is how much of what a worker wrote is kept, in bytes.
 const maxTail = 1024
 
-// tail keeps the end of what a process writes to its standard output and error, without the PIN.
+// tail keeps the end of what a process writes to its standard output and error, without the PIN and without the stacks that a
+// Go program writes when it crashes: what counts stands before them.
 type tail struct {
 	pin  pkcs11.PIN
 	read *os.File
 
-	mu sync.Mutex // guards b
-	b  []byte
+	mu     sync.Mutex // guards what follows
+	b      []byte
+	stacks bool // the rest is stacks
 }
+
+// firstStack is how they begin.
+var firstStack = []byte("\ngoroutine ")
 
 func newTail(pin pkcs11.PIN) *tail { return &tail{pin: pin} }
 
@@ -42,16 +47,26 @@ func (t *tail) run() {
 	buf := make([]byte, 4096)
 	for {
 		n, err := t.read.Read(buf)
-		t.mu.Lock()
-		t.b = append(t.b, buf[:n]...)
-		if len(t.b) > 4*maxTail {
-			// Twice of what is shown, so that no part of a PIN that is cut here is.
-			t.b = append(t.b[:0], t.b[len(t.b)-2*maxTail:]...)
-		}
-		t.mu.Unlock()
+		t.add(buf[:n])
 		if err != nil {
 			return
 		}
+	}
+}
+
+func (t *tail) add(some []byte) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.stacks {
+		return
+	}
+	t.b = append(t.b, some...)
+	if i := bytes.Index(t.b, firstStack); i >= 0 {
+		t.b, t.stacks = t.b[:i], true
+	}
+	if len(t.b) > 4*maxTail {
+		// Twice of what is shown, so that no part of a PIN that is cut here is.
+		t.b = append(t.b[:0], t.b[len(t.b)-2*maxTail:]...)
 	}
 }
 
