@@ -44,9 +44,20 @@ func TestExportIsNoLogFile(t *testing.T) {
 	if p := verify(t, VerifyConfig{Dir: dir, Keys: keys}).Problem; p == nil || p.Line != 1 {
 		t.Errorf("export in place of a log: got %v, want a problem in line 1", p)
 	}
-	rep := verify(t, VerifyConfig{Files: []string{path}, Keys: keys})
-	if rep.Problem != nil || !rep.Export || rep.First != 8 {
-		t.Errorf("export by itself: got %+v", rep)
+	pipe := filepath.Join(t.TempDir(), "pipe") // as from a program that unpacks it
+	if err := syscall.Mkfifo(pipe, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	fed := make(chan error, 1)
+	go func() { fed <- os.WriteFile(pipe, b.Bytes(), 0) }()
+	for _, path := range []string{path, pipe} {
+		rep := verify(t, VerifyConfig{Files: []string{path}, Keys: keys})
+		if rep.Problem != nil || !rep.Export || rep.First != 8 {
+			t.Errorf("export by itself: got %+v", rep)
+		}
+	}
+	if err := <-fed; err != nil {
+		t.Error(err)
 	}
 }
 
@@ -398,6 +409,10 @@ func TestLockTakenAway(t *testing.T) {
 // The one who repairs may be another user than the server.
 func TestRepairLeavesNoTraces(t *testing.T) {
 	dir := t.TempDir()
+	if _, err := Repair(t.Context(), dir, "a wrong directory"); err == nil {
+		t.Error("repaired a directory without a log")
+	}
+	write(t, filepath.Join(dir, fileName(1)), []byte("damaged"))
 	if _, err := Repair(t.Context(), dir, "the disk was replaced"); err != nil {
 		t.Fatal(err)
 	}

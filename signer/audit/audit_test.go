@@ -155,7 +155,7 @@ func TestLogIsKept(t *testing.T) {
 	}
 	got := 0
 	for i := 1; i <= 3; i++ {
-		lines, err := openLines(filepath.Join(dir, fileName(i)))
+		lines, err := openLines(filepath.Join(dir, fileName(i)), false)
 		if err != nil {
 			t.Fatal(err)
 		}

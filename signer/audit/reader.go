@@ -19,8 +19,13 @@ type lineReader struct {
 	offset int64 // of the first byte behind it
 }
 
-func openLines(path string) (*lineReader, error) {
-	f, err := openRead(path)
+// openLines opens a file. One that somebody named may be a pipe, one that was found in a directory must be a regular file.
+func openLines(path string, named bool) (*lineReader, error) {
+	open := openRead
+	if named {
+		open = os.Open
+	}
+	f, err := open(path)
 	if err != nil {
 		return nil, err
 	}

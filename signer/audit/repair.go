@@ -20,7 +20,7 @@ func Repair(ctx context.Context, dir, reason string) (taken bool, err error) {
 	if reason == "" || clean(reason) != reason {
 		return false, fmt.Errorf("audit: give a reason, of at most %d bytes of text; it goes into the log", maxString)
 	}
-	if _, err := os.Stat(dir); err != nil {
+	if err := holdsLog(dir); err != nil {
 		return false, fmt.Errorf("audit: %w", err)
 	}
 	path := filepath.Join(dir, repairFile)
@@ -33,7 +33,7 @@ func Repair(ctx context.Context, dir, reason string) (taken bool, err error) {
 	case err == nil:
 		return false, held.Close()
 	case errors.Is(err, fs.ErrNotExist):
-		return false, nil // no server ever ran here
+		return false, nil // nobody has the directory
 	}
 	if !errors.Is(err, errLocked) {
 		return false, errors.Join(fmt.Errorf("audit: %w", err), os.Remove(path))
@@ -51,6 +51,20 @@ func Repair(ctx context.Context, dir, reason string) (taken bool, err error) {
 			return false, fmt.Errorf("audit: the server did not take the request; is its log damaged? /readyz says so: %w", context.Cause(ctx))
 		}
 	}
+}
+
+// holdsLog returns an error if nothing of a log is in dir.
+func holdsLog(dir string) error {
+	names, err := listFiles(dir)
+	if err != nil || len(names) > 0 {
+		return err
+	}
+	for _, name := range []string{headFile, lockFile} {
+		if _, err := os.Lstat(filepath.Join(dir, name)); err == nil {
+			return nil
+		}
+	}
+	return fmt.Errorf("directory %s holds no log", dir)
 }
 
 // LoadAnchor reads a checkpoint line from a file, such as a copy of the head file or what a log host kept.

@@ -216,7 +216,7 @@ type ending struct {
 
 // readEnding goes through a file. What is wrong in it is no error.
 func readEnding(ctx context.Context, path string) (*ending, error) {
-	r, err := openLines(path)
+	r, err := openLines(path, false)
 	if err != nil {
 		return nil, err
 	}

@@ -108,7 +108,7 @@ func (v *verifier) peek(i int) (*Line, error) {
 	if i >= len(v.paths) {
 		return nil, nil
 	}
-	r, err := openLines(v.paths[i])
+	r, err := openLines(v.paths[i], len(v.c.Files) > 0)
 	if err != nil {
 		return nil, fmt.Errorf("audit: %w", err)
 	}
@@ -125,7 +125,7 @@ func (v *verifier) peek(i int) (*Line, error) {
 
 // file verifies one file. next is the first line of the one after it.
 func (v *verifier) file(ctx context.Context, i int, path string, next *Line) (*Problem, error) {
-	r, err := openLines(path)
+	r, err := openLines(path, len(v.c.Files) > 0)
 	if err != nil {
 		return nil, fmt.Errorf("audit: %w", err)
 	}
