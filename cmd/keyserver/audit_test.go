@@ -54,8 +54,17 @@ func TestAudit(t *testing.T) {
 	if out := s.must(verify...); !strings.Contains(out, "every record is as it was written") || !strings.Contains(out, "6 by ") {
 		t.Errorf("got %s", out)
 	}
-	if out := s.must("audit", "verify", "--config", cfg); !strings.Contains(out, "not checked") {
+	if out := s.must("audit", "verify", "--config", cfg); !strings.Contains(out, "not checked") || strings.Contains(out, "as it was written") {
 		t.Errorf("without a key: got %s", out)
+	}
+	if out := s.must(append(verify, "--all-signed", "--anchor", s.path("audit/audit-head.json"))...); !strings.Contains(out, "fits") {
+		t.Errorf("with an anchor: got %s", out)
+	}
+	if code, _ := s.try("audit", "keygen", "--out", s.path("half.key"), "--public", s.path("audit.pub")); code != 1 {
+		t.Errorf("a public key over another: got %d, want 1", code)
+	}
+	if _, err := os.Stat(s.path("half.key")); err == nil {
+		t.Error("half a pair was left behind")
 	}
 	if out := s.must("audit", "show", "--config", cfg); strings.Count(out, "spiffe://keys.example/edge/one") != 6 || strings.Count(out, "filekey") != 5 {
 		t.Errorf("got %s", out)
@@ -73,6 +82,8 @@ func TestAudit(t *testing.T) {
 		args []string
 	}{
 		{2, []string{"audit", "show", "--config", cfg, "--format", "xml"}},
+		{2, []string{"audit", "show", "--config", cfg, "--result", "good"}},
+		{2, []string{"audit", "verify", "--config", cfg, "--all-signed"}},
 		{2, []string{"audit", "show", "--config", cfg, "--since", "noon"}},
 		{2, []string{"audit", "show", "--dir", "x", "--file", "y"}},
 		{3, []string{"audit", "show", "--config", s.path("none.yaml")}},

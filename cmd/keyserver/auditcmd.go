@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"time"
 
@@ -42,7 +43,10 @@ func newAuditKeygen() *cobra.Command {
 			if err := writeNew(out, 0o600, &pem.Block{Type: "PRIVATE KEY", Bytes: der}); err != nil {
 				return err
 			}
-			return showPublic(cmd, pub, public)
+			if err := showPublic(cmd, pub, public); err != nil {
+				return errors.Join(err, os.Remove(out)) // half a pair is of no use, and would be in the way next time
+			}
+			return nil
 		},
 	}
 	cmd.Flags().StringVarP(&out, "out", "o", "", "file to write the private key to, with mode 600")
@@ -66,6 +70,9 @@ func showPublic(cmd *cobra.Command, pub crypto.PublicKey, path string) error {
 // writeNew writes a file that must not be there yet.
 func writeNew(path string, mode os.FileMode, block *pem.Block) (err error) {
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, mode)
+	if errors.Is(err, fs.ErrExist) {
+		return fmt.Errorf("%w; it is not written over: name another file, or move it away", err)
+	}
 	if err != nil {
 		return err
 	}
@@ -116,8 +123,10 @@ func newAuditVerify() *cobra.Command {
 		Use:   "verify --public-key FILE",
 		Short: "Look for the first record that was altered, removed, reordered or cut off",
 		Long: `Verify reads a log, or an export of one, and needs no server. Exit code 0: everything is as it was written. 1: something is not, and
-the output names the first such line. Without --public-key the chain alone is checked, which whoever can write the files can make anew.
---anchor is a checkpoint line that was kept elsewhere, such as on a log host: with it nobody can cut off what came before.`,
+the output names the first such line; or the log could not be read. Without --public-key the chain alone is checked, which whoever can write the files can make anew.
+What no checkpoint covers yet, which are the records of the last interval, somebody could have changed; the output says how many those are,
+and --all-signed, for a server that has ended, allows none. --anchor is a checkpoint line that was kept elsewhere, such as on a log host: with
+it nobody can cut off what came before.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			s, err := f.source()
 			if err != nil {
@@ -128,6 +137,8 @@ the output names the first such line. Without --public-key the chain alone is ch
 				if c.Keys, err = audit.LoadKeys(keys...); err != nil {
 					return err
 				}
+			} else if c.AllSigned {
+				return cli.UsageError("--all-signed needs --public-key")
 			}
 			if anchor != "" {
 				if c.Anchor, err = audit.LoadAnchor(anchor); err != nil {
@@ -148,28 +159,50 @@ the output names the first such line. Without --public-key the chain alone is ch
 	cmd.Flags().StringSliceVar(&keys, "public-key", nil, "files with the public keys that may have signed checkpoints (PEM)")
 	cmd.Flags().StringVar(&anchor, "anchor", "", "file with a checkpoint line that was kept elsewhere")
 	cmd.Flags().BoolVar(&c.Partial, "partial", false, "the log may begin after its first record, because older files were moved away")
+	cmd.Flags().BoolVar(&c.AllSigned, "all-signed", false, "every operation must be covered by a checkpoint")
 	cmd.Flags().BoolVar(&c.Repaired, "repaired", false, "damage that a repair has noted counts as known")
 	return cli.WithOutput(cmd)
 }
 
 func reportTable(w io.Writer, r audit.Report) {
-	fmt.Fprintf(w, "log\t%s of %s\n", r.Log, r.Server)
+	what := "log"
+	if r.Export {
+		what = "export of log"
+	}
+	fmt.Fprintf(w, "%s\t%s of %s\n", what, r.Log, r.Server)
 	fmt.Fprintf(w, "lines\t%d to %d in %d files\n", r.First, r.Last, r.Files)
-	fmt.Fprintf(w, "operations\t%d, of which the server lost %d\n", r.Records, r.Lost)
-	if r.KeysGiven {
-		fmt.Fprintf(w, "signed\t%d by %d checkpoints, %d at the end by none yet\n", r.Covered, r.Checkpoints, r.Uncovered)
-	} else {
+	fmt.Fprintf(w, "operations\t%d, and the server says that it lost %d\n", r.Records, r.Lost)
+	switch {
+	case !r.KeysGiven:
 		fmt.Fprintf(w, "signed\tnot checked: give --public-key\n")
+	case r.LastCheckpoint.IsZero():
+		fmt.Fprintf(w, "signed\t0 by %d checkpoints, %d at the end by none yet\n", r.Checkpoints, r.Uncovered)
+	default:
+		fmt.Fprintf(w, "signed\t%d by %d checkpoints, the last of %s, %d at the end by none yet\n", r.Covered, r.Checkpoints, r.LastCheckpoint.Format(time.RFC3339), r.Uncovered)
+	}
+	switch {
+	case r.Anchored:
+		fmt.Fprintf(w, "anchor\tfits\n")
+	case r.KeysGiven && !r.Export:
+		fmt.Fprintf(w, "anchor\tnone: whether lines behind seq %d were removed cannot be told without --anchor\n", r.Last)
 	}
 	fmt.Fprintf(w, "head\t%s\n", r.Head)
 	for _, d := range r.Damage {
 		fmt.Fprintf(w, "known damage\t%s\n", d.Error())
 	}
-	if r.Problem != nil {
-		fmt.Fprintf(w, "BAD\t%s\n", r.Problem.Error())
-		return
+	verdict, text := "good", "every record is as it was written"
+	switch {
+	case r.Problem != nil:
+		verdict, text = "BAD", r.Problem.Error()
+	case !r.KeysGiven:
+		text = "the lines fit together, but whoever can write the files could have made them anew"
+	case r.Uncovered > 0:
+		text = fmt.Sprintf("every record up to seq %d is as it was written; what follows is not signed yet and could have been changed", r.SignedTo)
 	}
-	fmt.Fprintf(w, "good\tevery record is as it was written\n")
+	if r.Problem == nil && len(r.Damage) > 0 {
+		text += ", but for the known damage"
+	}
+	fmt.Fprintf(w, "%s\t%s\n", verdict, text)
 }
 
 // filterFlags choose lines.
@@ -267,7 +300,7 @@ func newAuditRepair() *cobra.Command {
 			case taken:
 				fmt.Fprintln(cmd.OutOrStdout(), "the running server goes on with a new file")
 			default:
-				fmt.Fprintln(cmd.OutOrStdout(), "the server goes on with a new file when it starts next")
+				fmt.Fprintln(cmd.OutOrStdout(), "the server takes the consent when it starts next, if its log is damaged then")
 			}
 			return nil
 		},
