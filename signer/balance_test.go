@@ -1,10 +1,12 @@
 package signer
 
 import (
+	"bytes"
 	"context"
 	"crypto"
 	"errors"
 	"fmt"
+	"log/slog"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -535,5 +537,19 @@ func TestPatienceLooksAround(t *testing.T) {
 			t.Errorf("got %d fail-overs, want one for each", n)
 		}
 		wantQuiet(t, e, r)
+	})
+}
+
+func TestThrottlingOfOneAtATimeIsNotLogged(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log bytes.Buffer
+		lane := NewLane(LaneConfig{Logger: slog.New(slog.NewTextHandler(&log, nil))})
+		e, _ := entryOf(t, Home{Key: script(t, "hsm", fails(ErrThrottled)), Lane: lane})
+		if _, err := signOnce(t, e); !errors.Is(err, ErrThrottled) {
+			t.Error(err)
+		}
+		if log.Len() > 0 || lane.Stats().Throttled < 10 {
+			t.Errorf("got %d throttled and lines about fewer at once:\n%s", lane.Stats().Throttled, log.String())
+		}
 	})
 }

@@ -129,10 +129,11 @@ func (l *Lane) throttleLocked(from, now time.Duration) throttleChange {
 		return throttleUnchanged
 	}
 	change := throttleUnchanged
-	if l.limit >= float64(l.capacity) {
+	lower := max(l.limit/2, 1)
+	if l.limit >= float64(l.capacity) && lower < l.limit {
 		change = throttleBegan
 	}
-	l.limit, l.cut = max(l.limit/2, 1), now
+	l.limit, l.cut = lower, now
 	return change
 }
 
