@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto"
 	"errors"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -94,7 +95,7 @@ type refusal struct {
 func (s *Service) Handle(ctx context.Context, req *keyless.Request) ([]byte, error) {
 	c := call{req: req, policy: s.policy.Load(), rec: Record{
 		Time: time.Now(), Peer: req.Peer.ID, Addr: req.Peer.Addr, Op: "unknown", SKI: req.SKI,
-		SNI: req.SNI[:min(len(req.SNI), maxSNI)], ClientIP: req.ClientIP, ServerIP: req.ServerIP, Result: ResultOK,
+		SNI: clipped(req.SNI), ClientIP: req.ClientIP, ServerIP: req.ServerIP, Result: ResultOK,
 	}}
 	if c.op, c.alg = operation(req); c.op != OpNone {
 		c.rec.Op = c.op.String()
@@ -118,6 +119,14 @@ func (s *Service) Handle(ctx context.Context, req *keyless.Request) ([]byte, err
 	payload, no := s.dispatch(ctx, &c)
 	ended = true
 	return s.finish(ctx, &c, payload, no)
+}
+
+// clipped returns as much of a server name as a record holds, without what is behind it: records may wait for long, and in great number.
+func clipped(name string) string {
+	if len(name) > maxSNI {
+		return strings.Clone(name[:maxSNI])
+	}
+	return name
 }
 
 // finish keeps the record, and then lets the result go.

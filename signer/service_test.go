@@ -16,6 +16,7 @@ import (
 	"net/netip"
 	"strings"
 	"testing"
+	"unsafe"
 
 	"github.com/keyhaven/keyhaven/keyless"
 )
@@ -401,6 +402,17 @@ func TestRevokedWhileUnderWay(t *testing.T) {
 				t.Errorf("got signature %q, record %+v", sig, r)
 			}
 		})
+	}
+}
+
+func TestRecordsHoldNoMoreThanTheyShow(t *testing.T) {
+	rec := new(recorded)
+	s := NewService(ServiceConfig{Policy: mustPolicy(t, everything(edgeOne)), Recorder: rec})
+	name := strings.Repeat("a", 60000)
+	_, err := ask(t, s, keyless.Operation{Opcode: keyless.OpECDSASignSHA256, SKI: skiOf(t, "p256"), SNI: name, Payload: make([]byte, 32)})
+	wantCode(t, err, keyless.CodeKeyNotFound)
+	if got := rec.last(t).SNI; len(got) != maxSNI || unsafe.StringData(got) == unsafe.StringData(name) {
+		t.Errorf("got a name of %d bytes, which may keep all %d of the request", len(got), len(name))
 	}
 }
 
