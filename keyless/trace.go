@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
+	"strings"
 
 	"go.opentelemetry.io/otel/trace"
 )
@@ -153,7 +154,9 @@ func lowerHex(s string) (b [1]byte, ok bool) {
 
 // printable returns the first maxRequestID bytes of s without what is not printable ASCII.
 func printable(s string) string {
-	s = s[:min(len(s), maxRequestID)]
+	if len(s) > maxRequestID {
+		s = strings.Clone(s[:maxRequestID]) // without what is behind it
+	}
 	for i := range len(s) {
 		if s[i] < 0x20 || s[i] > 0x7e {
 			b := make([]byte, 0, len(s))
