@@ -100,11 +100,14 @@ func (p *Pool) spawn(pin pkcs11.PIN, generation int) (w *proc, err error) {
 		return nil, err
 	}
 	files = append(files, output)
-	w.cmd = p.command()
+	if w.cmd, err = p.command(); err != nil {
+		w.text.read.Close()
+		return nil, err
+	}
 	w.cmd.Stdout, w.cmd.Stderr, w.cmd.ExtraFiles = output, output, []*os.File{theirs, secret}
 	w.heard.Store(sinceStart())
 	if err := w.cmd.Start(); err != nil {
-		w.text.close()
+		w.text.read.Close()
 		return nil, fmt.Errorf("start worker %s: %w", w.cmd.Path, err)
 	}
 	w.out.send(frameConfine, 0, encodeJSON(p.confineRequest()))
@@ -113,10 +116,16 @@ func (p *Pool) spawn(pin pkcs11.PIN, generation int) (w *proc, err error) {
 }
 
 // command is the process to be, without its descriptors.
-func (p *Pool) command() *exec.Cmd {
-	cmd := &exec.Cmd{Path: "/proc/self/exe", Args: []string{os.Args[0], "worker"}}
+func (p *Pool) command() (*exec.Cmd, error) {
+	var cmd *exec.Cmd
 	if len(p.cfg.Command) > 0 {
 		cmd = exec.Command(p.cfg.Command[0], p.cfg.Command[1:]...)
+	} else {
+		self, err := executable()
+		if err != nil {
+			return nil, fmt.Errorf("find this program: %w", err)
+		}
+		cmd = &exec.Cmd{Path: self, Args: []string{os.Args[0], "worker"}}
 	}
 	for _, entry := range os.Environ() {
 		name, _, _ := strings.Cut(entry, "=")
@@ -130,11 +139,18 @@ func (p *Pool) command() *exec.Cmd {
 	cmd.Env = append(cmd.Env, "GOTRACEBACK=none")
 	// A group of its own: signals of a terminal are the server's.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	return cmd
+	return cmd, nil
 }
 
 func socketPair() (net.Conn, *os.File, error) {
-	fds, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
+	// Not every system makes sockets that are closed by an execution: until they are, none may come.
+	syscall.ForkLock.RLock()
+	fds, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM, 0)
+	if err == nil {
+		syscall.CloseOnExec(fds[0])
+		syscall.CloseOnExec(fds[1])
+	}
+	syscall.ForkLock.RUnlock()
 	if err != nil {
 		return nil, nil, fmt.Errorf("make a socket pair: %w", err)
 	}

@@ -40,6 +40,9 @@ func confine(r *confineRequest) (confinement, error) {
 	return landlock(r)
 }
 
+// executable is this program, which stays the same file when a package is upgraded.
+func executable() (string, error) { return "/proc/self/exe", nil }
+
 // dropInherited has the execution that follows close the descriptors that are not for workers: those that whoever started the server left open.
 func dropInherited() error {
 	entries, err := os.ReadDir("/proc/self/fd")

@@ -4,6 +4,7 @@ package worker
 
 import (
 	"fmt"
+	"os"
 	"runtime"
 )
 
@@ -17,6 +18,8 @@ func confine(r *confineRequest) (confinement, error) {
 }
 
 func rename() {}
+
+func executable() (string, error) { return os.Executable() }
 
 func again() error { return errSandbox }
 
