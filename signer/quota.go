@@ -74,7 +74,8 @@ type Quotas struct {
 	mu      sync.Mutex // guards all below, and what the maps point to
 	rates   map[quotaKey]*bucket
 	budgets map[quotaKey]*budget
-	changed bool // budgets differ from what was saved
+	today   int64 // the day of what was counted last
+	changed bool  // budgets differ from what was saved
 }
 
 // quotaKey names a counter.
@@ -162,7 +163,7 @@ func (q *Quotas) take(l limit, now time.Time) Reason {
 	}
 	if l.daily != nil {
 		l.daily.used++
-		q.changed = true
+		q.today, q.changed = dayOf(now), true
 	}
 	return Allowed
 }

@@ -103,18 +103,15 @@ func parseQuotas(data []byte) (map[quotaKey]budget, error) {
 	return budgets, nil
 }
 
-// snapshot returns what Save writes: what was used of the latest day, and of the one before, on which a clock may be that goes back.
+// snapshot returns what Save writes: what was used today and later, and on the day before, on which a clock may be that goes back. A later day is that of
+// a clock that was wrong.
 func (q *Quotas) snapshot() quotaFile {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.changed = false
 	f := quotaFile{Version: quotaVersion, Budgets: []savedBudget{}}
-	var latest int64
-	for _, b := range q.budgets {
-		latest = max(latest, b.day)
-	}
 	for k, b := range q.budgets {
-		if b.used > 0 && b.day >= latest-1 {
+		if b.used > 0 && b.day >= q.today-1 {
 			day := time.Unix(b.day*24*60*60, 0).UTC().Format(time.DateOnly)
 			f.Budgets = append(f.Budgets, savedBudget{Client: k.client, Limit: k.limit, Nth: k.nth, Day: day, Used: b.used})
 		}

@@ -75,6 +75,27 @@ func TestQuotaFile(t *testing.T) {
 	}
 }
 
+// TestQuotaFileAfterAWrongClock has a client that came but once, when the clock was years ahead.
+func TestQuotaFileAfterAWrongClock(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "quotas.json")
+	q, c := counted(t, "2031-01-01T12:00:00Z", 1)
+	c.add(-5 * 365 * 24 * time.Hour)
+	other := limited(func(r *ClientRule) { r.Daily = 11 })
+	p := policyOn(t, Options{Clock: c.Now, Quotas: q}, other)
+	key := testRegistry(t, false).BySKI(skiOf(t, "p256"))
+	spend(p, key, 5)
+	if err := q.Save(path); err != nil {
+		t.Fatal(err)
+	}
+	again := new(Quotas)
+	if err := again.Load(path); err != nil {
+		t.Fatal(err)
+	}
+	if n, _ := spend(policyOn(t, Options{Clock: c.Now, Quotas: again}, other), key, 20); n != 6 {
+		t.Errorf("after a restart %d are left of 11, want 6", n)
+	}
+}
+
 func TestQuotaFileDamaged(t *testing.T) {
 	q, _ := counted(t, "2026-11-23T12:00:00Z", 4)
 	good, err := json.Marshal(q.snapshot())
