@@ -18,43 +18,66 @@ type auditor struct {
 	inProgress func() int
 	logger     *slog.Logger
 
-	mu     sync.RWMutex // held for reading by operations, for writing while one log takes the place of another
+	changing sync.Mutex // held while one log takes the place of another, which may take as long as the disk does
+
+	mu     sync.RWMutex // never held while the disk is waited for
 	config AuditConfig
-	log    *audit.Log // nil: none
+	log    *audit.Log    // nil: none
+	moving chan struct{} // closed when the next log is there or is known not to be; nil unless one takes the place of another
 	end    func() error
-	fault  error // why there is no log where one is configured
+	fault  error // why there is no log where one is configured, or not the one that is
 }
 
 func newAuditor(r *signer.Registry, inProgress func() int, logger *slog.Logger) *auditor {
 	return &auditor{registry: r, inProgress: inProgress, logger: logger}
 }
 
-// use opens the log of a plan, if it is not the present one. Operations wait meanwhile. On an error there is no log: in the mode required
-// nothing is signed then.
+// use opens the log of a plan, if it is not the present one. Records wait meanwhile. If it cannot be opened, the present one goes on if it is in another
+// directory and keeps records as strictly. Else there is none: in the mode required nothing is signed then.
 func (a *auditor) use(p *plan) error {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if a.config == p.cfg.Audit && a.fault == nil {
+	a.changing.Lock()
+	defer a.changing.Unlock()
+	next := p.cfg.Audit
+	if a.config == next && (a.log != nil || a.fault == nil) {
+		a.settle(a.log, a.config, nil)
 		return nil
 	}
-	err := a.endLocked()
-	a.config, a.fault = p.cfg.Audit, nil
-	if a.config.mode() == "off" {
-		return err
+	var log *audit.Log
+	var err error
+	if a.log != nil && next.mode() != "off" && next.Dir != a.config.Dir {
+		log, err = a.open(p)
+		if err != nil && (a.config.mode() == string(audit.Required) || a.config.mode() == next.mode()) {
+			err = fmt.Errorf("%w; records go on into %s", err, a.config.Dir)
+			a.settle(a.log, a.config, err)
+			return err
+		}
 	}
-	log, openErr := a.open(p)
-	if openErr != nil {
-		a.fault = openErr
-		return errors.Join(err, openErr)
+	endErr := a.finish()
+	if log == nil && err == nil && next.mode() != "off" {
+		log, err = a.open(p)
 	}
-	ctx, cancel := context.WithCancel(context.Background())
-	ended := make(chan error, 1)
-	go func() { ended <- log.Run(ctx) }()
-	a.log, a.end = log, func() error {
-		cancel()
-		return errors.Join(<-ended, log.Close())
+	if log != nil {
+		ctx, cancel := context.WithCancel(context.Background())
+		ended := make(chan error, 1)
+		go func() { ended <- log.Run(ctx) }()
+		a.end = func() error {
+			cancel()
+			return errors.Join(<-ended, log.Close())
+		}
 	}
-	return err
+	a.settle(log, next, err)
+	return errors.Join(endErr, err)
+}
+
+// settle has records go to log, or to none if it is nil.
+func (a *auditor) settle(log *audit.Log, c AuditConfig, fault error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.log, a.config, a.fault = log, c, fault
+	if a.moving != nil {
+		close(a.moving)
+		a.moving = nil
+	}
 }
 
 // open makes the log that the configuration describes.
@@ -112,33 +135,40 @@ func (p *plan) checkAudit() conf.Errors {
 	return nil
 }
 
-// endLocked ends the present log, with its last records durable.
-func (a *auditor) endLocked() error {
-	if a.log == nil {
+// finish ends the present log, with its last records durable. Records wait until settle is called.
+func (a *auditor) finish() error {
+	a.mu.Lock()
+	running := a.log != nil
+	a.log = nil
+	if a.moving == nil {
+		a.moving = make(chan struct{})
+	}
+	a.mu.Unlock()
+	if !running {
 		return nil
 	}
-	err := a.end()
-	a.log, a.end = nil, nil
-	if err != nil {
+	if err := a.end(); err != nil {
 		return fmt.Errorf("end the audit log: %w", err)
 	}
 	return nil
 }
 
 func (a *auditor) close() error {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	return a.endLocked()
+	a.changing.Lock()
+	defer a.changing.Unlock()
+	err := a.finish()
+	a.settle(nil, a.config, audit.ErrClosed)
+	return err
 }
 
-// Ready implements signer.Auditor.
+// Ready implements signer.Auditor. While one log takes the place of another, Commit waits for the next.
 func (a *auditor) Ready() error {
 	a.mu.RLock()
 	defer a.mu.RUnlock()
 	switch {
 	case a.log != nil:
 		return a.log.Ready()
-	case a.config.mode() == string(audit.Required):
+	case a.moving == nil && a.config.mode() == string(audit.Required):
 		return a.missing()
 	}
 	return nil
@@ -146,15 +176,32 @@ func (a *auditor) Ready() error {
 
 // Commit implements signer.Auditor.
 func (a *auditor) Commit(ctx context.Context, r *signer.Record) error {
-	a.mu.RLock()
-	defer a.mu.RUnlock()
-	switch {
-	case a.log != nil:
-		return a.log.Commit(ctx, r)
-	case a.config.mode() == string(audit.Required):
-		return a.missing()
+	for ended := (*audit.Log)(nil); ; {
+		a.mu.RLock()
+		log, moving, required, missing := a.log, a.moving, a.config.mode() == string(audit.Required), a.missing()
+		if log != nil && !required {
+			defer a.mu.RUnlock() // a log that does not wait would lose the record unseen if it were ended meanwhile
+			return log.Commit(ctx, r)
+		}
+		a.mu.RUnlock()
+		switch {
+		case log != nil:
+			if err := log.Commit(ctx, r); !errors.Is(err, audit.ErrClosed) || log == ended {
+				return err
+			}
+			ended = log // before it took the record: another takes its place
+		case moving != nil:
+			select {
+			case <-moving:
+			case <-ctx.Done():
+				return fmt.Errorf("one audit log takes the place of another: %w", context.Cause(ctx))
+			}
+		case required:
+			return missing
+		default:
+			return nil
+		}
 	}
-	return nil
 }
 
 func (a *auditor) missing() error {
@@ -168,7 +215,7 @@ func (a *auditor) missing() error {
 func (a *auditor) trouble() error {
 	a.mu.RLock()
 	defer a.mu.RUnlock()
-	if a.log != nil {
+	if a.log != nil && a.log.Fault() != nil {
 		return a.log.Fault()
 	}
 	return a.fault

@@ -298,3 +298,68 @@ func TestTransitAway(t *testing.T) {
 	}
 	p.stop()
 }
+
+// TestAuditMoves has a reload name another directory while operations come: each leaves a record in one of the logs. One that cannot be used
+// leaves the present one in place.
+func TestAuditMoves(t *testing.T) {
+	s, cfg, key := auditSite(t, "required")
+	p := s.start(cfg)
+	c := p.client("one")
+	text, err := os.ReadFile(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	move := func(to string) {
+		s.write("ks.yaml", 0o600, strings.Replace(string(text), "dir: "+s.path("audit")+",", "dir: "+s.path(to)+",", 1))
+	}
+	s.write("occupied", 0o600, "a file where the directory should be")
+	move("occupied")
+	if code, out := s.try("reload", "--config", cfg); code != 1 || !strings.Contains(out, "records go on into "+s.path("audit")) {
+		t.Errorf("reload: got %d, %s", code, out)
+	}
+	if _, err := do(t, c, signOp(key)); err != nil {
+		t.Errorf("with the present log: %v", err)
+	}
+	if code, body := p.get("/readyz"); code != 200 || !strings.Contains(body, "audit: ") {
+		t.Errorf("readyz: %d %s", code, body)
+	}
+	move("audit") // back
+	s.must("reload", "--config", cfg)
+	if _, body := p.get("/readyz"); strings.Contains(body, "audit: ") {
+		t.Errorf("readyz: %s", body)
+	}
+
+	stop, done, count := make(chan struct{}), make(chan error, 1), 0
+	go func() {
+		for {
+			select {
+			case <-stop:
+				done <- nil
+				return
+			default:
+			}
+			if _, err := do(t, c, signOp(key)); err != nil {
+				done <- err
+				return
+			}
+			count++
+		}
+	}()
+	for _, to := range []string{"two", "audit", "three"} {
+		move(to)
+		s.must("reload", "--config", cfg)
+	}
+	close(stop)
+	if err := <-done; err != nil {
+		t.Errorf("while the log moved: %v", err)
+	}
+	p.stop()
+	records := 0
+	for _, dir := range []string{"audit", "two", "three"} {
+		s.must("audit", "verify", "--dir", s.path(dir), "--public-key", s.path("audit.pub"), "--all-signed")
+		records += strings.Count(s.must("audit", "show", "--dir", s.path(dir)), "filekey")
+	}
+	if records != count+1 {
+		t.Errorf("got %d records of %d operations", records, count+1)
+	}
+}
