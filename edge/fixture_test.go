@@ -33,6 +33,8 @@ import (
 	"github.com/quic-go/quic-go/http3"
 	"go.uber.org/goleak"
 
+	"go.opentelemetry.io/otel/trace"
+
 	"github.com/keyhaven/keyhaven/edge/zone"
 	"github.com/keyhaven/keyhaven/keyless"
 	"github.com/keyhaven/keyhaven/mtls"
@@ -144,7 +146,7 @@ func (v *vault) drop(ski keyless.SKI) {
 func (v *vault) Handle(ctx context.Context, req *keyless.Request) ([]byte, error) {
 	v.ops.Add(1)
 	v.mu.Lock()
-	v.last = keyless.Operation{Opcode: req.Opcode, SNI: req.SNI, ClientIP: req.ClientIP, CustomFunc: req.CustomFunc}
+	v.last = keyless.Operation{TraceContext: bytes.Clone(req.TraceContext), Context: bytes.Clone(req.Context), Opcode: req.Opcode, SNI: req.SNI, ClientIP: req.ClientIP, CustomFunc: req.CustomFunc}
 	key, ok := v.keys[req.SKI]
 	v.mu.Unlock()
 	if d := time.Duration(v.delay.Load()); d > 0 {
@@ -267,6 +269,7 @@ type world struct {
 
 	server *Server
 	stop   func() // ends the server and waits
+	tracer trace.Tracer
 }
 
 func newWorld(t testing.TB) *world {
@@ -337,7 +340,7 @@ func (w *world) addZone(name, kind, origin string, hosts ...string) *zone.Config
 }
 
 func (w *world) deps(store state.Store) Deps {
-	return Deps{Dialer: w.dialer, Store: store, KeyIdentity: w.identity, Logger: slog.New(slog.DiscardHandler), Registry: w.registry}
+	return Deps{Dialer: w.dialer, Store: store, KeyIdentity: w.identity, Logger: slog.New(slog.DiscardHandler), Tracer: w.tracer, Registry: w.registry}
 }
 
 // start runs the edge until the test ends or stop is called.

@@ -11,6 +11,10 @@ import (
 	"sync/atomic"
 	"time"
 
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/codes"
+	"go.opentelemetry.io/otel/trace"
+
 	"github.com/keyhaven/keyhaven/edge/ticket"
 	"github.com/keyhaven/keyhaven/edge/zone"
 	"github.com/keyhaven/keyhaven/keyless"
@@ -151,31 +155,63 @@ func (s *Server) tlsFor(transport string, zones []*zone.Zone, keys map[*zone.Zon
 // signerFor returns what binds the certificate's key to one handshake, and measures it.
 func (s *Server) signerFor(transport string, z *zone.Zone, key *certificateKey) zone.SignerFunc {
 	return func(hello *tls.ClientHelloInfo, sni string) crypto.Signer {
-		inner := key.key.For(hello.Context(), sni, addrOf(hello.Conn.RemoteAddr()), addrOf(hello.Conn.LocalAddr()))
-		m := measured{Signer: inner, s: s, transport: transport, zone: z.Name, key: key, handshake: handshakeOf(hello.Context())}
-		if d, ok := inner.(crypto.Decrypter); ok {
-			return measuredDecrypter{m, d}
+		m := measured{s: s, transport: transport, zone: z.Name, key: key, handshake: handshakeOf(hello.Context()),
+			ctx: hello.Context(), sni: sni, visitor: addrOf(hello.Conn.RemoteAddr()), local: addrOf(hello.Conn.LocalAddr())}
+		if _, ok := m.bound(m.ctx).(crypto.Decrypter); ok {
+			return measuredDecrypter{m}
 		}
 		return m
 	}
 }
 
-// measured is a signer whose calls are timed and whose failures are counted.
+// measured is the certificate's key bound to one handshake. Its calls are timed, its failures counted.
 type measured struct {
-	crypto.Signer
 	s         *Server
 	transport string
 	zone      string
 	key       *certificateKey
 	handshake *handshake
+
+	ctx            context.Context // of the handshake
+	sni            string          // canonical
+	visitor, local netip.Addr
+}
+
+// bound returns the key for a call below ctx.
+func (m measured) bound(ctx context.Context) crypto.Signer {
+	return m.key.key.For(ctx, m.sni, m.visitor, m.local)
+}
+
+// Public implements [crypto.Signer].
+func (m measured) Public() crypto.PublicKey { return m.key.key.Public() }
+
+// Sign implements [crypto.Signer].
+func (m measured) Sign(rand io.Reader, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
+	return m.call("sign", func(k crypto.Signer) ([]byte, error) { return k.Sign(rand, digest, opts) })
 }
 
 // SignMessage implements [crypto.MessageSigner], which crypto/tls prefers: the key server sees the whole message.
 func (m measured) SignMessage(rand io.Reader, msg []byte, opts crypto.SignerOpts) ([]byte, error) {
-	began := time.Now()
-	sig, err := crypto.SignMessage(m.Signer, rand, msg, opts)
+	return m.call("sign", func(k crypto.Signer) ([]byte, error) { return crypto.SignMessage(k, rand, msg, opts) })
+}
+
+// call has the key server do something, within a span of its own if there are spans.
+func (m measured) call(what string, do func(crypto.Signer) ([]byte, error)) ([]byte, error) {
+	began, ctx := time.Now(), m.ctx
+	var span trace.Span
+	if m.s.deps.Tracer != nil {
+		ctx, span = m.s.deps.Tracer.Start(ctx, "keyless "+what, trace.WithSpanKind(trace.SpanKindClient), trace.WithAttributes(
+			attribute.String("keyhaven.zone", m.zone), attribute.String("keyhaven.sni", m.sni), attribute.String("network.transport", m.transport)))
+	}
+	out, err := do(m.bound(ctx))
+	if span != nil {
+		if err != nil {
+			span.SetStatus(codes.Error, err.Error())
+		}
+		span.End()
+	}
 	m.done(began, err)
-	return sig, err
+	return out, err
 }
 
 func (m measured) done(began time.Time, err error) {
@@ -194,17 +230,11 @@ func (m measured) done(began time.Time, err error) {
 }
 
 // measuredDecrypter is measured for a zone that allows RSA key exchange.
-type measuredDecrypter struct {
-	measured
-	d crypto.Decrypter
-}
+type measuredDecrypter struct{ measured }
 
 // Decrypt implements [crypto.Decrypter].
 func (m measuredDecrypter) Decrypt(rand io.Reader, msg []byte, opts crypto.DecrypterOpts) ([]byte, error) {
-	began := time.Now()
-	plain, err := m.d.Decrypt(rand, msg, opts)
-	m.done(began, err)
-	return plain, err
+	return m.call("decrypt", func(k crypto.Signer) ([]byte, error) { return k.(crypto.Decrypter).Decrypt(rand, msg, opts) })
 }
 
 // addrOf returns the IP address of a TCP or UDP address, and the zero Addr of any other.

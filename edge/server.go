@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"go.opentelemetry.io/otel/trace"
 
 	"github.com/keyhaven/keyhaven/edge/proxy"
 	"github.com/keyhaven/keyhaven/edge/ticket"
@@ -39,6 +40,8 @@ type Deps struct {
 	KeyIdentity *mtls.Source
 	// Logger gets the records. If nil, they are discarded.
 	Logger *slog.Logger
+	// Tracer makes a span of each signature for a visitor, which the key server is told of. If nil, there are none.
+	Tracer trace.Tracer
 	// Registry gets the metrics. If nil, they are not collected.
 	Registry prometheus.Registerer
 }

@@ -14,6 +14,7 @@ import (
 	"github.com/keyhaven/keyhaven/edge/zone"
 	"github.com/keyhaven/keyhaven/internal/conf"
 	"github.com/keyhaven/keyhaven/internal/ops"
+	"github.com/keyhaven/keyhaven/internal/tracing"
 	"github.com/keyhaven/keyhaven/mtls"
 )
 
@@ -32,6 +33,7 @@ type config struct {
 	KeyIdentity keyIdentity    `mapstructure:"key_identity"`
 	Tunnel      tunnelConfig   `mapstructure:"tunnel"`
 	Ops         opsConfig      `mapstructure:"ops"`
+	Tracing     tracing.Config `mapstructure:"tracing"`
 	Visitors    edge.Config    `mapstructure:"visitors"`
 }
 
@@ -70,6 +72,7 @@ func defaults() *config {
 		Admin:    adminConfig{Socket: defaultSocket},
 		Identity: identityConfig{CADir: "/etc/keyhaven/edge-ca", Dir: "/etc/keyhaven/edge-identity"},
 		Tunnel:   tunnelConfig{Listen: ":7844", ConnectorLifetime: 24 * time.Hour, DrainTimeout: 30 * time.Second},
+		Tracing:  tracing.Defaults(),
 		Visitors: edge.Defaults(),
 	}
 }
@@ -100,6 +103,12 @@ func load(path string) (cfg *config, remarks []string, err error) {
 }
 
 func (c *config) validate(errorf func(key, format string, args ...any)) {
+	if err := c.Tracing.Check(); err != nil {
+		errorf("tracing.otlp_endpoint", "%v", err)
+	}
+	if r := c.Tracing.SampleRatio; !(r >= 0 && r <= 1) {
+		errorf("tracing.sample_ratio", "%v is no share; write 0 to 1", r)
+	}
 	if c.State.File == "" {
 		errorf("state.file", "is empty; name the file that keeps routes and connectors")
 	}
@@ -165,7 +174,7 @@ func fixed(old, new *config) (changed []string) {
 		old, new any
 	}{
 		{"state", old.State, new.State}, {"admin", old.Admin, new.Admin}, {"identity", old.Identity, new.Identity},
-		{"key_identity", old.KeyIdentity, new.KeyIdentity}, {"tunnel", old.Tunnel, new.Tunnel}, {"ops", old.Ops, new.Ops},
+		{"key_identity", old.KeyIdentity, new.KeyIdentity}, {"tunnel", old.Tunnel, new.Tunnel}, {"ops", old.Ops, new.Ops}, {"tracing", old.Tracing, new.Tracing},
 		{"visitors.listen", old.Visitors.Listen, new.Visitors.Listen}, {"visitors.tickets", old.Visitors.Tickets, new.Visitors.Tickets},
 		{"visitors.limits (but those of origins)", old.Visitors.Limits.Fixed(), new.Visitors.Limits.Fixed()},
 	} {

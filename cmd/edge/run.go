@@ -16,6 +16,7 @@ import (
 	"github.com/keyhaven/keyhaven/edge/control"
 	"github.com/keyhaven/keyhaven/internal/cli"
 	"github.com/keyhaven/keyhaven/internal/ops"
+	"github.com/keyhaven/keyhaven/internal/tracing"
 	"github.com/keyhaven/keyhaven/state"
 	"github.com/keyhaven/keyhaven/tunnel"
 )
@@ -88,6 +89,7 @@ type process struct {
 	tunnels  *tunnel.Listener
 	visitors *edge.Server
 	admin    *admin.Server
+	spans    *tracing.Provider // nil: no tracing
 	registry *prometheus.Registry
 }
 
@@ -125,7 +127,11 @@ func (p *process) open(ctx context.Context) (err error) {
 	if err != nil {
 		return cli.ListenError(fmt.Errorf("listen for tunnels: %w", err))
 	}
-	p.visitors, err = edge.New(cfg.Visitors, edge.Deps{Dialer: p.control, Store: p.store, KeyIdentity: p.ids.key, Logger: log, Registry: p.registry})
+	if p.spans, err = tracing.Open(ctx, cfg.Tracing, "keyhaven-edge", p.ids.own.Identity().String(), log); err != nil {
+		return err
+	}
+	p.visitors, err = edge.New(cfg.Visitors, edge.Deps{Dialer: p.control, Store: p.store, KeyIdentity: p.ids.key, Logger: log,
+		Tracer: p.spans.Tracer("edge"), Registry: p.registry})
 	if err != nil {
 		return cli.ListenError(err)
 	}
@@ -163,6 +169,7 @@ func (p *process) close() error {
 	if p.store != nil {
 		errs = append(errs, p.store.Close())
 	}
+	errs = append(errs, p.spans.Close(context.Background()))
 	return errors.Join(errs...)
 }
 

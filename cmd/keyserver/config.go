@@ -8,6 +8,7 @@ import (
 
 	"github.com/keyhaven/keyhaven/internal/conf"
 	"github.com/keyhaven/keyhaven/internal/ops"
+	"github.com/keyhaven/keyhaven/internal/tracing"
 	"github.com/keyhaven/keyhaven/signer"
 )
 
@@ -30,7 +31,7 @@ type Config struct {
 	SealKeyFile string              `mapstructure:"seal_key_file"`
 	Audit       AuditConfig         `mapstructure:"audit"`
 	Probe       ProbeConfig         `mapstructure:"probe"`
-	Tracing     TracingConfig       `mapstructure:"tracing"`
+	Tracing     tracing.Config      `mapstructure:"tracing"`
 	Limits      LimitsConfig        `mapstructure:"limits"`
 	Timeouts    TimeoutsConfig      `mapstructure:"timeouts"`
 }
@@ -154,12 +155,6 @@ type ProbeConfig struct {
 	Interval time.Duration `mapstructure:"interval"`
 }
 
-// TracingConfig says where spans go. Without an endpoint there are none.
-type TracingConfig struct {
-	OTLPEndpoint string  `mapstructure:"otlp_endpoint"`
-	SampleRatio  float64 `mapstructure:"sample_ratio"`
-}
-
 // LimitsConfig bounds what clients can occupy.
 type LimitsConfig struct {
 	Connections          int `mapstructure:"connections"`
@@ -185,7 +180,7 @@ func defaults() Config {
 		Homes:   HomesConfig{HedgePercentile: 0.95, HedgeBudget: 0.05, BreakerFailures: 5, BreakerMinOpen: time.Second, BreakerMaxOpen: 30 * time.Second},
 		Audit:   AuditConfig{Checkpoint: time.Minute, RotateSize: "64MiB", RotateEvery: 24 * time.Hour},
 		Probe:   ProbeConfig{Interval: time.Minute},
-		Tracing: TracingConfig{SampleRatio: 1},
+		Tracing: tracing.Defaults(),
 		Limits:  LimitsConfig{Connections: 1024, ConnectionsPerClient: 64, InFlight: 1024},
 		Timeouts: TimeoutsConfig{
 			Handshake: 5 * time.Second, Idle: time.Minute, Header: 5 * time.Second, Body: 10 * time.Second,

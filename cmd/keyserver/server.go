@@ -17,6 +17,7 @@ import (
 
 	"github.com/keyhaven/keyhaven/internal/cli"
 	"github.com/keyhaven/keyhaven/internal/ops"
+	"github.com/keyhaven/keyhaven/internal/tracing"
 	"github.com/keyhaven/keyhaven/keyless"
 	"github.com/keyhaven/keyhaven/mtls"
 	"github.com/keyhaven/keyhaven/signer"
@@ -34,7 +35,7 @@ type server struct {
 	probes  *prober
 	service *signer.Service
 	auditor *auditor
-	tracer  *tracer // nil: no tracing
+	spans   *tracing.Provider // nil: no tracing
 	keyless *keyless.Server
 	ops     *ops.Server
 	control *control // nil: none
@@ -75,12 +76,12 @@ func newServer(ctx context.Context, p *plan, o loadOptions, logger *slog.Logger)
 	s.use(p)
 	s.ops = &ops.Server{Addr: p.cfg.Ops.Listen, AllowNonLoopback: p.cfg.Ops.AllowNonLoopback, Ready: s.ready, Degraded: s.degraded, Registry: registry, Logger: logger}
 	handler := keyless.Handler(s.service)
-	if p.cfg.Tracing.OTLPEndpoint != "" {
-		var err error
-		if s.tracer, err = newTracer(ctx, p.cfg.Tracing, p.source.Identity().String(), handler, logger); err != nil {
-			return nil, err
-		}
-		handler = s.tracer
+	var err error
+	if s.spans, err = tracing.Open(ctx, p.cfg.Tracing, "keyhaven-keyserver", p.source.Identity().String(), logger); err != nil {
+		return nil, err
+	}
+	if t := s.spans.Tracer("cmd/keyserver"); t != nil {
+		handler = traced{handler, t}
 	}
 	l, t := p.cfg.Limits, p.cfg.Timeouts
 	s.keyless = &keyless.Server{
@@ -184,6 +185,9 @@ func (s *server) degraded() (lines []string) {
 	if err := s.auditor.trouble(); err != nil {
 		lines = append(lines, "audit: "+err.Error())
 	}
+	if stats := s.auditor.stats(); stats != nil && stats.CheckpointErr != "" {
+		lines = append(lines, "audit: no checkpoint: "+stats.CheckpointErr)
+	}
 	return lines
 }
 
@@ -199,6 +203,11 @@ func (s *server) run(ctx context.Context) (err error) {
 	hangups := cli.Hangups(ctx) // from the start, as an unexpected SIGHUP ends a process
 	s.stopped = ctx
 	l := s.current.Load()
+	// Before a PIN is tried: where a server runs already, this one ends here. Commands that come wait until it serves.
+	if s.control, err = s.listenControl(l.cfg.Control); err != nil {
+		return err
+	}
+	defer s.control.close()
 	starting, cancel := context.WithTimeout(ctx, startTimeout)
 	s.keys.start(starting, l.places)
 	cancel()
@@ -207,23 +216,17 @@ func (s *server) run(ctx context.Context) (err error) {
 		err = errors.Join(err, s.keys.close())
 	}()
 	if err := s.auditor.use(l.plan); err != nil {
-		s.logger.Error("the audit is out of order", "err", err)
+		s.logger.Error("the audit is out of order", "config", l.where("audit"), "err", err)
 	}
 	defer func() { err = errors.Join(err, s.auditor.close()) }() // before the keys, one of which may sign the last checkpoint
 	defer s.log(&err)()
-	s.warnAboutPolicy()
+	s.warn()
 	ln, err := (&net.ListenConfig{}).Listen(ctx, "tcp", l.cfg.Listen)
 	if err != nil {
 		return cli.ListenError(fmt.Errorf("listen: %w", err))
 	}
-	if s.control, err = s.listenControl(l.cfg.Control); err != nil {
-		return errors.Join(err, ln.Close())
-	}
 	s.logger.Info("serving", "addr", ln.Addr().String(), "identity", l.source.Identity().String(), "keys", len(s.keys.registry.Entries()))
-	err = s.serve(ctx, ln, hangups)
-	if s.tracer != nil {
-		err = errors.Join(err, s.tracer.close(ctx))
-	}
+	err = errors.Join(s.serve(ctx, ln, hangups), s.spans.Close(ctx))
 	s.logger.Info("stopped")
 	return err
 }
@@ -374,10 +377,20 @@ func (s *server) keepQuotas(ctx context.Context) error {
 	return s.options.quotas.Run(ctx, path, 0, s.logger)
 }
 
-// warnAboutPolicy tells of what the rules hold that matches nothing at present, or too much.
-func (s *server) warnAboutPolicy() {
+// warn logs, and returns, what of the configuration matches nothing at present, or too much.
+func (s *server) warn() (all []error) {
 	p := s.current.Load().plan
 	for _, err := range p.policy.Warnings(s.keys.registry) {
-		s.logger.Warn("a rule matches nothing, or is in doubt", "err", p.ruleError(err))
+		err = p.ruleError(err)
+		s.logger.Warn("a rule matches nothing, or is in doubt", "err", err)
+		all = append(all, err)
 	}
+	if a := p.cfg.Audit; a.mode() != "off" && a.Key != "" {
+		if n := len(s.keys.registry.ByName(a.Key)); n != 1 {
+			err := p.file.Errorf("audit.key", "%d keys have the name %q now, so that no checkpoint is signed; name one key, by its SKI if labels are not enough, and see that its token is there", n, a.Key)
+			s.logger.Warn("checkpoints of the audit log cannot be signed", "err", err)
+			all = append(all, err)
+		}
+	}
+	return all
 }

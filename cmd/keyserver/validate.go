@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"maps"
 	"net"
-	"net/url"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -241,14 +240,9 @@ func (v *validator) audit() {
 }
 
 func (v *validator) tracing() {
-	t := v.cfg.Tracing
-	v.share("tracing.sample_ratio", t.SampleRatio)
-	if t.OTLPEndpoint == "" {
-		return
-	}
-	u, err := url.Parse(t.OTLPEndpoint)
-	if err != nil || u.Host == "" || u.User != nil || u.RawQuery != "" || u.Scheme != "https" && u.Scheme != "http" {
-		v.fault("tracing.otlp_endpoint", "is no URL of a collector; write one such as http://127.0.0.1:4318/v1/traces")
+	v.share("tracing.sample_ratio", v.cfg.Tracing.SampleRatio)
+	if err := v.cfg.Tracing.Check(); err != nil {
+		v.fault("tracing.otlp_endpoint", "%v", err)
 	}
 }
 
