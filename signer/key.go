@@ -58,7 +58,8 @@ type Key interface {
 	// Sign signs input: the digest, of exactly the hash's length, or the whole message for Ed25519. The result is an ASN.1 DER
 	// signature for ECDSA and the plain octets otherwise. It does not keep input. ErrUnsupported means that the
 	// algorithm does not fit the key, ErrUnavailable that the key's home does not answer now and another home may, and ErrThrottled
-	// that the home asks for a pause. Any other error would come again. Sign should return soon after the context has ended.
+	// that the home asks for a pause. An ErrUnavailable that is an ErrNotFound too tells of this key alone, and does not count
+	// against its home. Any other error would come again. Sign should return soon after the context has ended.
 	Sign(ctx context.Context, alg Algorithm, input []byte) ([]byte, error)
 }
 
