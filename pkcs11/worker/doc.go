@@ -7,8 +7,9 @@
 //
 // # Recovery
 //
-// A worker that ends, that the module keeps past [Config.Deadline], or whose device fails is replaced, with a growing pause
-// if that does not last. What it held goes to another worker. Workers start one after another: modules that keep tokens in files
+// A worker that ends, that the module keeps past [Config.Deadline], whose device fails, or whose module has failed everything for half a
+// minute is replaced, with a growing pause if that does not last. What it held goes to another worker. A process that no signal ends, as
+// the kernel holds it in a device's driver, is left behind. Workers start one after another: modules that keep tokens in files
 // disturb each other otherwise.
 //
 // # PIN

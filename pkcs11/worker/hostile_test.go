@@ -282,6 +282,83 @@ func TestLossIsExplained(t *testing.T) {
 	}
 }
 
+// TestUnkillable: a process that the kernel does not let go of keeps its place neither in the pool nor from Close, and only so many are left behind.
+func TestUnkillable(t *testing.T) {
+	w := idle(t)
+	p := w.pool
+	p.starts = make(chan struct{}, 1)
+	p.ctx = t.Context()
+	log := &capture{}
+	p.log = log.logger()
+	end := make(chan struct{})
+	w.wait = func() error { <-end; return nil }
+	f, err := w.text.pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.Close()
+	w.conn.Close()
+	go w.run()
+	<-w.gone
+	if err := <-w.started; !errors.Is(err, errLeftBehind) || !errors.Is(err, signer.ErrUnavailable) || w.reason != "silent" {
+		t.Errorf("the worker ended with %v because of %q", err, w.reason)
+	}
+	if !strings.Contains(log.String(), "left behind") {
+		t.Error("the log does not say that a process was left behind")
+	}
+	p.behind.Add(int32(p.cfg.Workers))
+	if _, err := p.start(t.Context(), &seat{}); err == nil || !strings.Contains(err.Error(), "driver") || !errors.Is(err, signer.ErrUnavailable) {
+		t.Errorf("start with %d processes left behind: %v", p.behind.Load(), err)
+	}
+	close(end)
+	eventually(t, "the end of the process to count", func() bool { return int(p.behind.Load()) == p.cfg.Workers })
+}
+
+// TestNothingWorks: a module that has failed everything for a while is loaded anew, and one that did something in between is not.
+func TestNothingWorks(t *testing.T) {
+	general := &remoteError{text: "CKR_GENERAL_ERROR", rv: ck.CKR_GENERAL_ERROR + 1}
+	for _, tc := range []struct {
+		name string
+		err  error
+		n    int
+		ok   bool // one operation works before the last failure
+		want bool
+	}{
+		{"all", general, streakLength, false, true},
+		{"too few", general, streakLength - 1, false, false},
+		{"all but one", general, streakLength, true, false},
+		{"PIN refused", fmt.Errorf("%w: %w", pkcs11.ErrPINIncorrect, ck.Error(ck.CKR_PIN_INCORRECT)), streakLength, false, false},
+		{"not the module", pkcs11.ErrInput, streakLength, false, false},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			w := idle(t)
+			for i := range tc.n {
+				if i == tc.n-1 {
+					if w.isSick {
+						t.Error("replaced before its time")
+					}
+					w.failures.since = time.Now().Add(-streakTime)
+					if tc.ok {
+						o := &op{done: make(chan struct{}, 1)}
+						w.send(o, &request{typ: frameSign, of: &key{pub: make(ed25519.PublicKey, ed25519.PublicKeySize)}})
+						if err := w.handle(frame{frameDone, o.id, make([]byte, ed25519.SignatureSize)}); err != nil {
+							t.Fatal(err)
+						}
+					}
+				}
+				o := &op{done: make(chan struct{}, 1)}
+				w.send(o, &request{typ: frameCheck})
+				if err := w.handle(frame{frameError, o.id, encodeError(tc.err)}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if w.isSick != tc.want {
+				t.Errorf("to be replaced: %v, want %v", w.isSick, tc.want)
+			}
+		})
+	}
+}
+
 // TestLogLimit: a worker that logs without end fills the log neither with records nor with warnings about them.
 func TestLogLimit(t *testing.T) {
 	w := idle(t)

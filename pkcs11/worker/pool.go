@@ -26,6 +26,7 @@ type Pool struct {
 
 	logins logins
 	starts chan struct{} // held by whoever starts a worker: one at a time
+	behind atomic.Int32  // processes that cannot be killed
 	ready  atomic.Pointer[[]*proc]
 
 	ctx    context.Context // ends with Close
@@ -71,9 +72,9 @@ const (
 	StateRefused  = "refused"  // the token refused the PIN: nothing happens before Retry
 )
 
-// Reasons lists the keys of Stats.Kills: "deadline" (the module held an operation too long), "silent" (the worker said nothing),
-// "start" (it was not ready in time, or failed to start), "crash" (a signal ended it), "exit" (it left by itself), "device" (the
-// device failed) and "protocol" (it sent what makes no sense).
+// Reasons lists the keys of Stats.Kills: "deadline" (the module held an operation too long), "silent" (the worker said nothing, or did not
+// leave when told to), "start" (it was not ready in time, or failed to start), "crash" (a signal ended it), "exit" (it left by itself),
+// "device" (the device failed, or nothing worked for a while) and "protocol" (it sent what makes no sense, or reads nothing).
 func Reasons() []string {
 	return []string{"deadline", "silent", "start", "crash", "exit", "device", "protocol"}
 }

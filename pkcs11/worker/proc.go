@@ -23,7 +23,8 @@ type proc struct {
 	cmd  *exec.Cmd
 	conn net.Conn
 	out  *frameWriter
-	text *tail // what it wrote to its standard output and error
+	wait func() error // for the process' end
+	text *tail        // what it wrote to its standard output and error
 
 	started  chan error    // the outcome of the start, once
 	sick     chan struct{} // closed when the device failed
@@ -32,6 +33,7 @@ type proc struct {
 	name     string        // the token's, likewise
 	born     time.Time     // likewise
 	logs     logLimit      // belongs to read
+	failures streak        // belongs to read
 
 	inFlight atomic.Int32
 	heard    atomic.Int64 // when a frame came last, since start
@@ -111,6 +113,7 @@ func (p *Pool) spawn(pin pkcs11.PIN, generation int) (w *proc, err error) {
 		return nil, fmt.Errorf("start worker %s: %w", w.cmd.Path, err)
 	}
 	w.out.send(frameConfine, 0, encodeJSON(p.confineRequest()))
+	w.wait = w.cmd.Wait
 	go w.run()
 	return w, nil
 }
@@ -189,18 +192,44 @@ func (w *proc) run() {
 	rest.Go(w.text.run)
 	w.end("", w.read())
 	w.out.close()
-	// The socket is closed: a worker that is well leaves by itself, and others are made to.
-	late := time.AfterFunc(leaveWait, func() { _ = w.cmd.Process.Kill() })
-	exit := w.cmd.Wait()
-	late.Stop()
+	exit := w.reap()
 	w.text.close()
 	rest.Wait()
 	w.conclude(exit)
 	close(w.gone)
 }
 
-// leaveWait is how long a process may live on when its socket is closed.
-const leaveWait = time.Second
+// How long a process may live on when its socket is closed, and after it is killed then.
+const (
+	leaveWait = time.Second
+	reapWait  = 2 * time.Second
+)
+
+// errLeftBehind is the end of a process that has none: no signal ends one that waits in a device's driver.
+var errLeftBehind = errors.New("it cannot be killed: the kernel holds it, as it does while a device's driver waits")
+
+// reap waits for the end of the process, whose socket is closed: one that is well leaves by itself, and others are made to. One
+// that the kernel holds is left behind, or no other could take its place.
+func (w *proc) reap() error {
+	late := time.AfterFunc(leaveWait, func() { _ = w.cmd.Process.Kill() })
+	defer late.Stop()
+	over := time.NewTimer(leaveWait + reapWait)
+	defer over.Stop()
+	exited := make(chan error, 1)
+	go func() { exited <- w.wait() }()
+	select {
+	case exit := <-exited:
+		return exit
+	case <-over.C:
+	}
+	p := w.pool
+	p.log.Error("worker cannot be killed and is left behind", "pid", w.cmd.Process.Pid, "count", p.behind.Add(1))
+	go func() { // for as long as the kernel takes: nobody waits for it
+		<-exited
+		p.behind.Add(-1)
+	}()
+	return errLeftBehind
+}
 
 // read handles frames until there are no more.
 func (w *proc) read() error {
@@ -262,6 +291,9 @@ func (w *proc) conclude(exit error) {
 	text := w.text.String()
 	var reason string
 	cause := errors.New("it left")
+	if errors.Is(exit, errLeftBehind) {
+		reason, cause = "silent", exit
+	}
 	var status *exec.ExitError
 	if errors.As(exit, &status) {
 		reason, cause = "exit", exit

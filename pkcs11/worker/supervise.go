@@ -46,6 +46,9 @@ func (p *Pool) start(ctx context.Context, s *seat) (*proc, error) {
 	if err := p.logins.denial(); err != nil {
 		return nil, err
 	}
+	if n := int(p.behind.Load()); n > p.cfg.Workers {
+		return nil, unavailable{fmt.Errorf("%d workers before cannot be killed, and no more are started: look at the device and its driver", n)}
+	}
 	w, err := p.spawn(pin, reading)
 	if err != nil {
 		return nil, unavailable{err}

@@ -71,6 +71,9 @@ func (w *proc) finish(id uint32, result []byte) error {
 	w.dropLocked(id)
 	w.mu.Unlock()
 	if o != nil {
+		if o.of != nil {
+			w.failures = streak{}
+		}
 		o.result = bytes.Clone(result)
 		o.done <- struct{}{}
 	}
@@ -181,6 +184,8 @@ func (w *proc) loggedIn(f frame) error {
 func (w *proc) failed(id uint32, err *remoteError) {
 	if errors.Is(err, pkcs11.ErrDevice) {
 		w.ail(err)
+	} else if err.rv != 0 && !refusesPIN(err) && w.failures.add(time.Now()) {
+		w.ail(fmt.Errorf("nothing has worked for %v: %w", streakTime, err))
 	}
 	if o := w.take(id); o != nil {
 		o.err = err
@@ -188,6 +193,28 @@ func (w *proc) failed(id uint32, err *remoteError) {
 	} else if id == 0 && w.logs.admit(time.Now()) {
 		w.pool.log.Warn("idle token does not answer", "err", err, "pid", w.cmd.Process.Pid)
 	}
+}
+
+// streak counts what the module has failed in a row. Modules have been seen to answer everything with one general error, or to run out of
+// memory, until they are loaded anew. One client's input cannot cause that while anything else works.
+type streak struct {
+	since time.Time
+	n     int
+}
+
+// How long and how often a module fails before it is loaded anew.
+const (
+	streakTime   = 30 * time.Second
+	streakLength = 5
+)
+
+// add counts a failure. It is true when it is time to load the module anew.
+func (s *streak) add(now time.Time) bool {
+	if s.n == 0 {
+		s.since = now
+	}
+	s.n++
+	return s.n >= streakLength && now.Sub(s.since) >= streakTime
 }
 
 // ail marks the worker as one to be replaced, because its device failed. Nothing is given to it any more: what it has failed must
