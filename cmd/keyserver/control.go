@@ -80,6 +80,13 @@ func (c *control) serve(ctx context.Context) error {
 	return nil
 }
 
+// close gives the socket up, if serve has not.
+func (c *control) close() {
+	if c != nil {
+		_ = c.ln.Close() // closed already, after serve
+	}
+}
+
 // guard refuses callers who may not, and requests that a web page could have made.
 func (c *control) guard(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

@@ -205,6 +205,7 @@ func TestPolicyTest(t *testing.T) {
 		{"at night", with("--at", "2026-01-05T22:00:00Z"), 1, ":17: clients[0].windows"},
 		{"another operation", with("--op", "sign"), 1, "operations"},
 		{"switched off", test("--op", "decrypt", "--key", "old", "--sni", "x.example"), 1, "legacy.decrypt"},
+		{"a ping, which any rule allows", test("--op", "ping"), 0, "allowed  " + cfg + ":12: clients[0]"},
 		{"another client", with("--client", "spiffe://keys.example/edge/two"), 1, ":11: clients"},
 		{"unknown operation", with("--op", "sing"), 2, "sing"},
 		{"unknown scheme", with("--scheme", "md4"), 2, "md4"},

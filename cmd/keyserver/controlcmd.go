@@ -155,7 +155,8 @@ func newReload() *cobra.Command {
 		Use:   "reload",
 		Short: "Have the running server read its configuration again, and show what it found",
 		Long: `Reload does what SIGHUP does, and waits for it. A configuration that is wrong is refused as a whole (exit code 3). A home that does
-not work, such as a token whose PIN is wrong, is shown (exit code 1) while everything else of the new configuration is in place.`,
+not work, such as a token whose PIN is wrong, is shown (exit code 1) while everything else of the new configuration is in place.
+What matches nothing, such as a rule for a key that no home holds, is a warning.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			var r reloadReport
 			if err := call(cmd, http.MethodPost, "/v1/reload", struct{}{}, &r); err != nil {
@@ -183,6 +184,9 @@ func (r reloadReport) table(w io.Writer) {
 	fmt.Fprintf(w, "configuration %s in %v\n", word, r.Took.Round(time.Millisecond))
 	for _, line := range append(r.Errors, r.Faults...) {
 		fmt.Fprintln(w, line)
+	}
+	for _, line := range r.Warnings {
+		fmt.Fprintln(w, "warning:", line)
 	}
 }
 

@@ -92,6 +92,11 @@ func run(ctx context.Context, o loadOptions, logger *slog.Logger) error {
 	if err != nil {
 		return cli.ConfigError(err)
 	}
+	release, err := p.lockState()
+	if err != nil {
+		return err
+	}
+	defer release()
 	if path := p.cfg.beside(quotaFile); path != "" {
 		if err := o.quotas.Load(path); err != nil {
 			return cli.ConfigError(p.file.Errorf("state_dir", "%v", err))

@@ -22,6 +22,8 @@ type reloadReport struct {
 	Taken  bool          `json:"taken"`            // false: refused as a whole, and the old one goes on
 	Errors []string      `json:"errors,omitempty"` // why it was refused
 	Faults []string      `json:"faults,omitempty"` // what of it does not work, while the rest does
+
+	Warnings []string `json:"warnings,omitempty"` // what of it matches nothing, or is in doubt
 }
 
 // reload puts a new configuration in place, or says why not and changes nothing. Reloads come one after the other.
@@ -30,8 +32,8 @@ func (s *server) reload(ctx context.Context) reloadReport {
 	defer s.reloading.Unlock()
 	start := time.Now()
 	s.notify.reloading()
-	faults, err := s.exchange(ctx)
-	r := reloadReport{At: start, Took: time.Since(start), Taken: err == nil, Errors: lines(err), Faults: lines(errors.Join(faults...))}
+	faults, warnings, err := s.exchange(ctx)
+	r := reloadReport{At: start, Took: time.Since(start), Taken: err == nil, Errors: lines(err), Faults: lines(errors.Join(faults...)), Warnings: lines(errors.Join(warnings...))}
 	if err != nil {
 		s.logger.Error("new configuration refused; the old one goes on", "err", err)
 	}
@@ -49,15 +51,16 @@ func lines(err error) []string {
 	return strings.Split(err.Error(), "\n") // conf.Errors, and what errors.Join returns, have a line for each
 }
 
-// exchange loads the configuration and puts it in place. The faults are those of parts that do not work while the rest does.
-func (s *server) exchange(ctx context.Context) (faults []error, err error) {
+// exchange loads the configuration and puts it in place. The faults are those of parts that do not work while the rest does, the warnings
+// those of what matches nothing.
+func (s *server) exchange(ctx context.Context) (faults, warnings []error, err error) {
 	next, err := load(s.options, s.logger)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	old := s.current.Load()
 	if err := fixed(&old.cfg, next); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	keysBefore := keyNames(s.keys.registry)
 	// Until keys have changed too, which may take as long as a token takes to open, only what both policies allow is done; so what is taken
@@ -81,8 +84,7 @@ func (s *server) exchange(ctx context.Context) (faults []error, err error) {
 	}
 	s.closeGone(len(missingFrom(roots(next), roots(old.plan))) > 0) // by which one a client was verified is not known any more
 	s.logChanges(old.plan, next, keysBefore)
-	s.warnAboutPolicy()
-	return faults, nil
+	return faults, s.warn(), nil
 }
 
 // closeGone closes the connections of clients that may not connect any more, or all.
