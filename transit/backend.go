@@ -46,7 +46,7 @@ func open(ctx context.Context, cfg Config, p pauses) (*Backend, error) {
 	}
 	b := &Backend{cfg: cfg.complete()}
 	b.cfg.Keys = slices.Clone(b.cfg.Keys)
-	b.name = b.cfg.home()
+	b.name = b.cfg.Name()
 	b.slots = make(chan struct{}, b.cfg.InFlight)
 	b.ctx, b.stop = context.WithCancelCause(context.Background())
 	var err error

@@ -171,8 +171,9 @@ func (c Config) complete() Config {
 	return c
 }
 
-// home is what operators call the engine.
-func (c *Config) home() string {
+// Name is what operators call the engine, with defaults filled in: host, namespace and mount, as [Backend.Name] says.
+func (c Config) Name() string {
+	c = c.complete()
 	u, err := parseAddress(c.Address)
 	if err != nil {
 		return c.Mount

@@ -218,7 +218,7 @@ func (p *plan) addTransit(i int) (errs conf.Errors) {
 	}
 	opening := c
 	opening.Weight, opening.Priority, opening.Queue = 0, 0, 0
-	name := transitName(c)
+	name := tc.Name()
 	p.places = append(p.places, &spec{
 		kind: kindTransit, name: name, longName: fmt.Sprintf("%s (transit[%d])", name, i), at: p.where(key("address")),
 		config: opening,
@@ -233,17 +233,6 @@ func (p *plan) addTransit(i int) (errs conf.Errors) {
 		lane:     p.laneConfig(c.Queue),
 	})
 	return errs
-}
-
-// transitName is what operators call a mount: host, namespace and path.
-func transitName(c TransitConfig) string {
-	_, host, _ := strings.Cut(c.Address, "://")
-	mount := c.Mount
-	if mount == "" {
-		mount = transit.DefaultMount
-	}
-	return strings.Join(slices.DeleteFunc([]string{strings.Trim(host, "/"), strings.Trim(c.Namespace, "/"), strings.Trim(mount, "/")},
-		func(s string) bool { return s == "" }), "/")
 }
 
 // addFileKeys adds one spec for all key files.
