@@ -103,7 +103,7 @@ func (e *Entry) do(ctx context.Context, c Caller, o keyUse) ([]byte, Outcome, er
 
 // choose returns the home to be asked, and for how long to wait for capacity in it before the others are looked at again; or -1 and the reason.
 func (e *Entry) choose(o *keyUse, asked, lost uint64, now time.Duration) (home int, patience time.Duration, err error) {
-	if home, err = e.next(o, asked, now); home >= 0 {
+	if home, _ = e.next(o, asked, now); home >= 0 {
 		return home, 0, nil
 	}
 	if home = e.waitFor(o, lost); home < 0 {
