@@ -192,7 +192,7 @@ func (w *proc) run() {
 	rest.Go(w.text.run)
 	w.end("", w.read())
 	w.out.close()
-	exit := w.reap()
+	exit := w.reap(leaveWait + reapWait)
 	w.text.close()
 	rest.Wait()
 	w.conclude(exit)
@@ -209,11 +209,11 @@ const (
 var errLeftBehind = errors.New("it cannot be killed: the kernel holds it, as it does while a device's driver waits")
 
 // reap waits for the end of the process, whose socket is closed: one that is well leaves by itself, and others are made to. One
-// that the kernel holds is left behind, or no other could take its place.
-func (w *proc) reap() error {
+// that the kernel holds for longer than the limit is left behind, or no other could take its place.
+func (w *proc) reap(limit time.Duration) error {
 	late := time.AfterFunc(leaveWait, func() { _ = w.cmd.Process.Kill() })
 	defer late.Stop()
-	over := time.NewTimer(leaveWait + reapWait)
+	over := time.NewTimer(limit)
 	defer over.Stop()
 	exited := make(chan error, 1)
 	go func() { exited <- w.wait() }()
