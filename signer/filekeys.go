@@ -13,12 +13,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"math/big"
 	"os"
 	"path/filepath"
 	"strings"
 	"sync/atomic"
+	"syscall"
 
 	"github.com/keyhaven/keyhaven/keyless"
 )
@@ -104,7 +106,12 @@ func loadFileKey(path string) (*fileKey, error) {
 
 // readSecret reads a file that nobody but its owner may read.
 func readSecret(path string) ([]byte, error) {
-	in, err := os.Open(path)
+	return readOwn(path, 0o077, maxKeyFile)
+}
+
+// readOwn reads a regular file of at most size bytes whose mode has none of the bits.
+func readOwn(path string, bits fs.FileMode, size int64) ([]byte, error) {
+	in, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // a pipe would keep a plain Open waiting
 	if err != nil {
 		return nil, err
 	}
@@ -115,12 +122,12 @@ func readSecret(path string) ([]byte, error) {
 		return nil, err
 	case !st.Mode().IsRegular():
 		return nil, errors.New("is no regular file")
-	case st.Mode().Perm()&0o077 != 0:
+	case st.Mode().Perm()&bits != 0:
 		return nil, fmt.Errorf("has mode %04o, so that others may use it; chmod 600 it", st.Mode().Perm())
 	}
-	text, err := io.ReadAll(io.LimitReader(in, maxKeyFile+1))
-	if err == nil && len(text) > maxKeyFile {
-		err = fmt.Errorf("is larger than %d bytes", maxKeyFile)
+	text, err := io.ReadAll(io.LimitReader(in, size+1))
+	if err == nil && int64(len(text)) > size {
+		err = fmt.Errorf("is larger than %d bytes", size)
 	}
 	return text, err
 }

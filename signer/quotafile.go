@@ -39,14 +39,15 @@ type savedBudget struct {
 }
 
 // Load reads what was used of daily budgets from the file that [Quotas.Run] wrote. A file that is not there is none at all: all budgets are full.
-// Counters that are ahead of the file stay. On an error nothing is changed.
+// Counters that are ahead of the file stay. A file that others may write is refused: it could be an older one, with more left. On an error nothing
+// is changed.
 func (q *Quotas) Load(path string) error {
-	data, err := readQuotas(path)
+	data, err := readOwn(path, 0o022, maxQuotaFile)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
 	if err != nil {
-		return fmt.Errorf("signer: daily budgets: %w", err)
+		return fmt.Errorf("signer: daily budgets: %s: %w; or move it away to begin the day with full budgets", path, err)
 	}
 	saved, err := parseQuotas(data)
 	if err != nil {
@@ -64,20 +65,8 @@ func (q *Quotas) Load(path string) error {
 	return nil
 }
 
-func readQuotas(path string) ([]byte, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	return io.ReadAll(io.LimitReader(f, maxQuotaFile+1))
-}
-
 // parseQuotas reads the file's content, strictly: budgets that are half understood could be too large ones.
 func parseQuotas(data []byte) (map[quotaKey]budget, error) {
-	if len(data) > maxQuotaFile {
-		return nil, fmt.Errorf("it is larger than %d bytes", maxQuotaFile)
-	}
 	dec := json.NewDecoder(strings.NewReader(string(data)))
 	dec.DisallowUnknownFields()
 	var f quotaFile

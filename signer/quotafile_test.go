@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -139,6 +140,32 @@ func TestQuotaFileDamaged(t *testing.T) {
 	}
 	if err := new(Quotas).Load(t.TempDir()); err == nil || strings.Contains(err.Error(), "damaged") {
 		t.Errorf("a directory: got %v", err)
+	}
+}
+
+func TestQuotaFileOfOthers(t *testing.T) {
+	q, _ := counted(t, "2026-11-23T12:00:00Z", 4)
+	path := filepath.Join(t.TempDir(), "quotas.json")
+	if err := q.Save(path); err != nil {
+		t.Fatal(err)
+	}
+	for mode, ok := range map[os.FileMode]bool{0o600: true, 0o640: true, 0o660: false, 0o602: false} {
+		if err := os.Chmod(path, mode); err != nil {
+			t.Fatal(err)
+		}
+		if err := new(Quotas).Load(path); (err == nil) != ok || err != nil && !strings.Contains(err.Error(), path) {
+			t.Errorf("mode %v: got %v", mode, err)
+		}
+	}
+	pipe := filepath.Join(t.TempDir(), "pipe")
+	if err := syscall.Mkfifo(pipe, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := new(Quotas).Load(pipe); err == nil || !strings.Contains(err.Error(), "regular") {
+		t.Errorf("a pipe: got %v", err)
+	}
+	if _, err := LoadSealer(pipe); err == nil {
+		t.Error("a pipe holds a seal key")
 	}
 }
 
