@@ -25,7 +25,9 @@ type auditor struct {
 	log    *audit.Log    // nil: none
 	moving chan struct{} // closed when the next log is there or is known not to be; nil unless one takes the place of another
 	end    func() error
-	fault  error // why there is no log where one is configured, or not the one that is
+	server string     // whose log it is
+	key    audit.Hash // id of the key in config.KeyFile
+	fault  error      // why there is no log where one is configured, or not the one that is
 }
 
 func newAuditor(r *signer.Registry, inProgress func() int, logger *slog.Logger) *auditor {
@@ -39,8 +41,9 @@ func (a *auditor) use(p *plan) error {
 	defer a.changing.Unlock()
 	next := p.cfg.Audit
 	if a.config == next && (a.log != nil || a.fault == nil) {
-		a.settle(a.log, a.config, nil)
-		return nil
+		err := a.belongs(p)
+		a.settle(a.log, a.config, err)
+		return err
 	}
 	var log *audit.Log
 	var err error
@@ -57,6 +60,7 @@ func (a *auditor) use(p *plan) error {
 		log, err = a.open(p)
 	}
 	if log != nil {
+		a.server, a.key = p.source.Identity().String(), keyID(next)
 		ctx, cancel := context.WithCancel(context.Background())
 		ended := make(chan error, 1)
 		go func() { ended <- log.Run(ctx) }()
@@ -67,6 +71,36 @@ func (a *auditor) use(p *plan) error {
 	}
 	a.settle(log, next, err)
 	return errors.Join(endErr, err)
+}
+
+// belongs returns an error if the present log is not the one that a server with this plan would begin: its next start would refuse the log.
+func (a *auditor) belongs(p *plan) error {
+	if a.log == nil {
+		return nil
+	}
+	if id := p.source.Identity().String(); id != a.server {
+		return fmt.Errorf("%s holds the log of server %q, as which it goes on; this server is %q now, and would refuse it at its next start: name another directory", a.config.Dir, a.server, id)
+	}
+	if id := keyID(a.config); id != a.key {
+		return fmt.Errorf("%s holds another key than the one that signs the log in %s, which goes on; the next start would refuse it: put the old key back, or name another directory", a.config.KeyFile, a.config.Dir)
+	}
+	return nil
+}
+
+// keyID returns the id of the key in the file that signs checkpoints, zero if there is none that can be read.
+func keyID(c AuditConfig) audit.Hash {
+	if c.KeyFile == "" {
+		return audit.Hash{}
+	}
+	key, err := audit.FileSigner(c.KeyFile)
+	if err != nil {
+		return audit.Hash{}
+	}
+	id, err := audit.KeyID(key.Public())
+	if err != nil {
+		return audit.Hash{}
+	}
+	return id
 }
 
 // settle has records go to log, or to none if it is nil.

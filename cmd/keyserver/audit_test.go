@@ -329,6 +329,20 @@ func TestAuditMoves(t *testing.T) {
 		t.Errorf("readyz: %s", body)
 	}
 
+	old, err := os.ReadFile(s.path("audit.key"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.must("audit", "keygen", "--out", s.path("other.key"))
+	if err := os.Rename(s.path("other.key"), s.path("audit.key")); err != nil {
+		t.Fatal(err)
+	}
+	if code, out := s.try("reload", "--config", cfg); code != 1 || !strings.Contains(out, "another key") {
+		t.Errorf("reload with another key: got %d, %s", code, out)
+	}
+	s.write("audit.key", 0o600, string(old))
+	s.must("reload", "--config", cfg)
+
 	stop, done, count := make(chan struct{}), make(chan error, 1), 0
 	go func() {
 		for {
