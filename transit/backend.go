@@ -101,6 +101,18 @@ func (b *Backend) Check(ctx context.Context) error {
 	return err
 }
 
+// Retry logs in anew, even with what was refused before: an operator says that it may work now. A login that is good goes on if the new one fails.
+func (b *Backend) Retry(ctx context.Context) error {
+	b.cfg.Refusals.Forget()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	defer context.AfterFunc(b.ctx, func() { cancel(errClosed) })()
+	return b.session.retry(ctx)
+}
+
+// Stopped reports whether the server refused the login and it is not tried again before its files change, or [Backend.Retry].
+func (b *Backend) Stopped() bool { return b.cfg.Refusals.any() }
+
 // Expires returns when the login ends unless it is renewed. Zero: it does not end, or there is none.
 func (b *Backend) Expires() time.Time { return b.session.ends() }
 

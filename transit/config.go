@@ -50,6 +50,9 @@ type Config struct {
 	InFlight int
 	// Timeout bounds each request, besides its context. If zero, DefaultTimeout.
 	Timeout time.Duration
+	// Refusals remembers what the server refused. Give the same to each Open of one engine that is tried again and again. If nil, the backend has
+	// its own.
+	Refusals *Refusals
 	// Logger receives what operators need to know. If nil, nothing is logged.
 	Logger *slog.Logger
 }
@@ -164,6 +167,9 @@ func (c Config) complete() Config {
 	}
 	if c.Timeout == 0 {
 		c.Timeout = DefaultTimeout
+	}
+	if c.Refusals == nil {
+		c.Refusals = new(Refusals)
 	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)

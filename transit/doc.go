@@ -23,5 +23,5 @@
 // # Login
 //
 // Secrets are read from files. The login is renewed as long as the server allows and then made anew; a file that changes
-// is read again. VAULT_* and proxy variables of the environment have no effect.
+// is read again. Ids of an AppRole that the server refused are not sent again for a while, see [Refusals]. VAULT_* and proxy variables of the environment have no effect.
 package transit

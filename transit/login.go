@@ -2,9 +2,11 @@ package transit
 
 import (
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/http"
 	"net/url"
 	"os"
 	"time"
@@ -136,10 +138,11 @@ func (r *appRole) own() bool    { return true }
 func (r *appRole) stale() bool  { return false }
 
 func (r *appRole) remedy() string {
-	return fmt.Sprintf("check that %q and %q hold the ids of a role of auth/%s that is still valid", r.a.RoleIDFile, r.a.SecretIDFile, r.a.Mount)
+	return fmt.Sprintf("check that %q and %q hold the ids of a role of auth/%s that is still valid; they are not sent again before they change, a retry or reload, or %s, "+
+		"as the server would lock the role", r.a.RoleIDFile, r.a.SecretIDFile, r.a.Mount, refusedFor)
 }
 
-func (r *appRole) login(ctx context.Context) (*login, secrets, error) {
+func (r *appRole) login(ctx context.Context) (l *login, used secrets, err error) {
 	roleID, err := readFile(r.a.RoleIDFile, false)
 	if err != nil {
 		return nil, nil, &fileError{err}
@@ -148,11 +151,23 @@ func (r *appRole) login(ctx context.Context) (*login, secrets, error) {
 	if err != nil {
 		return nil, nil, &fileError{err}
 	}
-	used := secrets{secretID}
+	used = secrets{secretID}
 	client, err := r.c.client()
 	if err != nil {
 		return nil, used, err
 	}
+	// As they are in the files: a wrapping token that was used up is refused as well.
+	ids := sha256.Sum256([]byte(roleID + "\n" + secretID))
+	if err := r.c.cfg.Refusals.of(ids); err != nil {
+		return nil, used, err
+	}
+	defer func() {
+		if refused := (*api.ResponseError)(nil); errors.As(err, &refused) && (refused.StatusCode == http.StatusBadRequest || refused.StatusCode == http.StatusForbidden) {
+			r.c.cfg.Refusals.keep(ids, err)
+		} else if err == nil {
+			r.c.cfg.Refusals.Forget()
+		}
+	}()
 	if r.a.SecretIDWrapped {
 		if secretID, err = r.unwrap(ctx, client, secretID); err != nil {
 			return nil, used, err

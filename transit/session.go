@@ -140,6 +140,28 @@ func (s *session) askLocked() bool {
 	return true
 }
 
+// retry has a login made now, whatever was asked for a moment ago, and waits for it.
+func (s *session) retry(ctx context.Context) error {
+	for {
+		s.mu.Lock()
+		s.asked = time.Time{}
+		s.askLocked()
+		changed := s.changed
+		s.mu.Unlock()
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+		s.mu.Lock()
+		err := s.err
+		s.mu.Unlock()
+		if !errors.As(err, new(*heldError)) { // else it was begun before a refusal was forgotten
+			return err
+		}
+	}
+}
+
 // logIn makes one login and tells all who wait for it.
 func (s *session) logIn(ctx context.Context) (*login, error) {
 	select {
@@ -177,11 +199,15 @@ func (s *session) classify(ctx context.Context, err error) error {
 		if refused.StatusCode >= 500 || refused.StatusCode == http.StatusTooManyRequests || refused.StatusCode == 472 || refused.StatusCode == 473 {
 			return unavailable("login at %s: HTTP %d: %s", s.home, refused.StatusCode, s.known.scrub(said))
 		}
-		return &fault{
+		f := &fault{
 			text: fmt.Sprintf("transit: login by %s at %s: HTTP %d: %s: %s",
 				s.method.name(), s.home, refused.StatusCode, s.known.scrub(said), s.method.remedy()),
 			classes: []error{ErrLogin},
 		}
+		if h := (*heldError)(nil); errors.As(err, &h) {
+			f.classes = append(f.classes, h)
+		}
+		return f
 	case errors.Is(err, errNoAnswer):
 		return err
 	case errors.As(err, new(*fileError)):
@@ -215,7 +241,11 @@ func (s *session) run(ctx context.Context, l *login) {
 		if ctx.Err() != nil {
 			return
 		}
-		s.log.Warn("transit login failed", "home", s.home, "err", err, "again_in", pause)
+		level := slog.LevelWarn
+		if errors.As(err, new(*heldError)) { // nobody was asked
+			level = slog.LevelDebug
+		}
+		s.log.Log(ctx, level, "transit login failed", "home", s.home, "err", err, "again_in", pause)
 		asked = s.wait(ctx, pause)
 		// Jitter keeps many key servers from coming back at the same moment.
 		pause = min(pause*2, s.pauses.max)

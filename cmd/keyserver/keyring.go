@@ -335,6 +335,9 @@ func (r *keyring) retry(ctx context.Context, name string) error {
 	}
 	p := places[i]
 	if p.backend == nil {
+		if p.forget != nil {
+			p.forget()
+		}
 		places[i] = openPlace(ctx, p.spec, r.lane, r.logger)
 		r.tell(places[i])
 		r.set(places)

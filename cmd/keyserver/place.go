@@ -35,6 +35,7 @@ type spec struct {
 	module   string // of a token; those of one module are opened one after the other
 	config   any    // what, if it stays the same, keeps an open place open; nil: never
 	open     func(ctx context.Context, logger *slog.Logger) (signer.Backend, error)
+	forget   func() // has open try what was refused; nil: it does anyway
 
 	weight, priority int
 	decrypt          func(signer.KeyInfo) bool
@@ -97,7 +98,7 @@ func (p *place) again(ctx context.Context, s *spec, lane *signer.Lane, logger *s
 	defer cancel()
 	var err error
 	if stopped(p.backend) {
-		logger.Info("the token's PIN is read anew and tried once", "home", p.name)
+		logger.Info("what the home refused, a PIN or a login, is read anew and tried once", "home", p.name)
 		err = retry(ctx, p.backend)
 	}
 	if err == nil {
@@ -113,13 +114,19 @@ func (p *place) again(ctx context.Context, s *spec, lane *signer.Lane, logger *s
 	return next
 }
 
-// stopped reports whether the token refused the PIN, so that workers that are lost are not replaced before an operator acts.
+// stopped reports whether the home refused a PIN or a login that is not tried again by itself: workers that are lost are not replaced before an
+// operator acts.
 func stopped(b signer.Backend) bool {
-	p, ok := b.(*worker.Pool)
-	return ok && slices.ContainsFunc(p.Stats().Workers, func(w worker.WorkerStats) bool { return w.State == worker.StateRefused })
+	switch b := b.(type) {
+	case *worker.Pool:
+		return slices.ContainsFunc(b.Stats().Workers, func(w worker.WorkerStats) bool { return w.State == worker.StateRefused })
+	case interface{ Stopped() bool }:
+		return b.Stopped()
+	}
+	return false
 }
 
-// retry has an open token's PIN read and tried once. Other backends try by themselves.
+// retry has the PIN, or the login, of an open place read and tried once.
 func retry(ctx context.Context, b signer.Backend) error {
 	if r, ok := b.(interface{ Retry(context.Context) error }); ok {
 		return r.Retry(ctx)

@@ -219,6 +219,7 @@ func (p *plan) addTransit(i int) (errs conf.Errors) {
 	opening := c
 	opening.Weight, opening.Priority, opening.Queue = 0, 0, 0
 	name := tc.Name()
+	tc.Refusals = new(transit.Refusals)
 	p.places = append(p.places, &spec{
 		kind: kindTransit, name: name, longName: fmt.Sprintf("%s (transit[%d])", name, i), at: p.where(key("address")),
 		config: opening,
@@ -227,6 +228,7 @@ func (p *plan) addTransit(i int) (errs conf.Errors) {
 			tc.Logger = logger
 			return opened(transit.Open(ctx, tc))
 		},
+		forget:   tc.Refusals.Forget,
 		weight:   c.Weight,
 		priority: c.Priority,
 		decrypt:  func(signer.KeyInfo) bool { return false },
