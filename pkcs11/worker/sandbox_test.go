@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"syscall"
 	"testing"
@@ -103,8 +104,18 @@ var attempts = map[string]func(*confineRequest) error{
 		var st unix.Stat_t
 		return unix.Fstat(30, &st)
 	},
-	"unshare":      func(*confineRequest) error { return unix.Unshare(unix.CLONE_NEWUSER) },
-	"signal":       func(*confineRequest) error { return unix.Kill(os.Getppid(), 0) },
+	"unshare": func(*confineRequest) error { return unix.Unshare(unix.CLONE_NEWUSER) },
+	"signal":  func(*confineRequest) error { return unix.Kill(os.Getppid(), 0) },
+	"signal without Landlock": func(*confineRequest) error {
+		if err := filterCalls(true); err != nil {
+			return err
+		}
+		return unix.Kill(os.Getppid(), 0)
+	},
+	"signal itself": func(*confineRequest) error {
+		runtime.LockOSThread()
+		return errors.Join(unix.Kill(os.Getpid(), 0), unix.Tgkill(os.Getpid(), unix.Gettid(), 0))
+	},
 	"use io_uring": func(*confineRequest) error { _, _, e := unix.Syscall(unix.SYS_IO_URING_SETUP, 1, 0, 0); return e },
 	"read keys": func(*confineRequest) error {
 		_, err := unix.KeyctlGetKeyringID(unix.KEY_SPEC_SESSION_KEYRING, false)
@@ -179,6 +190,8 @@ func TestSandbox(t *testing.T) {
 		{"use what the server inherited", "done", "EBADF", "EBADF", "EBADF"},
 		{"trace", "", "", "EPERM", "EPERM"},
 		{"signal", "done", "done", "EPERM", "EPERM"},
+		{"signal without Landlock", "", "EPERM", "EPERM", "EPERM"},
+		{"signal itself", "done", "done", "done", "done"},
 		{"use io_uring", "", "", "EPERM", "EPERM"},
 		{"read keys", "", "", "EPERM", "EPERM"},
 		{"be dumped", "", "EPERM", "EPERM", "EPERM"},

@@ -2,6 +2,7 @@ package worker
 
 import (
 	"fmt"
+	"os"
 	"runtime"
 	"slices"
 	"unsafe"
@@ -9,11 +10,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// deniedCalls are system calls that fail with EPERM: to execute programs, to look into other processes, to change mounts, namespaces,
+// deniedCalls are system calls that fail with EPERM: to execute programs, to look into other processes and disturb them, to change mounts, namespaces,
 // the kernel, its keys and clocks, and ways around all this.
 var deniedCalls = []uint32{
 	unix.SYS_EXECVE, unix.SYS_EXECVEAT,
-	unix.SYS_PTRACE, unix.SYS_PROCESS_VM_READV, unix.SYS_PROCESS_VM_WRITEV, unix.SYS_KCMP, unix.SYS_PIDFD_GETFD, unix.SYS_PERF_EVENT_OPEN,
+	unix.SYS_TKILL, unix.SYS_PIDFD_SEND_SIGNAL, unix.SYS_PTRACE, unix.SYS_PROCESS_VM_READV, unix.SYS_PROCESS_VM_WRITEV, unix.SYS_KCMP, unix.SYS_PIDFD_GETFD, unix.SYS_PERF_EVENT_OPEN,
 	unix.SYS_MOUNT, unix.SYS_UMOUNT2, unix.SYS_PIVOT_ROOT, unix.SYS_CHROOT, unix.SYS_MOVE_MOUNT, unix.SYS_OPEN_TREE, unix.SYS_FSOPEN,
 	unix.SYS_FSCONFIG, unix.SYS_FSMOUNT, unix.SYS_FSPICK, unix.SYS_MOUNT_SETATTR, unix.SYS_SETNS, unix.SYS_UNSHARE,
 	unix.SYS_BPF, unix.SYS_KEXEC_LOAD, unix.SYS_KEXEC_FILE_LOAD, unix.SYS_INIT_MODULE, unix.SYS_FINIT_MODULE, unix.SYS_DELETE_MODULE,
@@ -53,8 +54,17 @@ const namespaces = unix.CLONE_NEWNS | unix.CLONE_NEWCGROUP | unix.CLONE_NEWUTS |
 
 const answerDenied = unix.SECCOMP_RET_ERRNO | uint32(unix.EPERM)
 
-// callFilter returns the program for this architecture, nil if there is none.
-func callFilter(network bool) filter {
+// onlyFor allows a call if its first argument is the value, and denies it otherwise.
+func (f *filter) onlyFor(call, value uint32) {
+	f.jump(unix.BPF_JEQ, call, 0, 4)
+	f.load(dataArgument)
+	f.jump(unix.BPF_JEQ, value, 1, 0)
+	f.answer(answerDenied)
+	f.answer(unix.SECCOMP_RET_ALLOW)
+}
+
+// callFilter returns the program for this architecture and process, nil if there is none.
+func callFilter(network bool, pid uint32) filter {
 	if nativeArch == 0 {
 		return nil
 	}
@@ -79,12 +89,10 @@ func callFilter(network bool) filter {
 	f.jump(unix.BPF_JSET, namespaces, 0, 1)
 	f.answer(answerDenied)
 	f.answer(unix.SECCOMP_RET_ALLOW)
-	// prlimit(2) of any process but the own, which is 0.
-	f.jump(unix.BPF_JEQ, unix.SYS_PRLIMIT64, 0, 4)
-	f.load(dataArgument)
-	f.jump(unix.BPF_JEQ, 0, 1, 0)
-	f.answer(answerDenied)
-	f.answer(unix.SECCOMP_RET_ALLOW)
+	f.onlyFor(unix.SYS_PRLIMIT64, 0) // which is this process
+	for _, call := range []uint32{unix.SYS_KILL, unix.SYS_TGKILL, unix.SYS_RT_SIGQUEUEINFO, unix.SYS_RT_TGSIGQUEUEINFO} {
+		f.onlyFor(call, pid)
+	}
 	if !network {
 		// socket(2) of any family but Unix and netlink, which tells the host's own addresses.
 		f.jump(unix.BPF_JEQ, unix.SYS_SOCKET, 0, 4)
@@ -99,7 +107,7 @@ func callFilter(network bool) filter {
 
 // filterCalls puts the filter on all threads of the process.
 func filterCalls(network bool) error {
-	f := callFilter(network)
+	f := callFilter(network, uint32(os.Getpid()))
 	if f == nil {
 		return fmt.Errorf("%w: no filter of system calls for %s: set sandbox mode %q", errSandbox, runtime.GOARCH, SandboxBasic)
 	}
