@@ -222,6 +222,9 @@ func (r *race) start(home int) {
 	r.e.flights.goes(func() {
 		a := answer{home: home}
 		a.result, a.err = r.e.Homes[home].ask(r.ctx, r.caller, &r.op, r.e.class, 0, &a.out)
+		if p, ok := errors.AsType[*panicked](a.err); ok { // nobody else may hear of it if another home answers
+			r.e.Homes[home].Lane.fault(p)
+		}
 		r.answers <- a
 	})
 }

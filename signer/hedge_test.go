@@ -6,6 +6,8 @@ import (
 	"crypto"
 	"errors"
 	"fmt"
+	"log/slog"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -366,5 +368,25 @@ func TestTrialAfterAnAbandonedOneIsHedged(t *testing.T) {
 			t.Errorf("the home was asked %d times, want for the failure and both trials", n)
 		}
 		r.Wait()
+	})
+}
+
+// TestPanicOfALoserIsTold has a key panic in one home while another home answers.
+func TestPanicOfALoserIsTold(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e, r, one, _ := hedgedPair(t, HedgeConfig{Percentile: .95})
+		var log bytes.Buffer
+		e.Homes[0].Lane.config.Logger = slog.New(slog.NewTextHandler(&log, nil))
+		one.sign = func(context.Context) error {
+			time.Sleep(14 * time.Millisecond)
+			panic("fault in the module")
+		}
+		if out, err := signOnce(t, e); err != nil || out.Home != "two" {
+			t.Errorf("got %+v, %v", out, err)
+		}
+		wantQuiet(t, e, r)
+		if !strings.Contains(log.String(), "fault in the module") {
+			t.Errorf("logged %q", log.String())
+		}
 	})
 }

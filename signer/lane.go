@@ -453,3 +453,10 @@ func (l *Lane) log(change breakerChange, t throttleChange, err error) {
 		l.config.Logger.Info("the home takes its full load again", "home", l.config.Name)
 	}
 }
+
+// fault tells of a panic. A nil Lane tells nobody.
+func (l *Lane) fault(p *panicked) {
+	if l != nil {
+		l.config.Logger.Error("a key panicked", "home", l.config.Name, "err", p)
+	}
+}
