@@ -125,8 +125,8 @@ func newAuditVerify() *cobra.Command {
 		Long: `Verify reads a log, or an export of one, and needs no server. Exit code 0: everything is as it was written. 1: something is not, and
 the output names the first such line; or the log could not be read. Without --public-key the chain alone is checked, which whoever can write the files can make anew.
 What no checkpoint covers yet, which are the records of the last interval, somebody could have changed; the output says how many those are,
-and --all-signed, for a server that has ended, allows none. --anchor is a checkpoint line that was kept elsewhere, such as on a log host: with
-it nobody can cut off what came before.`,
+and --all-signed, for a server that has ended, allows none. --anchor is a file with a checkpoint line that was kept elsewhere, such as what a
+log host got from this server: with it nobody can cut off what came before.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			s, err := f.source()
 			if err != nil {
@@ -157,7 +157,7 @@ it nobody can cut off what came before.`,
 	}
 	f.add(cmd)
 	cmd.Flags().StringSliceVar(&keys, "public-key", nil, "files with the public keys that may have signed checkpoints (PEM)")
-	cmd.Flags().StringVar(&anchor, "anchor", "", "file with a checkpoint line that was kept elsewhere")
+	cmd.Flags().StringVar(&anchor, "anchor", "", "file with checkpoint lines that were kept elsewhere; the last one counts")
 	cmd.Flags().BoolVar(&c.Partial, "partial", false, "the log may begin after its first record, because older files were moved away")
 	cmd.Flags().BoolVar(&c.AllSigned, "all-signed", false, "every operation must be covered by a checkpoint")
 	cmd.Flags().BoolVar(&c.Repaired, "repaired", false, "damage that a repair has noted counts as known")

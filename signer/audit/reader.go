@@ -109,3 +109,37 @@ func (s *Source) paths() ([]string, error) {
 	}
 	return names, err
 }
+
+// LoadAnchor reads the last checkpoint line in a file: a copy of the head file, or what a log host kept, with whatever stands before and between.
+func LoadAnchor(path string) (*Line, error) {
+	r, err := openLines(path, true)
+	if err != nil {
+		return nil, fmt.Errorf("audit: anchor: %w", err)
+	}
+	defer r.close()
+	var found *Line
+	why := errors.New("holds no checkpoint line")
+	for {
+		raw, err := r.next()
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil && !errors.Is(err, errTorn) {
+			return nil, fmt.Errorf("audit: anchor %s: %w", path, err)
+		}
+		at := bytes.Index(raw, []byte(`{"seq":`))
+		if at < 0 || kindOf(raw[at:]) != KindCheckpoint {
+			continue
+		}
+		l, err := parseAnchor(bytes.NewReader(bytes.TrimSpace(raw[at:])))
+		if err != nil {
+			why = fmt.Errorf("line %d: %w", r.number, err)
+			continue
+		}
+		found = l
+	}
+	if found == nil {
+		return nil, fmt.Errorf("audit: anchor %s: %w", path, why)
+	}
+	return found, nil
+}

@@ -66,17 +66,3 @@ func holdsLog(dir string) error {
 	}
 	return fmt.Errorf("directory %s holds no log", dir)
 }
-
-// LoadAnchor reads a checkpoint line from a file, such as a copy of the head file or what a log host kept.
-func LoadAnchor(path string) (*Line, error) {
-	f, err := os.Open(path) // perhaps a pipe
-	if err != nil {
-		return nil, fmt.Errorf("audit: anchor: %w", err)
-	}
-	defer f.Close()
-	l, err := parseAnchor(f)
-	if err != nil {
-		return nil, fmt.Errorf("audit: anchor %s: %w", path, err)
-	}
-	return l, nil
-}

@@ -310,6 +310,20 @@ func TestAnchor(t *testing.T) {
 			t.Errorf("cut behind line %d: got %v, want it truncated there", n, p)
 		}
 	}
+	kept := filepath.Join(t.TempDir(), "messages")
+	var messages []byte
+	for _, raw := range plainLines(t, dir) {
+		messages = append(append(messages, "<110>1 2026-01-02T15:04:05Z host keyhaven-keyserver 1 audit - "...), raw...)
+	}
+	messages = append(append(messages, "<110>1 "...), anchor.encode()...)
+	write(t, kept, append(messages, "<110>1 something {\"seq\":1,\"kind\":\"checkpoint\" torn"...))
+	if got, err := LoadAnchor(kept); err != nil || got.Seq != anchor.Seq {
+		t.Errorf("from a log host: got %v, %v, want seq %d", got, err, anchor.Seq)
+	}
+	write(t, kept, []byte("nothing\n"))
+	if _, err := LoadAnchor(kept); err == nil || !strings.Contains(err.Error(), "no checkpoint line") {
+		t.Errorf("from a file without one: got %v", err)
+	}
 	other := smallLog(t, key, 4)
 	if p := verify(t, VerifyConfig{Dir: other, Keys: keys, Anchor: anchor}).Problem; p == nil || p.Kind != Foreign {
 		t.Errorf("anchor of another log: got %v", p)

@@ -289,7 +289,7 @@ func (v *verifier) advance(l *Line) {
 		}
 	}
 	v.marks = append(v.marks, mark{l.Chain, v.rep.Records, int32(v.index), int32(v.at.line)})
-	if len(v.marks) >= 4*maxLag {
+	if len(v.marks) >= 2*maxLag {
 		drop := len(v.marks) - maxLag - 1
 		v.marks = append(v.marks[:0], v.marks[drop:]...)
 		v.base += uint64(drop)
