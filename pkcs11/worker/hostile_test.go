@@ -292,6 +292,11 @@ func TestUnkillable(t *testing.T) {
 	p.ctx = t.Context()
 	log := &capture{}
 	p.log = log.logger()
+	w.kill("deadline", errors.New("it hangs"))
+	if err := w.read(); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("its socket, which stays open, yields %v, want a deadline", err)
+	}
+	w.reason, w.cause = "", nil
 	end := make(chan struct{})
 	w.wait = func() error { <-end; return nil }
 	w.conclude(w.reap(time.Millisecond))

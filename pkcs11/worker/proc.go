@@ -248,10 +248,11 @@ func (w *proc) read() error {
 	}
 }
 
-// kill ends the process for a reason.
+// kill ends the process for a reason. What it has said is still read, but not for long: the socket of one that cannot be killed stays open.
 func (w *proc) kill(reason string, cause error) {
 	w.blame(reason, cause)
 	_ = w.cmd.Process.Kill()
+	_ = w.conn.SetReadDeadline(time.Now().Add(leaveWait))
 }
 
 // blame records why the process ends. The first reason counts.
