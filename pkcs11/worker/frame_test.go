@@ -3,6 +3,8 @@ package worker
 import (
 	"bytes"
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
 	"errors"
 	"fmt"
 	"io"
@@ -110,6 +112,7 @@ func FuzzPoolFrames(f *testing.F) {
 	f.Add(appendFrame(appendFrame(nil, frameAsk, 3), frameLogin, 3))
 	f.Add(appendFrame(nil, frameLog, 0, encodeJSON(logRecord{Level: slog.LevelInfo, Message: "m", Attrs: [][2]string{{"a", "b"}}})))
 	f.Add(appendFrame(nil, framePulse, 0))
+	f.Add(appendFrame(nil, frameDone, 2, []byte{0x30, 6, 2, 1, 1, 2, 1, 1}))
 	sleeper := exec.Command("/bin/true")
 	if err := sleeper.Run(); err != nil {
 		f.Fatal(err)
@@ -127,6 +130,8 @@ func FuzzPoolFrames(f *testing.F) {
 			sick: make(chan struct{}), gone: make(chan struct{}), pending: map[uint32]*op{}, given: map[uint32]struct{}{}, state: frameConfined}
 		o := &op{done: make(chan struct{}, 1)}
 		w.send(o, &request{typ: frameList})
+		signature := &op{done: make(chan struct{}, 1)}
+		w.send(signature, &request{typ: frameSign, of: &key{pub: &ecdsa.PublicKey{Curve: elliptic.P256()}}})
 		r := newFrameReader(bytes.NewReader(b))
 		for {
 			fr, err := r.next()
@@ -139,5 +144,8 @@ func FuzzPoolFrames(f *testing.F) {
 			}
 		}
 		<-o.done
+		if <-signature.done; len(signature.result) > 72 {
+			t.Errorf("a signature of %d bytes", len(signature.result))
+		}
 	})
 }
