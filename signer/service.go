@@ -37,6 +37,7 @@ type Service struct {
 	auditor    Auditor
 	renew      func(ctx context.Context, id string, csrDER []byte) ([][]byte, error)
 	inProgress atomic.Int64
+	refusals   refusals
 }
 
 // lateCommit is how long a record may take to be kept after the time of its operation is over.
@@ -148,7 +149,8 @@ func (s *Service) finish(ctx context.Context, c *call, payload []byte, no refusa
 	return payload, nil
 }
 
-// commit has the auditor keep a copy of the record, which it owns. A client that is gone, or a time that is over, does not keep the record out.
+// commit has the auditor keep a copy of the record, which it owns. A client that is gone, or a time that is over, does not keep the record out; that
+// its client is refused time and again does, if no key was used.
 func (s *Service) commit(ctx context.Context, c *call) error {
 	if s.auditor == nil || c.op == OpNone {
 		return nil
@@ -159,6 +161,13 @@ func (s *Service) commit(ctx context.Context, c *call) error {
 		defer cancel()
 	}
 	rec := c.rec
+	if rec.Result == ResultRefused {
+		ok, without := s.refusals.admit(rec.client, rec.Time)
+		if !ok {
+			return nil
+		}
+		rec.note(without)
+	}
 	return s.auditor.Commit(ctx, &rec)
 }
 

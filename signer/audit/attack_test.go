@@ -424,3 +424,34 @@ func TestRepairLeavesNoTraces(t *testing.T) {
 		t.Errorf("got %v, %v; want a request that the server's user can read", fmt.Sprint(st.Mode()), err)
 	}
 }
+
+// The first line of an export is bound to nothing but by the checkpoints in it.
+func TestExportOfAnotherServer(t *testing.T) {
+	key, pub := newKey(t)
+	dir := smallLog(t, key, 3)
+	var b bytes.Buffer
+	if err := Export(t.Context(), Source{Dir: dir}, Filter{First: 3, Last: 4}, "jsonl", &b); err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(t.TempDir(), "export")
+	c := VerifyConfig{Files: []string{path}, Keys: []crypto.PublicKey{pub}}
+	write(t, path, b.Bytes())
+	if p := verify(t, c).Problem; p != nil {
+		t.Fatal(p)
+	}
+	first, rest, _ := bytes.Cut(b.Bytes(), []byte{'\n'})
+	first = bytes.Replace(first, []byte(testServer), []byte(testServer[:len(testServer)-3]+"two"), 1)
+	var ops [][]byte // without the lines that name the server
+	for _, raw := range lines(rest) {
+		if l, err := ParseLine(raw); err != nil {
+			t.Fatal(err)
+		} else if l.Kind == KindOpen {
+			t.Fatal("the range holds an open line: choose another")
+		}
+		ops = append(ops, raw)
+	}
+	write(t, path, append(append(first, '\n'), bytes.Join(ops, nil)...))
+	if p := verify(t, c).Problem; p == nil || p.Kind != Foreign {
+		t.Errorf("got %v, want it foreign", p)
+	}
+}

@@ -136,14 +136,15 @@ func Export(ctx context.Context, s Source, f Filter, format string, w io.Writer)
 func plan(ctx context.Context, s Source, f Filter) (*exportHeader, uint64, error) {
 	h := &exportHeader{Version: Version, Whole: f.ranged()}
 	var prev Hash
+	var server string // which changes if a repair lets another one go on
 	var last, end uint64
 	v, err := s.walk(ctx, func(l *Line, _ []byte) error {
 		if l.Kind == KindOpen {
-			prev = l.Open.PrevHead
+			prev, server = l.Open.PrevHead, l.Open.Server
 		}
 		if f.chooses(l) {
 			if h.First == 0 {
-				h.First, h.Prev = l.Seq, prev
+				h.First, h.Prev, h.Server = l.Seq, prev, server
 			}
 			last, end = l.Seq, l.Seq
 		}
@@ -161,7 +162,9 @@ func plan(ctx context.Context, s Source, f Filter) (*exportHeader, uint64, error
 	case h.First == 0:
 		return nil, 0, errors.New("audit: no line fits")
 	}
-	h.Log, h.Server = v.id, v.server
+	if h.Log = v.id; h.Server == "" { // of an export without an open line
+		h.Server = v.server
+	}
 	if !h.Whole {
 		h.First, h.Prev = 0, Hash{}
 	}

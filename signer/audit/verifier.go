@@ -420,6 +420,8 @@ func (v *verifier) checkpoint(l *Line) *Problem {
 	switch {
 	case c.Log != v.id:
 		return v.problem(Foreign, v.at, l.Seq, "the checkpoint is of log %s", c.Log)
+	case c.Server != v.server:
+		return v.problem(Foreign, v.at, l.Seq, "the checkpoint is of server %q, and this is the log of %q", c.Server, v.server)
 	case c.Covers >= l.Seq || l.Seq-c.Covers > maxLag:
 		return v.problem(Forged, v.at, l.Seq, "the checkpoint says that it covers seq %d", c.Covers)
 	}
