@@ -110,7 +110,7 @@ func (r *keyring) replace(ctx context.Context, specs []*spec) (faults []error) {
 		}
 	}
 	opened := r.openAll(ctx, fresh)
-	if ctx.Err() != nil && len(old) > 0 { // the server stops: what was opened is not needed, and what failed is no fault
+	if ctx.Err() != nil && len(old) > 0 && !errors.Is(context.Cause(ctx), errOvertaken) { // the server stops: what was opened is not needed, and what failed is no fault
 		for _, p := range opened {
 			r.closing.Go(func() { r.end(p) })
 		}

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -139,6 +140,61 @@ func TestRevocationDoesNotWait(t *testing.T) {
 		t.Errorf("got exit code %d", code)
 	}
 	<-ended
+}
+
+// TestReloadGivesWay takes a client away while a reload before waits for a token that hangs, be it asked for by command or by signal.
+func TestReloadGivesWay(t *testing.T) {
+	s := newSite(t)
+	tok := s.token("ec:p256")
+	s.must("client", "add", "two", "--ca-dir", s.path("ca"), "--out", s.path("two"))
+	file := mustSKI(t, s.writeKey("filekey.pem"))
+	tokens, faults := s.misbehaving(tok)
+	socket := s.path("ks.sock")
+	base := s.config("control: " + socket + "\n")
+	both, one := "clients:"+rule("one", "sign")+rule("two", "sign"), "clients:"+rule("one", "sign")
+	set(t, faults, hanging)
+	p := s.start(s.write("ks.yaml", 0o600, base+both))
+	for name, start := range map[string]func() (end func()){
+		"command": func() func() {
+			ended := make(chan struct{})
+			go func() {
+				defer close(ended)
+				if code, out := s.try("reload", "--control", socket); code != 1 || !strings.Contains(out, "newer reload") {
+					t.Errorf("the reload that gave way: got %d, %s", code, out)
+				}
+			}()
+			return func() { <-ended }
+		},
+		"signal": func() func() {
+			if err := p.cmd.Process.Signal(syscall.SIGHUP); err != nil {
+				t.Fatal(err)
+			}
+			return func() {}
+		},
+	} {
+		c := p.client("two")
+		if _, err := do(t, c, signOp(file)); err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		hung, done := faults.Counters().Hanging, p.count(reloaded)
+		s.write("ks.yaml", 0o600, base+tokens+both)
+		end := start()
+		eventually(t, "the token hangs", func() bool { return faults.Counters().Hanging > hung })
+		s.write("ks.yaml", 0o600, base+one)
+		if err := p.cmd.Process.Signal(syscall.SIGHUP); err != nil {
+			t.Fatal(err)
+		}
+		p.waitNth(reloaded, done+2)
+		end()
+		if err := connect(t, p, s.tls("two")); err == nil {
+			t.Errorf("%s: the client that was taken away was let in", name)
+		}
+		s.write("ks.yaml", 0o600, base+both)
+		p.reload(reloaded)
+	}
+	if code := p.stop(); code != 0 {
+		t.Errorf("got exit code %d", code)
+	}
 }
 
 // TestPINChanged changes the PIN on the token while the server runs. When the login is lost, the old PIN is tried once; SIGHUP

@@ -64,6 +64,9 @@ func openPlace(ctx context.Context, s *spec, lane func(*spec, signer.Backend) *s
 	b, err := s.open(ctx, logger)
 	if err != nil {
 		p.err = err
+		if cause := context.Cause(ctx); errors.Is(cause, errOvertaken) {
+			p.err = cause
+		}
 		return p
 	}
 	if err := p.find(ctx, b, lane(s, b)); err != nil {

@@ -26,8 +26,23 @@ type reloadReport struct {
 	Warnings []string `json:"warnings,omitempty"` // what of it matches nothing, or is in doubt
 }
 
-// reload puts a new configuration in place, or says why not and changes nothing. Reloads come one after the other.
+// errOvertaken is why a reload opens no more homes: another one waits, which may take something away from a client.
+var errOvertaken = errors.New("is left for a newer reload, or for later")
+
+// overtake ends the wait for homes of the reload in progress, and of those that wait, and has ctx end the same way.
+func (s *server) overtake(ctx context.Context) (context.Context, context.CancelCauseFunc) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	if before := s.newest.Swap(&cancel); before != nil {
+		(*before)(errOvertaken)
+	}
+	return ctx, cancel
+}
+
+// reload puts a new configuration in place, or says why not and changes nothing. Reloads come one after the other; one that waits for homes to
+// open gives way to the next.
 func (s *server) reload(ctx context.Context) reloadReport {
+	ctx, cancel := s.overtake(ctx)
+	defer cancel(nil)
 	s.reloading.Lock()
 	defer s.reloading.Unlock()
 	start := time.Now()

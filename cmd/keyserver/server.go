@@ -43,8 +43,9 @@ type server struct {
 	metrics *metrics
 	notify  notifier
 
-	stopped   context.Context // of run; for what the control socket starts
-	reloading sync.Mutex      // held during a reload
+	stopped   context.Context                         // of run; for what the control socket starts
+	reloading sync.Mutex                              // held during a reload
+	newest    atomic.Pointer[context.CancelCauseFunc] // of the last reload that was asked for
 	current   atomic.Pointer[live]
 	last      atomic.Pointer[reloadReport] // of the last reload; nil before the first
 	endings   atomic.Pointer[[]expiry]     // as of the last look
@@ -357,13 +358,19 @@ func (s *server) keepRenewed(ctx context.Context) error {
 	return nil
 }
 
+// reloads answers SIGHUP until ctx ends.
 func (s *server) reloads(ctx context.Context, hangups <-chan os.Signal) error {
+	var reload sync.WaitGroup // one at a time
+	defer reload.Wait()
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-hangups:
-			s.reload(ctx)
+			_, cancel := s.overtake(ctx)
+			reload.Wait()
+			cancel(nil)
+			reload.Go(func() { s.reload(ctx) })
 		}
 	}
 }
