@@ -57,7 +57,9 @@ func (a *auditor) use(p *plan) error {
 	}
 	endErr := a.finish()
 	if log == nil && err == nil && next.mode() != "off" {
-		log, err = a.open(p)
+		if log, err = a.open(p); err != nil {
+			err = fmt.Errorf("%w; put that right and reload", err) // it is not tried again by itself
+		}
 	}
 	if log != nil {
 		a.server, a.key = p.source.Identity().String(), keyID(next)

@@ -131,7 +131,7 @@ func TestAuditOutOfOrder(t *testing.T) {
 				t.Errorf("a ping: %v", err)
 			}
 			code, body := p.get("/readyz")
-			if want := map[string]int{"required": 503, "best-effort": 200}[mode]; code != want || !strings.Contains(body, "audit: ") || !strings.Contains(body, s.path("audit")) {
+			if want := map[string]int{"required": 503, "best-effort": 200}[mode]; code != want || !strings.Contains(body, "audit: ") || !strings.Contains(body, s.path("audit")) || !strings.Contains(body, "reload") {
 				t.Errorf("readyz: %d %s", code, body)
 			}
 			if code, out := s.try("reload", "--config", cfg); code != 1 || !strings.Contains(out, "ks.yaml:") || !strings.Contains(out, "audit") {
