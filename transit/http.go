@@ -76,6 +76,7 @@ func (c *connector) client() (*api.Client, error) {
 	}
 	client.ClearToken()
 	client.SetHeaders(http.Header{api.RequestHeaderName: {"true"}})
+	client.SetWrappingLookupFunc(func(string, string) string { return "" }) // else the library asks VAULT_WRAP_TTL at each request
 	if c.cfg.Namespace != "" {
 		client.SetNamespace(c.cfg.Namespace)
 	}

@@ -187,6 +187,23 @@ func TestRedirections(t *testing.T) {
 	}
 }
 
+// TestWrapTTL sets the one variable that the library asks at each request. With it, answers would be wrapped.
+func TestWrapTTL(t *testing.T) {
+	t.Setenv("VAULT_WRAP_TTL", "60s")
+	f := newFake(t)
+	inner := f.http.Config.Handler
+	f.http.Config.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if ttl := r.Header.Get("X-Vault-Wrap-TTL"); ttl != "" {
+			t.Errorf("%s is to be wrapped for %s", r.URL.Path, ttl)
+		}
+		inner.ServeHTTP(w, r)
+	})
+	_, k := f.open(f.config())
+	if err := signVerified(t.Context(), k); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestReadBounded(t *testing.T) {
 	for size, ok := range map[int]bool{0: true, 1: true, maxAnswer: true, maxAnswer + 1: false, 2 * maxAnswer: false} {
 		got, err := readBounded(bytes.NewReader(make([]byte, size)))
