@@ -255,12 +255,18 @@ func (s *server) serve(ctx context.Context, ln net.Listener, hangups <-chan os.S
 	// The side services outlive the drain, so that /readyz can tell of it.
 	side, endSide := context.WithCancel(context.WithoutCancel(ctx))
 	defer endSide()
+	drained := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
+		defer close(drained)
 		s.draining.Store(true)
 		s.notify.stopping("finishing operations in flight")
 		s.logger.Info("draining: no new connections; operations in flight are finished")
 	})
-	defer stop()
+	defer func() {
+		if !stop() {
+			<-drained
+		}
+	}()
 	g, main := errgroup.WithContext(ctx)
 	bound := make(chan struct{}) // closed when health and metrics are served
 	s.ops.Listening = func(a net.Addr) {
