@@ -130,7 +130,12 @@ func (c *checker) text(n *yaml.Node, t reflect.Type, key string) {
 }
 
 func (c *checker) mapping(n *yaml.Node, t reflect.Type, key string) {
-	if n.Kind != yaml.MappingNode {
+	switch {
+	case n.Kind == yaml.MappingNode:
+	case key == "": // the file as a whole, which may be that of a PIN, or of a token: nothing of it is shown
+		c.errorf(n, key, "holds no keys with values; is this the right file?")
+		return
+	default:
 		c.errorf(n, key, "must be a group of keys, not %s", describe(n))
 		return
 	}

@@ -109,7 +109,8 @@ func TestErrors(t *testing.T) {
 		{"null", "listen:\n", `:1: listen: has no value`},
 		{"alias", "tls: &a {addr: x}\nopt: *a\n", `anchors and aliases`},
 		{"syntax", "listen: [a\nport: 1\n", `not valid YAML`},
-		{"not a mapping", "- a\n", `must be a group of keys, not a list`},
+		{"not a mapping", "- a\n", `:1: holds no keys with values; is this the right file?`},
+		{"not a mapping below", "tls: a\n", `:1: tls: must be a group of keys, not "a"`},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -119,6 +120,14 @@ func TestErrors(t *testing.T) {
 			}
 		})
 	}
+	t.Run("a secret in place of a configuration", func(t *testing.T) {
+		for _, secret := range []string{"canary\n", "123456789", "canary one\ncanary two\n", "[canary]", "- canary", "\"canary\""} {
+			_, err := Load(&sample{}, Options{Path: write(t, secret)})
+			if err == nil || strings.Contains(err.Error(), "canary") || strings.Contains(err.Error(), "123456789") {
+				t.Errorf("%q: got %v, want an error that does not show it", secret, err)
+			}
+		}
+	})
 	t.Run("all at once", func(t *testing.T) {
 		_, err := Load(&sample{}, Options{Path: write(t, "port: x\non: 1\n")})
 		if errs, ok := errors.AsType[Errors](err); !ok || len(errs) != 2 {
