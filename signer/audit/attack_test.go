@@ -354,6 +354,7 @@ func (s stuckOutput) Write(context.Context, []byte) error {
 }
 
 func TestStuckOutputHoldsNothingUp(t *testing.T) {
+	t.Parallel()
 	key, _ := newKey(t)
 	s := stuckOutput{make(chan struct{})}
 	l, err := Open(t.Context(), Config{Dir: t.TempDir(), Mode: Required, Server: testServer, Signer: key, Outputs: []Output{s}})
