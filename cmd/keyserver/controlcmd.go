@@ -231,8 +231,10 @@ func (s status) homesTable(w io.Writer) {
 		if h.Lane != nil {
 			breaker, inFlight, waiting = h.Lane.Breaker, h.Lane.InFlight, h.Lane.Waiting
 		}
-		fmt.Fprintf(w, "%s\t%s\t%s\t%d\t%s\t%d\t%d\t%d\t%d\t%s\n", h.Name, h.Kind, h.State, h.Keys, breaker, inFlight, waiting, len(h.Workers), h.Restarts,
-			strings.Join(append(h.Faults, h.Error), "; "))
+		fmt.Fprintf(w, "%s\t%s\t%s\t%d\t%s\t%d\t%d\t%d\t%d\t%s\n", h.Name, h.Kind, h.State, h.Keys, breaker, inFlight, waiting, len(h.Workers), h.Restarts, h.Error)
+		for _, fault := range h.Faults {
+			fmt.Fprintf(w, "  a key\t\tnot served\t\t\t\t\t\t\t%s\n", fault)
+		}
 		for _, p := range h.Workers {
 			fmt.Fprintf(w, "  pid %d\tworker\t%s\t\t\t%d\t\t\t%d\t%s\n", p.PID, p.State, p.InFlight, p.Restarts, p.LastError)
 		}
