@@ -359,6 +359,29 @@ func TestNothingWorks(t *testing.T) {
 	}
 }
 
+// TestWaitForReplacement: operations wait while a worker is replaced, but not for one that did not start before.
+func TestWaitForReplacement(t *testing.T) {
+	for _, tc := range []struct {
+		seats []*seat
+		want  bool
+	}{
+		{[]*seat{{state: StateStarting}}, true},
+		{[]*seat{{state: StateDraining}}, true},
+		{[]*seat{{state: StateWaiting}}, false},
+		{[]*seat{{state: StateRefused}}, false},
+		{[]*seat{{state: StateStarting, failing: true}}, false},
+		{[]*seat{{state: StateStarting, failing: true}, {state: StateWaiting}}, false},
+		{[]*seat{{state: StateStarting, failing: true}, {state: StateDraining}}, true},
+	} {
+		p := idle(t).pool
+		p.slots = tc.seats
+		err := p.await(t.Context(), time.Now().Add(time.Millisecond))
+		if waits := err == nil; waits != tc.want {
+			t.Errorf("first seat %+v of %d: %v, want to wait %v", *tc.seats[0], len(tc.seats), err, tc.want)
+		}
+	}
+}
+
 // TestLogLimit: a worker that logs without end fills the log neither with records nor with warnings about them.
 func TestLogLimit(t *testing.T) {
 	w := idle(t)

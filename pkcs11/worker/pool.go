@@ -242,7 +242,8 @@ func (p *Pool) pick(ctx context.Context) (*proc, error) {
 	}
 }
 
-// await waits until the workers have changed. It fails at once if no worker is being started.
+// await waits until the workers have changed. It fails at once if no worker is being started, or only such as did not start the last
+// time: another home may do it meanwhile.
 func (p *Pool) await(ctx context.Context, deadline time.Time) error {
 	p.mu.Lock()
 	changed, closed, coming := p.changed, p.closed, false
@@ -250,7 +251,7 @@ func (p *Pool) await(ctx context.Context, deadline time.Time) error {
 	for _, s := range p.slots {
 		switch s.state {
 		case StateStarting, StateReady, StateDraining: // a worker that drains is replaced at once, unless the pool closes
-			coming = true
+			coming = coming || !s.failing
 		}
 		if err == nil && s.lastError != "" {
 			err = errors.New(s.lastError)

@@ -18,6 +18,7 @@ type seat struct {
 	state     string
 	restarts  int64
 	lastError string
+	failing   bool // the last start came to nothing
 }
 
 // enter sets what is known of a seat.
@@ -25,6 +26,9 @@ func (p *Pool) enter(s *seat, state string, w *proc) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	s.state, s.proc = state, w
+	if state == StateReady {
+		s.failing = false
+	}
 	if state == StateWaiting || state == StateRefused {
 		p.notifyLocked()
 	}
@@ -146,7 +150,7 @@ func (p *Pool) lost(s *seat, cause error, age time.Duration, fails *int) *proc {
 // unfilled deals with a start that came to nothing: a PIN that was refused waits for the operator, all else for a while.
 func (p *Pool) unfilled(s *seat, fails int, err error) *proc {
 	p.mu.Lock()
-	s.lastError = err.Error()
+	s.lastError, s.failing = err.Error(), true
 	p.mu.Unlock()
 	if p.logins.denial() != nil {
 		p.log.Error("token refused the PIN; worker is not started before an operator acts", "err", err)
