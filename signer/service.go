@@ -161,7 +161,7 @@ func (s *Service) commit(ctx context.Context, c *call) error {
 		defer cancel()
 	}
 	rec := c.rec
-	if rec.Result == ResultRefused {
+	if rec.Result == ResultRefused && rec.Tries == 0 {
 		ok, without := s.refusals.admit(rec.client, rec.Time)
 		if !ok {
 			return nil
