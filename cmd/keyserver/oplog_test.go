@@ -1,58 +1,66 @@
 package main
 
 import (
+	"bytes"
+	"context"
+	"log/slog"
 	"strings"
 	"testing"
 
 	"github.com/keyhaven/keyhaven/keyless"
+	"github.com/keyhaven/keyhaven/signer"
 )
 
-// TestOperationLines: with an audit, what succeeds is logged for whoever asks for level debug; what is refused always is.
+// TestOperationLines: while there is an audit, what succeeds is logged for whoever asks for level debug; what does not succeed always is.
 func TestOperationLines(t *testing.T) {
 	for _, tt := range []struct {
-		name, mode string
-		flags      []string
-		damaged    bool
-		want       string // levels of the line of an operation that succeeds
+		name    string
+		level   slog.Level
+		audited bool
+		want    string
 	}{
-		{name: "without an audit", mode: "off", want: "[INFO]"},
-		{name: "with an audit", mode: "best-effort", want: "[]"},
-		{name: "with an audit and all details", mode: "best-effort", flags: []string{"--log-level", "debug"}, want: "[DEBUG]"},
-		{name: "with an audit that is out of order", mode: "best-effort", damaged: true, want: "[INFO]"},
+		{"without an audit", slog.LevelInfo, false, "INFO ok, WARN refused, WARN failed"},
+		{"with an audit", slog.LevelInfo, true, "WARN refused, WARN failed"},
+		{"with an audit and all details", slog.LevelDebug, true, "DEBUG ok, WARN refused, WARN failed"},
+		{"warnings alone", slog.LevelWarn, false, "WARN refused, WARN failed"},
 	} {
-		t.Run(tt.name, func(t *testing.T) {
-			s, cfg, key := auditSite(t, tt.mode)
-			if tt.damaged {
-				s.write("audit", 0o600, "a file where the directory should be")
+		var out bytes.Buffer
+		plain := slog.HandlerOptions{Level: tt.level, ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
+			if a.Key == slog.LevelKey || a.Key == "result" {
+				return a
 			}
-			p := s.start(cfg, tt.flags...)
-			c := p.client("one")
-			if _, err := do(t, c, signOp(key)); err != nil {
-				t.Fatal(err)
-			}
-			if _, err := do(t, c, signOp(keyless.SKI{1})); err == nil {
-				t.Error("a key that is not there signed")
-			}
-			p.stop()
-			if got := p.levels("ok"); got != tt.want {
-				t.Errorf("the operation that succeeded is logged on levels %s, want %s", got, tt.want)
-			}
-			if got := p.levels("refused"); got != "[WARN]" {
-				t.Errorf("the operation that was refused is logged on levels %s, want [WARN]", got)
-			}
-		})
+			return slog.Attr{}
+		}}
+		l := newOperationLog(slog.New(slog.NewTextHandler(&out, &plain)), func() bool { return tt.audited })
+		for _, r := range []signer.Result{signer.ResultOK, signer.ResultRefused, signer.ResultFailed} {
+			l.Record(signer.Record{Op: "sign", Result: r})
+		}
+		ended, end := context.WithCancel(t.Context())
+		end()
+		l.queue.Run(ended)
+		got := strings.NewReplacer("level=", "", "result=", "", "\n", ", ").Replace(strings.TrimSpace(out.String()))
+		if got != tt.want {
+			t.Errorf("%s: got %s, want %s", tt.name, got, tt.want)
+		}
 	}
 }
 
-// levels returns the levels of the lines about operations with the result.
-func (p *program) levels(result string) string {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	var all []string
-	for _, l := range p.lines {
-		if l["msg"] == "operation" && l["result"] == result {
-			all = append(all, l["level"].(string))
-		}
+// TestAuditedOperations has a server log what the audit log of it does not say.
+func TestAuditedOperations(t *testing.T) {
+	s, cfg, key := auditSite(t, "best-effort")
+	p := s.start(cfg)
+	c := p.client("one")
+	if _, err := do(t, c, signOp(key)); err != nil {
+		t.Fatal(err)
 	}
-	return "[" + strings.Join(all, " ") + "]"
+	if _, err := do(t, c, signOp(keyless.SKI{1})); err == nil {
+		t.Error("a key that is not there signed")
+	}
+	if line := p.wait("operation"); line["result"] != "refused" {
+		t.Errorf("got %v, want the line of the refused operation first", line)
+	}
+	p.stop()
+	if n := p.count("operation"); n != 1 {
+		t.Errorf("got %d lines of operations, want that of the refused one", n)
+	}
 }
