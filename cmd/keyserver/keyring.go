@@ -338,10 +338,14 @@ func (r *keyring) retry(ctx context.Context, name string) error {
 		if p.forget != nil {
 			p.forget()
 		}
-		places[i] = openPlace(ctx, p.spec, r.lane, r.logger)
-		r.tell(places[i])
+		next := openPlace(ctx, p.spec, r.lane, r.logger)
+		if next.backend == nil && ctx.Err() != nil { // as it was: a PIN that was refused is not to be tried by itself now
+			return fmt.Errorf("given up: %w", context.Cause(ctx))
+		}
+		places[i] = next
+		r.tell(next)
 		r.set(places)
-		return places[i].err
+		return next.err
 	}
 	ctx, cancel := context.WithTimeout(ctx, openTimeout)
 	defer cancel()

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"testing"
 
 	"github.com/keyhaven/keyhaven/keyless"
@@ -36,5 +37,23 @@ func TestNamesKey(t *testing.T) {
 	}
 	if namesKey([]string{""}, signer.KeyInfo{}) {
 		t.Error("an empty name names a key without a label")
+	}
+}
+
+// TestRetryGivenUp: whoever asks for a token to be tried and leaves does not make of a token that waits for its operator one that is tried by itself.
+func TestRetryGivenUp(t *testing.T) {
+	r := newKeyring(slog.New(slog.DiscardHandler))
+	ctx, cancel := context.WithCancel(t.Context())
+	s := &spec{kind: kindToken, name: "site", open: func(ctx context.Context, _ *slog.Logger) (signer.Backend, error) {
+		cancel()
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}}
+	r.set([]*place{{spec: s, err: pkcs11.ErrPINIncorrect}})
+	if err := r.retry(ctx, "site"); !errors.Is(err, context.Canceled) {
+		t.Errorf("got %v, want that it was given up", err)
+	}
+	if p := r.present()[0]; p.away() || !errors.Is(p.err, pkcs11.ErrPINIncorrect) {
+		t.Errorf("the token is %s: %v; want it to wait for its operator", p.state(), p.err)
 	}
 }
