@@ -29,11 +29,20 @@ type reloadReport struct {
 // errOvertaken is why a reload opens no more homes: another one waits, which may take something away from a client.
 var errOvertaken = errors.New("is left for a newer reload, or for later")
 
-// overtake ends the wait for homes of the reload in progress, and of those that wait, and has ctx end the same way.
+// giveWay is how long a reload waits for homes while another one waits for it. Below it, a hail of signals would have a PIN tried for each.
+const giveWay = 500 * time.Millisecond
+
+// A request is a reload that was asked for.
+type request struct {
+	at     time.Time
+	cancel context.CancelCauseFunc
+}
+
+// overtake ends the wait for homes of the reload before, once it had its time, and has ctx end the same way.
 func (s *server) overtake(ctx context.Context) (context.Context, context.CancelCauseFunc) {
 	ctx, cancel := context.WithCancelCause(ctx)
-	if before := s.newest.Swap(&cancel); before != nil {
-		(*before)(errOvertaken)
+	if before := s.newest.Swap(&request{time.Now(), cancel}); before != nil {
+		time.AfterFunc(giveWay-time.Since(before.at), func() { before.cancel(errOvertaken) })
 	}
 	return ctx, cancel
 }

@@ -43,9 +43,9 @@ type server struct {
 	metrics *metrics
 	notify  notifier
 
-	stopped   context.Context                         // of run; for what the control socket starts
-	reloading sync.Mutex                              // held during a reload
-	newest    atomic.Pointer[context.CancelCauseFunc] // of the last reload that was asked for
+	stopped   context.Context         // of run; for what the control socket starts
+	reloading sync.Mutex              // held during a reload
+	newest    atomic.Pointer[request] // the last reload that was asked for
 	current   atomic.Pointer[live]
 	last      atomic.Pointer[reloadReport] // of the last reload; nil before the first
 	endings   atomic.Pointer[[]expiry]     // as of the last look
