@@ -116,6 +116,16 @@ func (b *Backend) Stopped() bool { return b.cfg.Refusals.any() }
 // Expires returns when the login ends unless it is renewed. Zero: it does not end, or there is none.
 func (b *Backend) Expires() time.Time { return b.session.ends() }
 
+// Ending returns from when to when the login lasts, if it ends unless someone puts another token into its file: the server does not renew it, and
+// none can be made here. Otherwise ok is false. A zero from is not known.
+func (b *Backend) Ending() (from, to time.Time, ok bool) {
+	l := b.session.cur.Load()
+	if l == nil || !l.final {
+		return time.Time{}, time.Time{}, false
+	}
+	return l.began, l.expires, true
+}
+
 // Close waits for the requests under way, ends the login, and gives it back to the server if it was made for this backend alone.
 func (b *Backend) Close() error {
 	b.mu.Lock()

@@ -121,8 +121,16 @@ func (t *tokenFile) login(ctx context.Context) (l *login, used secrets, err erro
 		auth.LeaseDuration = int(n)
 	}
 	auth.Renewable, _ = s.Data["renewable"].(bool)
-	l, err = loggedIn(client, &api.Secret{Auth: auth})
-	return l, used, err
+	if l, err = loggedIn(client, &api.Secret{Auth: auth}); err != nil {
+		return nil, used, err
+	}
+	l.final = !auth.Renewable && !l.expires.IsZero()
+	if whole, ok := s.Data["creation_ttl"].(json.Number); ok {
+		if n, err := whole.Int64(); err == nil && n > 0 && n <= 1<<31 {
+			l.began = l.expires.Add(-time.Duration(n) * time.Second)
+		}
+	}
+	return l, used, nil
 }
 
 // appRole logs in as an AppRole.

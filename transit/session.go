@@ -27,6 +27,8 @@ var defaultPauses = pauses{min: time.Second, max: 30 * time.Second, again: 5 * t
 type login struct {
 	client  *api.Client // holds the token
 	expires time.Time   // zero: never
+	began   time.Time   // of a login that is not made here; zero: not known
+	final   bool        // it can neither be renewed nor made anew here
 	secret  *api.SecretAuth
 }
 

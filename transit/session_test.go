@@ -155,6 +155,36 @@ func TestFailedLoginSaysWhy(t *testing.T) {
 	})
 }
 
+// TestEnding: a token that nobody renews ends, which is to be told in time; other logins do not.
+func TestEnding(t *testing.T) {
+	for name, tt := range map[string]struct {
+		data  map[string]any
+		ends  bool
+		whole time.Duration // 0: not known
+	}{
+		"not renewable":          {map[string]any{"ttl": 3600, "creation_ttl": 7200, "renewable": false}, true, 2 * time.Hour},
+		"of unknown age":         {map[string]any{"ttl": 3600, "renewable": false}, true, 0},
+		"of an age that is none": {map[string]any{"ttl": 3600, "creation_ttl": -1, "renewable": false}, true, 0},
+		"renewable":              {map[string]any{"ttl": 3600, "creation_ttl": 7200, "renewable": true}, false, 0},
+		"without an end":         {map[string]any{"ttl": 0, "expire_time": nil, "renewable": false}, false, 0},
+	} {
+		f := newFake(t)
+		inner := f.http.Config.Handler
+		f.http.Config.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if r.URL.Path != "/v1/auth/token/lookup-self" {
+				inner.ServeHTTP(w, r)
+				return
+			}
+			tell(w, map[string]any{"data": tt.data})
+		})
+		b, _ := f.open(f.config())
+		from, to, ends := b.Ending()
+		if ends != tt.ends || ends && (!to.Equal(b.Expires()) || tt.whole == 0 != from.IsZero() || tt.whole != 0 && to.Sub(from) != tt.whole) {
+			t.Errorf("%s: got %v to %v, %v; want an end: %v, after %v", name, from, to, ends, tt.ends, tt.whole)
+		}
+	}
+}
+
 func TestScrubKnowsTheCurrentToken(t *testing.T) {
 	s := newSession(new(scripted), "home", slog.New(slog.DiscardHandler), defaultPauses)
 	s.cur.Store(&login{secret: &api.SecretAuth{ClientToken: "hvs.current"}})

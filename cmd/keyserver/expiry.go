@@ -22,6 +22,7 @@ const (
 	endsAuthority = "authority" // a root by which clients are verified
 	endsClient    = "client"    // the last certificate that the authority gave a client
 	endsKey       = "key"       // a certificate that a home holds beside a key
+	endsLogin     = "login"     // a token for Transit that is not renewed by the server; its metric is that of all logins
 )
 
 // expiryTick is how often the log is told of what is about to end.
@@ -77,10 +78,19 @@ func (s *server) expiries() (all []expiry) {
 			}
 		}
 	}
+	for _, p := range s.keys.present() {
+		if b, ok := p.backend.(interface {
+			Ending() (from, to time.Time, ok bool)
+		}); ok {
+			if from, to, ok := b.Ending(); ok {
+				all = append(all, expiry{endsLogin, p.name, from, to})
+			}
+		}
+	}
 	return all
 }
 
-// firstEnds returns by kind and name what ends, as of the last look. Of several that have a name, such as two roots while one takes the place of
+// firstEnds returns by kind and name which certificates end, as of the last look. Of several that have a name, such as two roots while one takes the place of
 // the other, it is the first that ends.
 func (s *server) firstEnds() map[[2]string]time.Time {
 	all := s.endings.Load()
@@ -89,6 +99,9 @@ func (s *server) firstEnds() map[[2]string]time.Time {
 	}
 	ends := make(map[[2]string]time.Time, len(*all))
 	for _, e := range *all {
+		if e.kind == endsLogin {
+			continue
+		}
 		id := [2]string{e.kind, e.name}
 		if to, ok := ends[id]; !ok || e.to.Before(to) {
 			ends[id] = e.to
@@ -117,6 +130,8 @@ func (s *server) watchExpiry(ctx context.Context) error {
 			next[key] = stage
 			switch {
 			case stage <= told[key]:
+			case e.kind == endsLogin:
+				s.logger.Warn("a token for Transit ends; put another into its file", "home", e.name, "not_after", e.to, "left", e.to.Sub(now).Round(time.Minute))
 			case stage > len(warnAt):
 				s.logger.Error("a certificate has ended; renew it", "kind", e.kind, "name", e.name, "not_after", e.to)
 			default:

@@ -136,6 +136,9 @@ audit: {mode: required, dir: %s, key_file: %s, jsonl: %s}
 clients:`, address, s.write("vault-token", 0o600, "canary-token\n"), s.path("audit"), s.path("audit.key"), s.path("audit.copy")) + rule("one", "sign"))
 	cfg := s.write("ks.yaml", 0o600, text)
 	p := s.start(cfg)
+	if l := p.wait("a token for Transit ends; put another into its file"); l["home"] != strings.TrimPrefix(address, "http://")+"/transit" {
+		t.Errorf("got %v", l)
+	}
 
 	c := p.client("one")
 	if _, err := do(t, c, signOp(ec)); err != nil {
