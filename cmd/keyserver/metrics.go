@@ -104,22 +104,31 @@ func (m *metrics) homes(gauge, counter show) {
 		switch b := p.backend.(type) {
 		case *worker.Pool:
 			stats := b.Stats()
-			states := map[string]int{worker.StateReady: 0, worker.StateStarting: 0, worker.StateWaiting: 0, worker.StateRefused: 0, worker.StateDraining: 0}
-			for _, w := range stats.Workers {
-				states[w.State]++
-			}
-			for state, n := range states {
-				gauge(descWorkers, float64(n), p.name, state)
-			}
+			showWorkers(gauge, p.name, stats.Workers)
 			counter(descRestarts, float64(stats.Restarts), p.name)
 			for _, reason := range worker.Reasons() {
 				counter(descKills, float64(stats.Kills[reason]), p.name, reason)
+			}
+		case nil:
+			if refusesPIN(p.err) { // by the first worker, which is gone
+				showWorkers(gauge, p.name, []worker.WorkerStats{{State: worker.StateRefused}})
 			}
 		case interface{ Expires() time.Time }:
 			if t := b.Expires(); !t.IsZero() {
 				gauge(descLogin, float64(t.Unix()), p.name)
 			}
 		}
+	}
+}
+
+// showWorkers counts workers by state.
+func showWorkers(gauge show, token string, workers []worker.WorkerStats) {
+	states := map[string]int{worker.StateReady: 0, worker.StateStarting: 0, worker.StateWaiting: 0, worker.StateRefused: 0, worker.StateDraining: 0}
+	for _, w := range workers {
+		states[w.State]++
+	}
+	for state, n := range states {
+		gauge(descWorkers, float64(n), token, state)
 	}
 }
 

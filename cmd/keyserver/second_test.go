@@ -25,6 +25,9 @@ func TestSecondServer(t *testing.T) {
 	socket := s.path("ks.sock")
 	text := s.config("state_dir: " + s.path("state") + "\ncontrol: " + socket + "\n" + tokens + "clients:" + rule("one", "sign"))
 	p := s.start(s.write("ks.yaml", 0o600, text))
+	if _, metrics := p.get("/metrics"); !strings.Contains(metrics, `keyhaven_keyserver_workers{state="refused",token="`+tok.Label+`"} 1`) {
+		t.Error("the metrics do not say that the PIN was refused")
+	}
 	for _, tt := range []struct{ name, text, want string }{
 		{"the same state", strings.Replace(text, socket, s.path("other.sock"), 1), "second.yaml:10: state_dir: "},
 		{"the same socket", strings.Replace(text, s.path("state"), s.path("state2"), 1), "another process answers on " + socket},

@@ -29,7 +29,7 @@ type status struct {
 type homeStatus struct {
 	Name     string           `json:"name"`
 	Kind     string           `json:"kind"`  // token, transit or files
-	State    string           `json:"state"` // open, away (it is tried again), stopped (until an operator acts) or refused (the PIN; workers that are logged in go on)
+	State    string           `json:"state"` // open, away (it is tried again), stopped (until an operator acts) or refused (the PIN, or a login; what is logged in goes on)
 	Config   string           `json:"config"`
 	Error    string           `json:"error,omitempty"`
 	Faults   []string         `json:"faults,omitempty"` // of single keys
