@@ -106,18 +106,23 @@ func (e *Entry) choose(o *keyUse, asked, lost uint64, now time.Duration) (home i
 	if home, _ = e.next(o, asked, now); home >= 0 {
 		return home, 0, nil
 	}
-	if home = e.waitFor(o, lost); home < 0 {
+	home, left := e.waitFor(o, lost, now)
+	if home < 0 {
 		home, err = e.next(o, asked, now) // one may have come back meanwhile
 		return home, 0, err
 	}
 	if len(e.Homes) == 1 {
-		return home, forever, nil
+		return home, left, nil
 	}
-	return home, lookAgain, nil
+	return home, min(left, lookAgain), nil
 }
 
 // lookAgain is how long an operation waits in a home without capacity before it looks for another one.
 const lookAgain = 100 * time.Millisecond
+
+// maxVoid is how long a home may be without capacity before operations without another home fail at once: time enough to replace a worker, and
+// little enough for the client to ask another key server.
+const maxVoid = time.Second
 
 // movesOn reports whether an operation with that error is for another home.
 func movesOn(ctx context.Context, err error) bool {
@@ -142,7 +147,9 @@ func (e *Entry) next(o *keyUse, asked uint64, now time.Duration) (int, error) {
 			continue
 		}
 		if h.Lane != nil && !h.Lane.ready(now) {
-			reason = errAllOpen
+			if reason = errAllOpen; h.Lane.room.Load() == 0 {
+				reason = errVoid
+			}
 			continue
 		}
 		x := h.candidate()
@@ -164,17 +171,25 @@ func (e *Entry) next(o *keyUse, asked uint64, now time.Duration) (int, error) {
 	return best, nil
 }
 
-// waitFor returns the home of the lowest class, not among those of the mask, that has no capacity now but may have some soon, or -1.
-func (e *Entry) waitFor(o *keyUse, mask uint64) int {
-	best := -1
+// waitFor returns the home of the lowest class, not among those of the mask, that has no capacity now but may have some soon, and how long it may
+// be waited for; or -1.
+func (e *Entry) waitFor(o *keyUse, mask uint64, now time.Duration) (best int, left time.Duration) {
+	best = -1
 	for i := range e.Homes {
 		h := &e.Homes[i]
-		if mask&(1<<i) == 0 && h.Lane != nil && h.Lane.room.Load() == 0 && o.able(h) && (best < 0 || h.Priority < e.Homes[best].Priority) {
-			best = i
+		if mask&(1<<i) != 0 || h.Lane == nil || h.Lane.room.Load() != 0 || !o.able(h) {
+			continue
+		}
+		l := maxVoid - (now - time.Duration(h.Lane.void.Load()))
+		if l > 0 && (best < 0 || h.Priority < e.Homes[best].Priority) {
+			best, left = i, l
 		}
 	}
-	return best
+	return best, left
 }
+
+// errVoid ends operations for which there is no home but such without capacity.
+var errVoid = fmt.Errorf("signer: no home of the key takes operations: %w", ErrUnavailable)
 
 // errAllOpen ends operations for which there is no home but such with open breakers.
 var errAllOpen = fmt.Errorf("signer: the breaker of each home is open after failures: %w", ErrUnavailable)

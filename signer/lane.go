@@ -42,6 +42,7 @@ type Lane struct {
 	// For choosing among lanes, written with mu held.
 	load  atomic.Int64 // operations in the home and in the queue
 	room  atomic.Int64 // operations that are sent to the home at once; 0 while it has no capacity
+	void  atomic.Int64 // when capacity was lost, on the clock of all lanes; valid while room is 0
 	opens atomic.Int64 // when the home may be asked: 0 is now, otherwise on the clock; see notNow
 
 	hedges    hedger
@@ -64,9 +65,6 @@ type Lane struct {
 	spare    *waiter       // for reuse, linked by next
 	counts   LaneStats
 }
-
-// forever is the patience of who has no other home to look at.
-const forever = time.Duration(math.MaxInt64)
 
 // notNow is the value of Lane.opens while nothing may be asked until something happens.
 const notNow = math.MaxInt64
@@ -108,13 +106,16 @@ func NewLane(c LaneConfig) *Lane {
 func (l *Lane) Name() string { return l.config.Name }
 
 // SetCapacity changes how many operations the home does at once. Those that are in it stay. With 0 the home takes none: operations go to
-// other homes, and without any they wait, as for a token whose worker is replaced.
+// other homes, and without any they wait for a second, as for a token whose worker is replaced. After that the home is away, and they fail at once.
 func (l *Lane) SetCapacity(n int) {
 	n = max(n, 0)
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.limit >= float64(l.capacity) || l.limit > float64(n) {
 		l.limit = float64(max(n, 1))
+	}
+	if n == 0 && l.capacity > 0 {
+		l.void.Store(int64(laneTime()))
 	}
 	l.capacity = n
 	if n == 0 {
@@ -225,7 +226,7 @@ func (w *waiter) end(err error) {
 func (l *Lane) wait(ctx context.Context, p place, w *waiter) (place, error) {
 	p.w = w
 	var impatient <-chan time.Time
-	if w.patience > 0 && w.patience < forever {
+	if w.patience > 0 {
 		timer := time.NewTimer(w.patience)
 		defer timer.Stop()
 		impatient = timer.C

@@ -355,7 +355,7 @@ func TestCapacityThatGoesAgain(t *testing.T) {
 		done := make(chan error)
 		come := func(c Caller) {
 			go func() {
-				p, err := l.acquire(t.Context(), c, classP256, forever, laneTime())
+				p, err := l.acquire(t.Context(), c, classP256, time.Hour, laneTime())
 				if err == nil {
 					l.release(t.Context(), &p, nil)
 				}
