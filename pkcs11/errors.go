@@ -99,11 +99,18 @@ func coded(err error) error {
 }
 
 // unsigned makes a module's error that no remedy helped against a failure of the token: what is signed was checked before. It is no
-// reason to load the module anew.
+// reason to load the module anew. What the module says of the data is final, as a client chooses the length of Ed25519 messages; what it says of
+// the key is this key's failure in this home, and not the token's.
 func unsigned(err error) error {
 	var rv ck.Error
 	if !errors.As(err, &rv) || errors.Is(err, signer.ErrUnavailable) || errors.Is(err, signer.ErrThrottled) {
 		return err
+	}
+	switch uint(rv) {
+	case ck.CKR_DATA_INVALID, ck.CKR_DATA_LEN_RANGE:
+		return err
+	case ck.CKR_KEY_SIZE_RANGE, ck.CKR_KEY_TYPE_INCONSISTENT, ck.CKR_KEY_FUNCTION_NOT_PERMITTED, ck.CKR_MECHANISM_INVALID, ck.CKR_MECHANISM_PARAM_INVALID:
+		return fmt.Errorf("%w: %w: %w", signer.ErrNotFound, errUnsigned, err)
 	}
 	return fmt.Errorf("%w: %w", errUnsigned, err)
 }

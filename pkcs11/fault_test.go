@@ -192,6 +192,21 @@ func TestGeneralErrorIsNoDeviceError(t *testing.T) {
 	}
 }
 
+// TestDataFaultIsFinal: what a token says of the data, whose length a client chooses for Ed25519, must not count against the token; what it says of
+// a key must not count against its other keys.
+func TestDataFaultIsFinal(t *testing.T) {
+	tok, sh := faults(t, nil, nil)
+	k := generate(t, tok, "p256")
+	for code, final := range map[string]bool{"0x20": true, "0x21": true, "0x63": false, "0x68": false, "0x70": false} {
+		sh.ask("SIGN", code+":1")
+		err := signOnce(t.Context(), k)
+		if err == nil || errors.Is(err, signer.ErrUnavailable) == final || errors.Is(err, signer.ErrNotFound) == final {
+			t.Errorf("code %s: %v, want final %v", code, err, final)
+		}
+		mustSign(t, k)
+	}
+}
+
 // TestSessionFaultIsRetriedOnce: an operation that never gets a good session ends.
 func TestSessionFaultIsRetriedOnce(t *testing.T) {
 	tok, sh := faults(t, nil, nil)
