@@ -48,7 +48,7 @@ func (l *Lab) keyServerConfig() obj {
 	return obj{
 		"listen": site.KeyServer, "ops": obj{"listen": site.KeyServerOps}, "modules": []string{l.Token.Module}, "ca_dir": l.Path("key-ca"),
 		"tls":    obj{"cert": l.Path("keyserver", "cert.pem"), "key": l.Path("keyserver", "key.pem"), "ca": l.Path("keyserver", "ca.pem")},
-		"tokens": []obj{token}, "clients": clients,
+		"tokens": []obj{token}, "clients": clients, "legacy": obj{"decrypt": len(decrypt) > 0},
 		"control": l.Path("keyserver.sock"), "audit": obj{"mode": "required", "dir": l.Path("audit"), "key_file": l.Path("audit.key"), "checkpoint": "5s"},
 	}
 }
