@@ -6,6 +6,8 @@ import (
 	"log/slog"
 	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/keyhaven/keyhaven/keyless"
 	"github.com/keyhaven/keyhaven/signer"
@@ -42,6 +44,38 @@ func TestOperationLines(t *testing.T) {
 		if got != tt.want {
 			t.Errorf("%s: got %s, want %s", tt.name, got, tt.want)
 		}
+	}
+}
+
+// TestManyFailures: what one client has refused by the thousand does not drown the log, if the audit log keeps it.
+func TestManyFailures(t *testing.T) {
+	for _, tt := range []struct {
+		audited bool
+		want    int
+	}{{true, failureLines + 1}, {false, 1001}} {
+		synctest.Test(t, func(t *testing.T) {
+			var out bytes.Buffer
+			l := newOperationLog(slog.New(slog.NewTextHandler(&out, nil)), func() bool { return tt.audited })
+			ended, end := context.WithCancel(t.Context())
+			end()
+			record := func(n int, peer string) {
+				for range n {
+					l.Record(signer.Record{Op: "sign", Peer: peer, Result: signer.ResultRefused, Cause: signer.CauseRate})
+				}
+				l.queue.Run(ended)
+			}
+			record(1000, "loud")
+			record(1, "other")
+			if got := strings.Count(out.String(), "\n"); got != tt.want {
+				t.Errorf("audit %v: got %d lines, want %d", tt.audited, got, tt.want)
+			}
+			out.Reset()
+			time.Sleep(refusalWindow)
+			record(1, "loud")
+			if told := strings.Contains(out.String(), "left_out=940 "); told != tt.audited {
+				t.Errorf("audit %v: got %s", tt.audited, out.String())
+			}
+		})
 	}
 }
 

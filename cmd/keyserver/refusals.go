@@ -20,8 +20,8 @@ const (
 	refusalWindow = time.Minute
 	// strangerLines is how many refused strangers are logged in one window; all of them share it.
 	strangerLines = 10
-	// maxRefused bounds the clients of the own authority that have a limit of their own.
-	maxRefused = 256
+	// maxWindows bounds what has a limit of its own.
+	maxWindows = 256
 )
 
 // refusals logs who is refused a connection. A client that the authority has named is logged once in a window for each reason; all
@@ -30,7 +30,7 @@ type refusals struct {
 	logger *slog.Logger
 
 	mu        sync.Mutex // guards the rest
-	clients   map[string]*window
+	clients   windows
 	strangers window
 }
 
@@ -55,8 +55,24 @@ func (w *window) take(now time.Time, limit int) (ok bool, leftOut int) {
 	return true, leftOut
 }
 
+// windows are those of several things that lines are about.
+type windows map[string]*window
+
+// of returns the window of a thing, or nil if there are too many things.
+func (ws windows) of(thing string, now time.Time) *window {
+	w := ws[thing]
+	if w == nil && len(ws) >= maxWindows {
+		maps.DeleteFunc(ws, func(_ string, w *window) bool { return now.Sub(w.start) >= refusalWindow })
+	}
+	if w == nil && len(ws) < maxWindows {
+		w = new(window)
+		ws[thing] = w
+	}
+	return w
+}
+
 func newRefusals(l *slog.Logger) *refusals {
-	return &refusals{logger: l, clients: map[string]*window{}}
+	return &refusals{logger: l, clients: windows{}}
 }
 
 // refused logs a connection that was refused. The identity is what the certificate says; that the peer has the key of it was not
@@ -101,16 +117,8 @@ func (r *refusals) take(named bool, reason string) (ok bool, leftOut int) {
 	if !named {
 		return r.strangers.take(now, strangerLines)
 	}
-	w := r.clients[reason]
-	if w == nil && len(r.clients) >= maxRefused {
-		maps.DeleteFunc(r.clients, func(_ string, w *window) bool { return now.Sub(w.start) >= refusalWindow })
+	if w := r.clients.of(reason, now); w != nil {
+		return w.take(now, 1)
 	}
-	if w == nil && len(r.clients) >= maxRefused {
-		return r.strangers.take(now, strangerLines)
-	}
-	if w == nil {
-		w = new(window)
-		r.clients[reason] = w
-	}
-	return w.take(now, 1)
+	return r.strangers.take(now, strangerLines)
 }

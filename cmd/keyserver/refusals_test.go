@@ -105,14 +105,14 @@ func TestRefusalWindows(t *testing.T) {
 		if got := lines(1, client(1)); !strings.Contains(got, "left_out=4") {
 			t.Errorf("got %s", got)
 		}
-		for n := range 2 * maxRefused {
+		for n := range 2 * maxWindows {
 			lines(1, client(n))
 		}
-		if got := len(r.clients); got != maxRefused {
-			t.Errorf("%d clients are remembered, want %d", got, maxRefused)
+		if got := len(r.clients); got != maxWindows {
+			t.Errorf("%d clients are remembered, want %d", got, maxWindows)
 		}
 		time.Sleep(refusalWindow)
-		lines(1, client(2*maxRefused))
+		lines(1, client(2*maxWindows))
 		if got := len(r.clients); got != 1 {
 			t.Errorf("%d clients are remembered long after, want 1", got)
 		}
