@@ -382,11 +382,11 @@ func TestReloadUnderLoad(t *testing.T) {
 		{"the authority less", base},
 	} {
 		s.write("ks.yaml", 0o600, tt.text)
-		l.more(50)
+		l.more(20)
 		if code, out := s.try("reload", "--config", cfg); code != 0 {
 			t.Errorf("%s: got %d, %s", tt.name, code, out)
 		}
-		l.more(50)
+		l.more(20)
 		if t.Failed() {
 			t.Fatalf("%s: failed", tt.name)
 		}
