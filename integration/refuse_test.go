@@ -11,6 +11,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
@@ -134,6 +135,9 @@ func TestJoinTokens(t *testing.T) {
 	for _, p := range []*lab.Process{w.EdgeProc, w.Sites[0].Connector, w.KeyServer} {
 		for _, file := range []string{"cmdline", "environ"} {
 			b, err := os.ReadFile(fmt.Sprintf("/proc/%d/%s", p.PID(), file))
+			if p == w.KeyServer && errors.Is(err, fs.ErrPermission) {
+				continue // it shows its memory to the system's root alone, who is not the root of a user namespace
+			}
 			must(t, err)
 			if bytes.Contains(b, bytes.TrimSpace(token)) || bytes.Contains(b, []byte(w.Token.PIN)) {
 				t.Errorf("%s shows a secret in its %s", p.Name(), file)

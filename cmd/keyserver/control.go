@@ -10,6 +10,8 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"slices"
+	"syscall"
 	"time"
 
 	"github.com/keyhaven/keyhaven/internal/unixsock"
@@ -31,6 +33,7 @@ type control struct {
 	http    *http.Server
 	logger  *slog.Logger
 	allowed func(uid uint32) bool
+	workers func() []int // process ids
 }
 
 type connKey struct{}
@@ -45,7 +48,7 @@ func (s *server) listenControl(path string) (*control, error) {
 		return nil, fmt.Errorf("control: %w", err)
 	}
 	own := uint32(os.Geteuid())
-	c := &control{ln: ln, logger: s.logger, allowed: func(uid uint32) bool { return uid == 0 || uid == own }}
+	c := &control{ln: ln, logger: s.logger, allowed: func(uid uint32) bool { return uid == 0 || uid == own }, workers: s.keys.workers}
 	c.http = &http.Server{
 		Handler: c.guard(s.controlAPI()), ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second,
 		WriteTimeout: controlTimeout + 5*time.Second, IdleTimeout: time.Minute, MaxHeaderBytes: controlHeader,
@@ -87,6 +90,17 @@ func (c *control) close() {
 	}
 }
 
+// byWorker reports whether the caller is a worker, or was started by one: those run as the same user as the server, with a module's code in them. A
+// caller that has ended meanwhile belongs to nobody.
+func (c *control) byWorker(conn net.Conn) bool {
+	pid, err := unixsock.PeerPID(conn)
+	if err != nil {
+		return true
+	}
+	group, err := syscall.Getpgid(pid)
+	return err == nil && slices.Contains(c.workers(), group) // each worker leads a group of its own
+}
+
 // guard refuses callers who may not, and requests that a web page could have made.
 func (c *control) guard(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -96,6 +110,11 @@ func (c *control) guard(next http.Handler) http.Handler {
 			c.logger.Warn("caller of the control socket refused", "uid", uid, "err", err)
 			w.Header().Set("Connection", "close")
 			answer(w, http.StatusForbidden, controlError{fmt.Sprintf("user %d may not control this server; use root, or the user that it runs as", uid)})
+			return
+		}
+		if c.byWorker(conn) {
+			c.logger.Warn("worker process at the control socket refused")
+			answer(w, http.StatusForbidden, controlError{"worker processes may not control the server"})
 			return
 		}
 		if r.Header.Get("Origin") != "" || r.Header.Get("Sec-Fetch-Site") != "" || r.Host != controlHost {

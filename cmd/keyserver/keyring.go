@@ -11,6 +11,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/keyhaven/keyhaven/pkcs11/worker"
 	"github.com/keyhaven/keyhaven/signer"
 )
 
@@ -381,4 +382,18 @@ func (r *keyring) close() error {
 	wg.Wait()
 	r.closing.Wait()
 	return errors.Join(errs...)
+}
+
+// workers returns the process ids of all workers.
+func (r *keyring) workers() (pids []int) {
+	for _, p := range r.present() {
+		if pool, ok := p.backend.(*worker.Pool); ok {
+			for _, w := range pool.Stats().Workers {
+				if w.PID != 0 {
+					pids = append(pids, w.PID)
+				}
+			}
+		}
+	}
+	return pids
 }

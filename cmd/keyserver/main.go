@@ -87,6 +87,9 @@ func newCheck() *cobra.Command {
 
 // run serves until ctx ends.
 func run(ctx context.Context, o loadOptions, logger *slog.Logger) error {
+	if err := protect(); err != nil {
+		return err
+	}
 	o.quotas = new(signer.Quotas)
 	p, err := load(o, logger)
 	if err != nil {
