@@ -67,6 +67,14 @@ func run(ctx context.Context, o options) (err error) {
 	if err := b.start(ctx); err != nil {
 		return err
 	}
+	measured := b.parts(ctx)
+	r.print(os.Stdout)
+	return errors.Join(measured, r.write(o.out))
+}
+
+// parts measures what was asked for. What was measured before a part failed stands in the report.
+func (b *bench) parts(ctx context.Context) error {
+	o, r := b.options, b.report
 	for _, p := range parts {
 		if len(o.only) > 0 && !slices.Contains(o.only, p.name) {
 			continue
@@ -79,16 +87,7 @@ func run(ctx context.Context, o options) (err error) {
 			return fmt.Errorf("%s: %w", p.name, err)
 		}
 	}
-	r.print(os.Stdout)
-	if o.out == "" {
-		fmt.Println()
-		return r.jsonLines(os.Stdout)
-	}
-	f, err := os.Create(o.out)
-	if err != nil {
-		return err
-	}
-	return errors.Join(r.jsonLines(f), f.Close())
+	return nil
 }
 
 // A part can be chosen with --only.

@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -195,4 +196,17 @@ func output(name string, args ...string) string {
 		return "unknown"
 	}
 	return strings.TrimSpace(string(b))
+}
+
+// write writes the lines of JSON to a file, or to standard output if it has no name.
+func (r *report) write(file string) error {
+	if file == "" {
+		fmt.Println()
+		return r.jsonLines(os.Stdout)
+	}
+	f, err := os.Create(file)
+	if err != nil {
+		return err
+	}
+	return errors.Join(r.jsonLines(f), f.Close())
 }

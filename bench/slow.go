@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"path/filepath"
 	"time"
 
@@ -31,7 +32,8 @@ var hsmSettings = obj{"workers": 2, "sessions": hsmServe * 3 / 4}
 
 // networkHSM puts the delaying module before the token.
 func (b *bench) networkHSM() (t token, end func() error, err error) {
-	dir := filepath.Join(b.dir, "network-hsm")
+	b.runs++
+	dir := filepath.Join(b.dir, fmt.Sprintf("network-hsm-%d", b.runs))
 	module, err := faultmodule.Build(dir)
 	if err != nil {
 		return token{}, nil, err
