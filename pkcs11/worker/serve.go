@@ -200,9 +200,9 @@ func (s *server) enqueue(j *job) error {
 func (s *server) work(ctx context.Context, token *pkcs11.Token, r *openRequest) {
 	s.token = token
 	n := token.Sessions()
-	// A thread that is inside the module keeps its processor until the runtime notices. With one for each session, and some for
-	// the socket, nobody waits for that.
-	runtime.GOMAXPROCS(max(n+2, runtime.GOMAXPROCS(0)))
+	// A thread that is inside the module keeps its processor until the runtime notices. With more processors than the machine has, nobody waits
+	// for that; with one for each session the idle ones cost more than they bring, where the module computes.
+	runtime.GOMAXPROCS(max(n/2+1, runtime.GOMAXPROCS(0)))
 	for range n + 1 { // the last is the keep-alive's
 		s.slots = append(s.slots, &slot{})
 	}
