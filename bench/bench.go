@@ -48,7 +48,8 @@ func (b *bench) start(ctx context.Context) (err error) {
 		return err
 	}
 	plan := lab.Plan{
-		Dir: b.dir, Bin: b.bin,
+		Quiet: true,
+		Dir:   b.dir, Bin: b.bin,
 		Edge: lab.EdgePlan{Tunnel: ports[0], Visitors: ports[1], Ops: ports[2]},
 		Sites: []lab.SitePlan{{Name: "site", KeyServer: ports[3], Origin: ports[4], Ops: ports[5],
 			Routes: []netip.Prefix{netip.MustParsePrefix("127.0.0.1/32")}}},

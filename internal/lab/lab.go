@@ -42,6 +42,8 @@ type Plan struct {
 	Zones []ZonePlan
 	// Sink, if set, gets each line that a process prints. If nil, the output goes to files, at no cost to the lab.
 	Sink func(process, line string)
+	// Quiet keeps the key server's lines for single operations out of its log, which take time of what is measured.
+	Quiet bool
 }
 
 // EdgePlan is the public side.

@@ -97,8 +97,12 @@ func allowEntry(hostPort string) obj {
 // makeProcesses prepares the programs, to be started by Start or one by one.
 func (l *Lab) makeProcesses(context.Context) error {
 	bin := func(prog string) string { return filepath.Join(l.Plan.Bin, prog) }
+	level := "debug" // which has a line for each signature, though the audit log has a record of it
+	if l.Plan.Quiet {
+		level = "warn"
+	}
 	l.KeyServer = l.process("keyserver", l.Plan.Sites[0].NS, bin("keyhaven-keyserver"), "run", "--config", l.Path("keyserver.yaml"), "--log-format", "json",
-		"--log-level", "debug") // which has a line for each signature, though the audit log has a record of it
+		"--log-level", level)
 	l.EdgeProc = l.process("edge", l.Plan.Edge.NS, bin("keyhaven-edge"), "run", "--config", l.Path("edge.yaml"))
 	for _, s := range l.Plan.Sites {
 		l.Sites = append(l.Sites, &Site{
