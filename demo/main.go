@@ -78,8 +78,10 @@ func run(ctx context.Context, check bool) (err error) {
 	if check {
 		return d.check(ctx)
 	}
+	fmt.Println("First, curl loops while each worker process, in which the HSM's module runs, is killed with kill -9.")
+	report("no visitor was turned away, and the key server lived on", d.workersKilled(ctx))
+	fmt.Println()
 	d.explain()
-	report("curl loops while each worker process that holds the HSM's module is killed with kill -9", d.workersKilled(ctx))
 	<-ctx.Done()
 	fmt.Println("\nStopping.")
 	return nil
@@ -218,6 +220,8 @@ does not prove that the private side is out of reach. Run the demo as root to se
 	for _, host := range []string{ecHost, rsaHost} {
 		fmt.Println("\n  " + d.curl(host))
 	}
+	fmt.Printf("\nThe worker processes, to kill one yourself:\n\n  %s token list --control %s\n",
+		filepath.Join(d.lab.Plan.Bin, "keyhaven-keyserver"), d.lab.Path("keyserver.sock"))
 	fmt.Print("\nEach full handshake takes one signature in the token, shown here as it happens. Ctrl-C ends the demo.\n\n")
 	d.sigs.show()
 }

@@ -14,7 +14,6 @@ type signatures struct {
 
 	mu    sync.Mutex // guards the fields below
 	shown bool
-	early []string // lines from before show
 	seen  []signature
 }
 
@@ -49,8 +48,6 @@ func (s *signatures) line(process, line string) {
 	}
 	if s.shown {
 		fmt.Println(r)
-	} else {
-		s.early = append(s.early, r.String())
 	}
 }
 
@@ -62,14 +59,11 @@ func (r signature) String() string {
 	return fmt.Sprintf("%s: key %s, %.2f ms", out, r.SKI[:min(8, len(r.SKI))], float64(r.Dur)/1e6)
 }
 
-// show prints what came before and from now on each signature as it happens.
+// show prints each signature as it happens, from now on.
 func (s *signatures) show() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for _, l := range s.early {
-		fmt.Println(l)
-	}
-	s.early, s.shown = nil, true
+	s.shown = true
 }
 
 // of returns the good signatures for a name so far.
