@@ -2,6 +2,7 @@ package pkcs11
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto"
 	"crypto/ecdsa"
@@ -283,6 +284,10 @@ func (k *key) locate(ctx context.Context, s *session) (*location, error) {
 		return nil, fmt.Errorf("find the key again: %w", err)
 	}
 	if len(handles) == 0 {
+		// Who is not logged in sees no private keys: the login may have gone since it was looked at.
+		if info, err := t.m.sessionInfo(s); err != nil || !loggedIn(info) {
+			return nil, cmp.Or[error](err, ck.Error(ck.CKR_USER_NOT_LOGGED_IN))
+		}
 		// Modules have been seen to forget all that is on the token when it was away for a moment; a new process finds it again.
 		all, err := t.m.find(s, template[:1])
 		if err == nil && len(all) == 0 {

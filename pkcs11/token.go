@@ -201,7 +201,7 @@ func (t *Token) ensureLogin(ctx context.Context, s *session) error {
 	if err != nil {
 		return err
 	}
-	if info.State == ck.CKS_RO_USER_FUNCTIONS || info.State == ck.CKS_RW_USER_FUNCTIONS {
+	if loggedIn(info) {
 		return nil
 	}
 	leave, err := t.leave(ctx)
@@ -229,6 +229,11 @@ func (t *Token) logInLocked(s *session, leave Leave) error {
 		return t.refuseLocked(err)
 	}
 	return err
+}
+
+// loggedIn reports whether the session is one of a user who is logged in.
+func loggedIn(info ck.SessionInfo) bool {
+	return info.State == ck.CKS_RO_USER_FUNCTIONS || info.State == ck.CKS_RW_USER_FUNCTIONS
 }
 
 // checkTries keeps a PIN that may be wrong from locking the token. The caller holds the login gate.
