@@ -196,12 +196,12 @@ func (b *Backend) leaveAlone(ctx context.Context) error {
 // ask sends a request and returns the answer's body. doing and hint are for the error. If the server does not accept the login, it
 // asks once more with a new one.
 func (b *Backend) ask(ctx context.Context, doing, hint string, send func(context.Context, *api.Logical) (*api.Response, error)) (*answer, error) {
-	own, cancel := context.WithTimeout(ctx, b.cfg.Timeout)
-	defer cancel()
-	l, err := b.session.currentOrNext(own)
+	l, err := b.session.current()
 	if err != nil {
 		return nil, err
 	}
+	own, cancel := context.WithTimeout(ctx, b.cfg.Timeout)
+	defer cancel()
 	for range 2 {
 		a, err := collect(send(own, l.client.Logical()))
 		if err != nil {

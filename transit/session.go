@@ -73,20 +73,6 @@ func (s *session) current() (*login, error) {
 	return nil, unavailable("not logged in to %s", s.home)
 }
 
-// currentOrNext is current, but waits for the login that follows one that ended.
-func (s *session) currentOrNext(ctx context.Context) (*login, error) {
-	l, err := s.current()
-	if err == nil {
-		return l, nil
-	}
-	if old := s.cur.Load(); old != nil {
-		if next, _ := s.refresh(ctx, old); next != nil {
-			return next, nil
-		}
-	}
-	return nil, err
-}
-
 func (s *session) ended() bool {
 	at := s.expires.Load()
 	return at != 0 && time.Now().UnixNano() >= at

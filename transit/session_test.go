@@ -112,7 +112,7 @@ func TestLoginBacksOff(t *testing.T) {
 	})
 }
 
-// A login that ended before its timers noticed is asked for anew by the first who looks, who does not wait for it.
+// A login that ended before its timers noticed is asked for anew by the first operation, which does not wait for it.
 func TestEndedLoginAsksForANewOne(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := new(scripted)
@@ -130,27 +130,6 @@ func TestEndedLoginAsksForANewOne(t *testing.T) {
 		time.Sleep(time.Second)
 		if _, err := s.current(); err != nil || !s.healthy() {
 			t.Errorf("got %v", err)
-		}
-	})
-}
-
-// An operation waits for the login that follows one that ended, instead of failing because it came a moment too early.
-func TestOperationWaitsForTheNextLogin(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		m := new(scripted)
-		s, end := runs(t, m)
-		defer end()
-		time.Sleep(time.Minute)
-		old := s.cur.Load()
-		s.expires.Store(time.Now().UnixNano())
-		if l, err := s.currentOrNext(t.Context()); err != nil || l == old {
-			t.Errorf("got the login that ended: %v, %v; want the next", l == old, err)
-		}
-		m.fails.Store(true)
-		time.Sleep(time.Hour)
-		s.expires.Store(time.Now().UnixNano())
-		if _, err := s.currentOrNext(t.Context()); !errors.Is(err, signer.ErrUnavailable) {
-			t.Errorf("while logins fail: got %v, want ErrUnavailable", err)
 		}
 	})
 }
