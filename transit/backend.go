@@ -223,7 +223,11 @@ func (b *Backend) ask(ctx context.Context, doing, hint string, send func(context
 		}
 		next, again := b.session.refresh(own, l)
 		if next == nil {
-			if again != nil && ctx.Err() == nil {
+			switch {
+			case again == nil || ctx.Err() != nil:
+			case own.Err() != nil:
+				err = unavailable("%s: no new login within %s", b.name, b.cfg.Timeout)
+			default:
 				err = again
 			}
 			return a, err
