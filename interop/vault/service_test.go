@@ -152,6 +152,7 @@ func handshake(a *authority, client *keyless.Client, pub crypto.PublicKey, versi
 	defer s.Close()
 	served := make(chan error, 1)
 	go func() {
+		defer s.Close() // or a visitor that writes waits for ever for a server that has failed
 		served <- tls.Server(s, &tls.Config{Certificates: []tls.Certificate{cert}, MinVersion: version, MaxVersion: version}).Handshake()
 	}()
 	conn := tls.Client(c, &tls.Config{RootCAs: a.pool, ServerName: "www.example.com", MinVersion: version, MaxVersion: version})
