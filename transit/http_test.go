@@ -213,6 +213,25 @@ func TestReadBounded(t *testing.T) {
 	}
 }
 
+// A login that does not come in a request's time is the server's failure, for which another home is asked, and not the end of the caller's time.
+func TestNoNewLoginInTime(t *testing.T) {
+	f := newFake(t)
+	cfg := f.config()
+	cfg.Timeout = 300 * time.Millisecond
+	f.sign = func(w http.ResponseWriter, _ *http.Request, _ *signRequest) {
+		f.silent.Store(true)
+		http.Error(w, `{"errors":["permission denied"]}`, http.StatusForbidden)
+	}
+	b, k := f.open(cfg)
+	_, err := k.Sign(t.Context(), p256, make([]byte, 32))
+	if !errors.Is(err, signer.ErrUnavailable) || errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("got %v, want ErrUnavailable", err)
+	}
+	if err := b.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
 // The configuration's secrets are in no line of the log and in no form of the backend.
 func TestCanary(t *testing.T) {
 	var log bytes.Buffer

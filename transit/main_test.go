@@ -35,6 +35,8 @@ type fake struct {
 	http  *httptest.Server
 	dir   string
 	signs atomic.Int64
+	// silent has logins go unanswered.
+	silent atomic.Bool
 	// sign answers requests to sign in place of right. It may be set before the first request.
 	sign func(w http.ResponseWriter, r *http.Request, req *signRequest)
 	// info is merged into what keys/web says.
@@ -55,7 +57,11 @@ func newFake(t testing.TB) *fake {
 
 func (f *fake) handler() http.Handler {
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /v1/auth/token/lookup-self", func(w http.ResponseWriter, _ *http.Request) {
+	mux.HandleFunc("GET /v1/auth/token/lookup-self", func(w http.ResponseWriter, r *http.Request) {
+		if f.silent.Load() {
+			<-r.Context().Done()
+			return
+		}
 		tell(w, map[string]any{"data": map[string]any{"ttl": 0, "expire_time": nil}})
 	})
 	mux.HandleFunc("GET /v1/transit/keys/{name}", func(w http.ResponseWriter, r *http.Request) {
