@@ -16,7 +16,7 @@ LDFLAGS = -s -w
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: ## install what tests and demo need and the machine lacks (SoftHSM2, curl, openssl, iproute2)
+setup: ## install what tests and demo need and the machine lacks (SoftHSM2, curl, openssl, iproute2, …)
 	@./scripts/setup
 
 build: ## compile the three programs into bin/
