@@ -301,7 +301,7 @@ func usagesOf(kind Kind) []x509.ExtKeyUsage {
 	switch kind {
 	case KindEdge:
 		return []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth}
-	case KindConnector:
+	case KindConnector, KindOperator:
 		return []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}
 	default:
 		return []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}

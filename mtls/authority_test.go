@@ -198,6 +198,7 @@ func TestIssue(t *testing.T) {
 		{KindEdge, 0, 30 * 24 * time.Hour, true, true},
 		{KindConnector, 0, 24 * time.Hour, true, false},
 		{KindKeyServer, 0, 30 * 24 * time.Hour, false, true},
+		{KindOperator, 0, 30 * 24 * time.Hour, true, false},
 		{KindConnector, time.Minute, time.Minute, true, false},
 	} {
 		before := time.Now()

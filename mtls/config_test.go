@@ -83,6 +83,7 @@ func TestServerRefuses(t *testing.T) {
 		{"not yet valid", good, forged(func(c *x509.Certificate) { c.NotBefore = time.Now().Add(time.Minute) }), nil, "not yet valid"},
 		{"another authority of the same name", good, edge.as(forge(t, impostor, id, func(*x509.Certificate) {})), nil, "unknown authority"},
 		{"key server's certificate", good, edge.as(forge(t, a, testID(KindKeyServer, "k1"), func(*x509.Certificate) {})), nil, "incompatible key usage"},
+		{"operator's certificate", good, edge.as(forge(t, a, testID(KindOperator, "o1"), func(*x509.Certificate) {})), nil, "not of an admitted kind"},
 		{"server's usage", good, forged(func(c *x509.Certificate) { c.ExtKeyUsage = usagesOf(KindKeyServer) }), nil, "incompatible key usage"},
 		{"another kind", good, edge.as(forge(t, a, testID(KindEdge, "c1"), func(*x509.Certificate) {})), ErrRefused, ""},
 		{"no URI", good, forged(func(c *x509.Certificate) { c.URIs = nil }), ErrNoIdentity, ""},

@@ -14,11 +14,12 @@ import (
 // Kind is the role that an identity plays.
 type Kind string
 
-// The kinds of program that hold an identity.
+// The kinds of program, and of people, that hold an identity.
 const (
 	KindEdge      Kind = "edge"
 	KindConnector Kind = "connector"
 	KindKeyServer Kind = "keyserver"
+	KindOperator  Kind = "operator" // a person who administers edges; never opens tunnels, never signs
 )
 
 // Limits on the parts of an identity, in bytes.
@@ -37,7 +38,7 @@ var (
 	ErrRefused = errors.New("mtls: peer refused")
 )
 
-// Identity names one program of an installation. Its text form is
+// Identity names one program, or one operator, of an installation. Its text form is
 //
 //	spiffe://<trust-domain>/<kind>/<name>
 //
@@ -67,9 +68,9 @@ func (id Identity) Validate() error {
 		return err
 	}
 	switch id.Kind {
-	case KindEdge, KindConnector, KindKeyServer:
+	case KindEdge, KindConnector, KindKeyServer, KindOperator:
 	default:
-		return fmt.Errorf("mtls: identity kind %q is not one of edge, connector, keyserver", string(id.Kind))
+		return fmt.Errorf("mtls: identity kind %q is not one of edge, connector, keyserver, operator", string(id.Kind))
 	}
 	return checkName(id.Name)
 }

@@ -47,7 +47,7 @@ func TestParseIdentity(t *testing.T) {
 
 // FuzzParseIdentity stands for a peer whose certificate was signed by an authority that takes names from elsewhere.
 func FuzzParseIdentity(f *testing.F) {
-	for _, kind := range []Kind{KindEdge, KindConnector, KindKeyServer} {
+	for _, kind := range []Kind{KindEdge, KindConnector, KindKeyServer, KindOperator} {
 		f.Add(testID(kind, "a-1.b_c").String())
 	}
 	f.Add("spiffe://td/edge/%61?#")
@@ -146,7 +146,7 @@ func TestAcceptNobody(t *testing.T) {
 	id := testID(KindEdge, "e1")
 	for name, accept := range map[string]func(Identity) error{
 		"no kinds":          AcceptKinds(),
-		"other kinds":       AcceptKinds(KindConnector, KindKeyServer),
+		"other kinds":       AcceptKinds(KindConnector, KindKeyServer, KindOperator),
 		"no identities":     AcceptIdentities(),
 		"other identities":  AcceptIdentities(testID(KindConnector, "e1"), testID(KindEdge, "e2")),
 		"other trustdomain": AcceptIdentities(Identity{"other.test", KindEdge, "e1"}),

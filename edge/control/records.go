@@ -13,6 +13,8 @@ type VNet struct {
 	Name    string    `json:"name"`
 	Comment string    `json:"comment,omitempty"`
 	Created time.Time `json:"created"`
+	// MaxFlows bounds the open flows into the network, on each edge. Zero: no bound.
+	MaxFlows int `json:"max_flows,omitempty"`
 }
 
 // A Tunnel is the way to one private site. Any number of connectors serve it.
@@ -21,6 +23,8 @@ type Tunnel struct {
 	Name    string    `json:"name"`
 	Comment string    `json:"comment,omitempty"`
 	Created time.Time `json:"created"`
+	// MaxFlows bounds the open flows through the tunnel, on each edge. Zero: no bound.
+	MaxFlows int `json:"max_flows,omitempty"`
 }
 
 // A Connector is an enrolled identity, spiffe://<trust domain>/connector/<name>.
