@@ -28,6 +28,9 @@ func (z *Zone) loadCertificates(c *Config, r *report, now time.Time) (warnings [
 	files := c.Certificates
 	key := func(i int) string { return fmt.Sprintf("certificates[%d]", i) }
 	switch {
+	case c.CertificatePEM != "":
+		z.inlineCertificate(c, r)
+		files = nil
 	case c.Certificate != "" && len(files) > 0:
 		r.fault("certificate", "is given beside certificates; put the file into that list")
 		return nil
@@ -48,6 +51,8 @@ func (z *Zone) loadCertificates(c *Config, r *report, now time.Time) (warnings [
 			continue
 		}
 		z.Certificates = append(z.Certificates, cert)
+	}
+	for _, cert := range z.Certificates {
 		warnings = append(warnings, z.remarks(cert, now)...)
 	}
 	rsaKey := slices.ContainsFunc(z.Certificates, func(c *Certificate) bool { _, ok := c.Leaf.PublicKey.(*rsa.PublicKey); return ok })
@@ -66,6 +71,32 @@ func (z *Zone) loadChain(file string) (*Certificate, error) {
 	if err != nil {
 		return nil, err
 	}
+	return z.checkChain(file, chain)
+}
+
+// inlineName stands for the file of a chain that is in the configuration itself.
+const inlineName = "certificate_pem"
+
+func (z *Zone) inlineCertificate(c *Config, r *report) {
+	if c.Certificate != "" || len(c.Certificates) > 0 {
+		r.fault(inlineName, "is given beside a certificate file; a zone has one or the other")
+		return
+	}
+	chain, err := parseChain(inlineName, []byte(c.CertificatePEM))
+	if err != nil {
+		r.fault(inlineName, "%v", err)
+		return
+	}
+	cert, err := z.checkChain(inlineName, chain)
+	if err != nil {
+		r.fault(inlineName, "%v", err)
+		return
+	}
+	z.Certificates = append(z.Certificates, cert)
+}
+
+// checkChain checks a chain that was found in file.
+func (z *Zone) checkChain(file string, chain []*x509.Certificate) (_ *Certificate, err error) {
 	c := &Certificate{File: file, Leaf: chain[0]}
 	for _, cert := range chain {
 		c.Chain = append(c.Chain, cert.Raw)
@@ -149,6 +180,14 @@ func readChain(file string) ([]*x509.Certificate, error) {
 	data, err := readFile(file)
 	if err != nil {
 		return nil, err
+	}
+	return parseChain(file, data)
+}
+
+// parseChain is [readChain] for what was read.
+func parseChain(file string, data []byte) ([]*x509.Certificate, error) {
+	if len(data) > maxChainFile {
+		return nil, errors.New(file + " is larger than 1 MiB")
 	}
 	var chain []*x509.Certificate
 	for {

@@ -9,14 +9,22 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+
+	"github.com/keyhaven/keyhaven/edge/spec"
 )
 
 // An Upstream is a compiled [Origin]. It is immutable.
 type Upstream struct {
 	Path string // prefix without a slash at its end; "" fits every path
 	VNet string
-	Host string // name or address to dial
+	Host string // name or address to dial; "" with Pool or Tunnel
 	Port uint16
+	// Pool names a pool of endpoints, Tunnel a tunnel whose ingress answers, instead of the address.
+	Pool, Tunnel string
+	// ProxyProtocol is "", "v1" or "v2".
+	ProxyProtocol string
+	// Carrier is "", "quic" or "tcp".
+	Carrier string
 	// TLS is nil for http. It must be cloned before use.
 	TLS *tls.Config
 	H2C bool
@@ -24,8 +32,24 @@ type Upstream struct {
 	HostHeader string
 }
 
-// Addr returns host:port.
-func (u *Upstream) Addr() string { return net.JoinHostPort(u.Host, strconv.Itoa(int(u.Port))) }
+// Addr returns host:port, or what stands for it in a URL.
+func (u *Upstream) Addr() string {
+	switch {
+	case u.Pool != "":
+		return "pool"
+	case u.Tunnel != "":
+		return "ingress"
+	}
+	return net.JoinHostPort(u.Host, strconv.Itoa(int(u.Port)))
+}
+
+// Scheme returns "http" or "https".
+func (u *Upstream) Scheme() string {
+	if u.TLS != nil {
+		return "https"
+	}
+	return "http"
+}
 
 func (u *Upstream) matches(path string) bool {
 	return strings.HasPrefix(path, u.Path) && (len(path) == len(u.Path) || path[len(u.Path)] == '/')
@@ -56,7 +80,7 @@ func (o *Origin) compile(at string, r *report) (u *Upstream, ok bool) {
 		ok = false
 	}
 	ok = true
-	u = &Upstream{Path: strings.TrimSuffix(o.Path, "/"), VNet: o.VNet, H2C: o.H2C, HostHeader: o.Host}
+	u = &Upstream{Path: strings.TrimSuffix(o.Path, "/"), VNet: o.VNet, H2C: o.H2C, HostHeader: o.Host, ProxyProtocol: o.ProxyProtocol, Carrier: o.Carrier}
 	if o.Path != "" && (o.Path[0] != '/' || strings.ContainsAny(o.Path, "?#%\\; \t") || strings.Contains(o.Path, "//") || strings.Contains(o.Path+"/", "/./") || strings.Contains(o.Path+"/", "/../")) {
 		fault("path", "%q is not a plain path; it must begin with / and hold no dot segment, escape or delimiter", o.Path)
 	}
@@ -65,26 +89,14 @@ func (o *Origin) compile(at string, r *report) (u *Upstream, ok bool) {
 			fault("host", "%q: %v", o.Host, err)
 		}
 	}
-	t, err := url.Parse(o.URL)
-	if err != nil || (t.Scheme != "http" && t.Scheme != "https") || t.Hostname() == "" ||
-		t.User != nil || (t.Path != "" && t.Path != "/") || t.RawQuery != "" || t.Fragment != "" {
-		fault("url", "%q is not http://host:port or https://host:port", o.URL)
+	o.checkWay(fault)
+	var scheme string
+	if scheme = o.target(u, fault); scheme == "" {
 		return u, false
 	}
-	u.Host, u.Port = t.Hostname(), 80
-	if t.Scheme == "https" {
-		u.Port = 443
-	}
-	if p := t.Port(); p != "" {
-		n, err := strconv.ParseUint(p, 10, 16)
-		if err != nil || n == 0 {
-			fault("url", "%q: port %q is not a number from 1 to 65535", o.URL, p)
-		}
-		u.Port = uint16(n)
-	}
-	if t.Scheme == "http" {
+	if scheme == "http" {
 		if o.TLS != (OriginTLS{}) {
-			fault("tls", "the origin's url is http, so there is no TLS to configure")
+			fault("tls", "the origin is reached by http, so there is no TLS to configure")
 		}
 		return u, ok
 	}
@@ -103,6 +115,74 @@ func (o *Origin) compile(at string, r *report) (u *Upstream, ok bool) {
 		u.TLS.RootCAs = pool
 	}
 	return u, ok
+}
+
+// checkWay checks how the origin is reached.
+func (o *Origin) checkWay(fault func(key, format string, args ...any)) {
+	switch o.ProxyProtocol {
+	case "", spec.ProxyV1, spec.ProxyV2:
+	default:
+		fault("proxy_protocol", "%q is not v1 or v2", o.ProxyProtocol)
+	}
+	switch o.Carrier {
+	case "", "quic", "tcp":
+	default:
+		fault("carrier", "%q is not quic or tcp; leave it out to have it chosen by what is sent", o.Carrier)
+	}
+	if o.Pool == "" && o.Scheme != "" {
+		fault("scheme", "goes with pool; a url has its own, and a tunnel's ingress speaks http")
+	}
+	if o.URL == "" && o.VNet != "" {
+		fault("vnet", "goes with url; the endpoints of a pool have their own")
+	}
+	if o.URL == "" && o.ProxyProtocol != "" {
+		fault("proxy_protocol", "goes with url; set it at the pool, or at the tunnel's ingress rule")
+	}
+}
+
+// target fills in where u leads and returns the scheme, "" after a fault.
+func (o *Origin) target(u *Upstream, fault func(key, format string, args ...any)) (scheme string) {
+	n := 0
+	for _, s := range []string{o.URL, o.Pool, o.Tunnel} {
+		if s != "" {
+			n++
+		}
+	}
+	switch {
+	case n > 1:
+		fault("url", "an origin has exactly one of url, pool and tunnel")
+		return ""
+	case o.Tunnel != "":
+		u.Tunnel = o.Tunnel
+		return "http"
+	case o.Pool != "" && (o.Scheme == "" || o.Scheme == "http"):
+		u.Pool = o.Pool
+		return "http"
+	case o.Pool != "" && o.Scheme == "https":
+		u.Pool = o.Pool
+		return "https"
+	case o.Pool != "":
+		fault("scheme", "%q is not http or https", o.Scheme)
+		return ""
+	}
+	t, err := url.Parse(o.URL)
+	if err != nil || (t.Scheme != "http" && t.Scheme != "https") || t.Hostname() == "" ||
+		t.User != nil || (t.Path != "" && t.Path != "/") || t.RawQuery != "" || t.Fragment != "" {
+		fault("url", "%q is not http://host:port or https://host:port", o.URL)
+		return ""
+	}
+	u.Host, u.Port = t.Hostname(), 80
+	if t.Scheme == "https" {
+		u.Port = 443
+	}
+	if p := t.Port(); p != "" {
+		n, err := strconv.ParseUint(p, 10, 16)
+		if err != nil || n == 0 {
+			fault("url", "%q: port %q is not a number from 1 to 65535", o.URL, p)
+		}
+		u.Port = uint16(n)
+	}
+	return t.Scheme
 }
 
 func readPool(file string) (*x509.CertPool, error) {

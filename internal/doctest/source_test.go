@@ -102,6 +102,9 @@ func (s *source) walk(p *sourcePackage, name, prefix string, out map[string]stri
 	}
 	for _, f := range t.Fields.List {
 		tag := tagOf(f)
+		if tag == "-" {
+			continue // no key
+		}
 		if tag == "" {
 			return fmt.Errorf("%s.%s: field %v has no mapstructure tag", p.dir, name, f.Names)
 		}
@@ -124,11 +127,20 @@ func (s *source) field(p *sourcePackage, t ast.Expr, key string, out map[string]
 		}
 		return s.field(p, t.Elt, key+"[]", out)
 	case *ast.Ident:
+		if t.Name == "Duration" {
+			out[key] = "duration"
+			return nil
+		}
 		if word := plain[t.Name]; word != "" {
 			out[key] = word
 			return nil
 		}
 		return s.walk(p, t.Name, key+".", out)
+	case *ast.StarExpr:
+		return s.field(p, t.X, key, out)
+	case *ast.MapType:
+		out[key] = "map"
+		return nil
 	case *ast.SelectorExpr:
 		in := t.X.(*ast.Ident).Name
 		if in == "time" && t.Sel.Name == "Duration" {
@@ -148,7 +160,7 @@ func (s *source) field(p *sourcePackage, t ast.Expr, key string, out map[string]
 	return fmt.Errorf("%s: %s has a type that this test does not know", p.dir, key)
 }
 
-var plain = map[string]string{"string": "string", "bool": "bool", "int": "integer", "int64": "integer", "uint64": "integer", "float64": "number", "any": "any"}
+var plain = map[string]string{"string": "string", "bool": "bool", "int": "integer", "int64": "integer", "uint16": "integer", "uint64": "integer", "float64": "number", "any": "any"}
 
 func tagOf(f *ast.Field) string {
 	if f.Tag == nil {
