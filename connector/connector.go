@@ -19,6 +19,7 @@ import (
 
 	"github.com/keyhaven/keyhaven/mtls"
 	"github.com/keyhaven/keyhaven/tunnel"
+	"github.com/keyhaven/keyhaven/vnet"
 )
 
 // SessionsPerEdge is how many sessions are kept to each entry of Config.Edges.
@@ -39,8 +40,23 @@ type Config struct {
 	Edges []string
 	// Allow is what may be dialled. Nil permits nothing.
 	Allow *Allow
-	// MaxFlows bounds the flows at a time, over all sessions; further ones are refused. If zero, 8192.
-	MaxFlows int
+	// Limits bound the flows at a time; SetLimits changes them.
+	Limits Limits
+	// Carrier says over what sessions go: CarrierAuto (also if empty), CarrierQUIC or CarrierTCP.
+	Carrier string
+	// Bulk is how many sessions for bulk flows there may be to one edge, beside the main ones, if the edge asks for them.
+	// At most 8. If zero, none.
+	Bulk int
+	// Ingress serves the flows that are for this connector's own ingress. If nil, they are refused as unsupported.
+	Ingress Ingress
+	// OnConfig takes a configuration that an edge pushes. Its error's text goes back to the edge. Several edges may push
+	// the same version, at the same time. If nil, pushed configurations are refused as unsupported.
+	OnConfig func(ctx context.Context, version uint64, body []byte) error
+	// Resolvers are the name servers of single virtual networks, for their flows to host names. Networks that are not in
+	// it use Resolver.
+	Resolvers map[vnet.ID][]netip.AddrPort
+	// EdgesFile keeps the addresses of edges that edges told, for the next start. If empty, they are forgotten.
+	EdgesFile string
 	// DialTimeout bounds how long a destination may take to be resolved and connected. If zero, 10s.
 	DialTimeout time.Duration
 	// DrainTimeout is how long Run waits for open flows when its context ends. If zero, 30s.
@@ -144,7 +160,7 @@ func New(cfg Config) (*Connector, error) {
 		},
 	}
 	c.allow.Store(cfg.Allow)
-	c.SetMaxFlows(cfg.MaxFlows)
+	c.SetLimits(cfg.Limits)
 	hostname, err := os.Hostname()
 	if err != nil {
 		hostname = "unknown"
@@ -265,18 +281,14 @@ func (c *Connector) SetAllow(a *Allow) (cut int) {
 	return c.flows.sweep(a)
 }
 
-// SetMaxFlows changes how many flows there may be at a time; zero is the default. Open flows stay.
-func (c *Connector) SetMaxFlows(n int) {
-	if n <= 0 {
-		n = 8192
-	}
-	c.flows.max.Store(int64(n))
-}
+// SetLimits changes how many flows there may be at a time. Open flows stay; new ones are refused until there are fewer
+// than the limit.
+func (c *Connector) SetLimits(l Limits) { c.flows.set(l) }
 
 // Ready returns nil if at least one session takes flows, and else why none does.
 func (c *Connector) Ready(context.Context) error {
 	var last error
-	for _, s := range c.Status() {
+	for _, s := range c.Status().Sessions {
 		if s.State == StateConnected {
 			return nil
 		}
@@ -290,11 +302,12 @@ func (c *Connector) Ready(context.Context) error {
 	return last
 }
 
-// Status returns the state of every session, in the order of their indexes: four for each of Config.Edges.
-func (c *Connector) Status() []SessionStatus {
-	list := make([]SessionStatus, 0, len(c.lines))
+// Status describes the connector as it is now.
+func (c *Connector) Status() Status {
+	st := Status{Identity: c.cfg.Identity.Identity().String(), Version: c.cfg.Version, VNets: c.flows.limited()}
+	st.Flows, st.MaxFlows = c.flows.total()
 	for _, l := range c.lines {
-		list = append(list, l.snapshot())
+		st.Sessions = append(st.Sessions, l.snapshot())
 	}
-	return list
+	return st
 }

@@ -32,30 +32,21 @@ type flow struct {
 
 // flowSet bounds and remembers the flows of all sessions.
 type flowSet struct {
-	max  atomic.Int64
-	used atomic.Int64 // flows open or being dialled
+	counts
 
-	mu   sync.Mutex // guards the field below
-	open map[*flow]struct{}
+	openMu sync.Mutex // guards the field below
+	open   map[*flow]struct{}
 }
 
-// reserve takes room for a flow; release gives it back.
-func (s *flowSet) reserve() bool {
-	if s.used.Add(1) > s.max.Load() {
-		s.used.Add(-1)
-		return false
-	}
-	return true
+func (s *flowSet) len() int {
+	used, _ := s.total()
+	return used
 }
-
-func (s *flowSet) release() { s.used.Add(-1) }
-
-func (s *flowSet) len() int { return int(s.used.Load()) }
 
 // add remembers f if the list that holds at that moment permits it.
 func (s *flowSet) add(f *flow, allow *atomic.Pointer[Allow]) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
+	s.openMu.Lock()
+	defer s.openMu.Unlock()
 	if !f.target.permitted(allow.Load(), f.to) {
 		return false
 	}
@@ -67,15 +58,15 @@ func (s *flowSet) add(f *flow, allow *atomic.Pointer[Allow]) bool {
 }
 
 func (s *flowSet) remove(f *flow) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
+	s.openMu.Lock()
+	defer s.openMu.Unlock()
 	delete(s.open, f)
 }
 
 // sweep cuts the flows that a does not permit and returns how many.
 func (s *flowSet) sweep(a *Allow) (n int) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
+	s.openMu.Lock()
+	defer s.openMu.Unlock()
 	for f := range s.open {
 		if !f.target.permitted(a, f.to) {
 			f.cut(errWithdrawn)
@@ -93,27 +84,48 @@ type incoming interface {
 	Reject(tunnel.Result) error
 }
 
+// Ingress serves flows that are for the connector's own ingress, to their end. ctx ends with the session, or when the
+// connector cuts what is left.
+type Ingress interface {
+	ServeFlow(ctx context.Context, conn tunnel.Conn, f tunnel.Flow)
+}
+
 // handle answers one flow and serves it to its end. ctx ends with the session.
 func (c *Connector) handle(ctx context.Context, in incoming) {
-	start := time.Now()
-	if !c.flows.reserve() {
+	start, f := time.Now(), in.Flow()
+	if !c.flows.reserve(f.VNet) {
 		c.reject(in, errLimit, start)
 		return
 	}
+	// It is called before a refusal is sent, so that the edge, once it has that, finds room for another flow.
+	release := sync.OnceFunc(func() { c.flows.release(f.VNet) })
+	defer release()
+	var err error
+	switch f.Kind {
+	case tunnel.KindTCP, 0:
+		err = c.serveTCP(ctx, in, start)
+	default:
+		err = errKind
+	}
+	if err != nil {
+		release()
+		c.reject(in, err, start)
+	}
+}
+
+// serveTCP dials a flow's destination, accepts the flow, and serves it to its end. An error means that the flow is not
+// answered yet.
+func (c *Connector) serveTCP(ctx context.Context, in incoming, start time.Time) error {
 	origin, t, err := c.open(ctx, in)
 	if err != nil {
-		c.flows.release() // before the answer, so that the edge, once it has it, finds room for another
-		c.reject(in, err, start)
-		return
+		return err
 	}
-	defer c.flows.release()
 	ctx, cut := context.WithCancelCause(ctx)
 	defer cut(nil)
 	f := &flow{target: t, to: origin.RemoteAddr().(*net.TCPAddr).AddrPort(), cut: cut}
 	if !c.flows.add(f, &c.allow) {
 		origin.Close()
-		c.reject(in, errDenied, start)
-		return
+		return errDenied
 	}
 	defer c.flows.remove(f)
 	c.metrics.observe(tunnel.ResultOK, time.Since(start))
@@ -121,20 +133,18 @@ func (c *Connector) handle(ctx context.Context, in incoming) {
 	if err != nil {
 		origin.Close()
 		c.log.Debug("flow was given up before it began", "vnet", t.vnet, "to", f.to, "err", err)
-		return
+		return nil
 	}
 	counted := &countedConn{TCPConn: origin, in: c.metrics.fromOrigin, out: c.metrics.toOrigin}
 	if _, _, err := tunnel.Splice(ctx, conn, counted); err != nil {
 		c.log.Debug("flow was cut", "vnet", t.vnet, "to", f.to, "dur", time.Since(start), "err", err)
 	}
+	return nil
 }
 
 // open reads the destination and connects to it, within the time that the flow has and while the edge waits.
 func (c *Connector) open(ctx context.Context, in incoming) (*net.TCPConn, target, error) {
 	f := in.Flow()
-	if f.Kind != tunnel.KindTCP && f.Kind != 0 {
-		return nil, target{}, errKind
-	}
 	t, err := parseTarget(f)
 	if err != nil {
 		return nil, t, err

@@ -181,7 +181,7 @@ func loopbackOnly(t testing.TB) *Allow {
 }
 
 func allUp(c *Connector) bool {
-	for _, s := range c.Status() {
+	for _, s := range c.Status().Sessions {
 		if s.State != StateConnected {
 			return false
 		}
@@ -194,7 +194,7 @@ func TestFlows(t *testing.T) {
 	e := startEdge(t, authority, edgeID, "127.0.0.1:0")
 	reg := prometheus.NewRegistry()
 	resolver := names{"echo.example": {"127.0.0.1"}, "metadata.example": {"169.254.169.254"}}
-	c, _ := startConnector(t, Config{Identity: connID, Edges: []string{e.addr}, Resolver: resolver, Registerer: reg, MaxFlows: 2,
+	c, _ := startConnector(t, Config{Identity: connID, Edges: []string{e.addr}, Resolver: resolver, Registerer: reg, Limits: Limits{MaxFlows: 2},
 		Allow: mustAllow(t, Rule{To: "127.0.0.1", Ports: []Ports{AllPorts}}, Rule{To: "*.example", Ports: []Ports{AllPorts}})})
 	origin := echoServer(t)
 	_, port, _ := net.SplitHostPort(origin)
@@ -252,7 +252,7 @@ func TestFlows(t *testing.T) {
 	if _, err := e.open(t, origin); !errors.Is(err, tunnel.ErrLimit) {
 		t.Errorf("a third flow: got %v, want ErrLimit", err)
 	}
-	c.SetMaxFlows(3)
+	c.SetLimits(Limits{MaxFlows: 3})
 	conn, err := e.open(t, origin)
 	if err != nil {
 		t.Errorf("a third flow after the limit was raised: %v", err)

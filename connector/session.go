@@ -22,26 +22,6 @@ const (
 	maxEdgeAddrs = 8
 )
 
-// A SessionState is where one of the sessions stands.
-type SessionState string
-
-// The states.
-const (
-	StateConnecting SessionState = "connecting"
-	StateConnected  SessionState = "connected"
-	StateStopped    SessionState = "stopped"
-)
-
-// A SessionStatus describes one of the sessions that a connector keeps.
-type SessionStatus struct {
-	Edge   string // as configured
-	Index  int    // among all sessions of the connector
-	State  SessionState
-	Since  time.Time      // when the state began
-	Remote netip.AddrPort // of the edge, while connected
-	Err    error          // why the last attempt failed or the last session ended, while not connected
-}
-
 // A line is one of the sessions to one edge: it is dialled again whenever it is lost.
 type line struct {
 	c    *Connector

@@ -224,7 +224,7 @@ func TestOutage(t *testing.T) {
 		if err := c.Ready(t.Context()); err != nil {
 			t.Errorf("Ready: got %v, want nil", err)
 		}
-		for i, s := range c.Status() {
+		for i, s := range c.Status().Sessions {
 			if s.State != StateConnected || s.Index != i {
 				t.Errorf("session %d: got %+v, want it connected", i, s)
 			}
@@ -390,7 +390,7 @@ func TestAddresses(t *testing.T) {
 	}}
 	bubble(t, d, Config{Edges: []string{"edge.example"}, Resolver: resolver}, func(c *Connector, _ func()) {
 		synctest.Wait()
-		for _, s := range c.Status() {
+		for _, s := range c.Status().Sessions {
 			if s.State != StateConnected || s.Remote.String() != "192.0.2.2:7844" {
 				t.Errorf("got %+v, want all sessions at 192.0.2.2", s)
 			}
@@ -435,7 +435,7 @@ func TestIndexes(t *testing.T) {
 	d := &dials{answer: func(tunnel.DialConfig) (session, error) { return newFake(), nil }}
 	bubble(t, d, Config{Edges: []string{"192.0.2.1", "192.0.2.2", "192.0.2.3"}}, func(c *Connector, _ func()) {
 		synctest.Wait()
-		if got := len(c.Status()); got != 12 {
+		if got := len(c.Status().Sessions); got != 12 {
 			t.Errorf("%d sessions, want 12", got)
 		}
 		for i := range 12 {
@@ -494,7 +494,7 @@ func TestGrace(t *testing.T) {
 				t.Errorf("session %d: drained %v, cut %v, want both", a.reg.Index, a.s.drained, a.s.cut)
 			}
 		}
-		for _, s := range c.Status() {
+		for _, s := range c.Status().Sessions {
 			if s.State != StateStopped {
 				t.Errorf("session %d: got %s, want stopped", s.Index, s.State)
 			}

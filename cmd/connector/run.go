@@ -82,7 +82,7 @@ func run(cmd *cobra.Command) error {
 	}
 	registry := ops.NewRegistry()
 	c, err := connector.New(connector.Config{
-		Identity: src, Edges: s.edges, Allow: s.allow, MaxFlows: s.Limits.MaxFlows, DialTimeout: s.Limits.DialTimeout,
+		Identity: src, Edges: s.edges, Allow: s.allow, Limits: connector.Limits{MaxFlows: s.Limits.MaxFlows}, DialTimeout: s.Limits.DialTimeout,
 		DrainTimeout: s.Drain.Grace, Version: cli.Version(), Logger: log, Registerer: registry,
 	})
 	if err != nil {
@@ -139,7 +139,7 @@ func reload(cmd *cobra.Command, old *settings, log *slog.Logger, src *mtls.Sourc
 		return old
 	}
 	cut := c.SetAllow(s.allow)
-	c.SetMaxFlows(s.Limits.MaxFlows)
+	c.SetLimits(connector.Limits{MaxFlows: s.Limits.MaxFlows})
 	log.Info("configuration reloaded", "rules", s.allow.Len(), "flows_cut", cut)
 	if s.allow.Len() == 0 {
 		log.Warn("the allow-list is empty: every flow will be denied")

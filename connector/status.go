@@ -1,0 +1,47 @@
+package connector
+
+import (
+	"net/netip"
+	"time"
+)
+
+// A SessionState is where one of the sessions stands.
+type SessionState string
+
+// The states.
+const (
+	StateConnecting SessionState = "connecting"
+	StateConnected  SessionState = "connected"
+	StateStopped    SessionState = "stopped"
+)
+
+// A SessionStatus describes one of the sessions that a connector keeps.
+type SessionStatus struct {
+	Edge    string         `json:"edge"`  // as configured, or as an edge told it
+	Index   int            `json:"index"` // among all sessions of the connector
+	Role    string         `json:"role"`  // RoleMain or RoleBulk
+	State   SessionState   `json:"state"`
+	Since   time.Time      `json:"since,omitzero"`    // when the state began
+	Remote  netip.AddrPort `json:"remote,omitzero"`   // of the edge, while connected
+	Peer    string         `json:"peer,omitempty"`    // the edge's identity, while connected
+	Carrier string         `json:"carrier,omitempty"` // CarrierQUIC or CarrierTCP, while connected
+	RTT     time.Duration  `json:"rtt,omitempty"`     // in nanoseconds, while connected
+	Flows   int            `json:"flows"`
+	Err     error          `json:"-"`                // why the last attempt failed or the last session ended, while not connected
+	Error   string         `json:"error,omitempty"`  // Err as text
+	Remedy  string         `json:"remedy,omitempty"` // what a person has to do
+}
+
+// A Status describes a connector.
+type Status struct {
+	Identity      string          `json:"identity"`
+	Instance      string          `json:"instance"` // of this process
+	Version       string          `json:"version"`
+	Up            time.Time       `json:"up,omitzero"`    // since when there has been at least one session; zero: there is none
+	Edges         []string        `json:"edges"`          // that are dialled
+	ConfigVersion uint64          `json:"config_version"` // of the remote configuration in force; zero: none
+	Flows         int             `json:"flows"`
+	MaxFlows      int             `json:"max_flows"`
+	VNets         []VNetFlows     `json:"vnets,omitempty"` // with a limit of their own
+	Sessions      []SessionStatus `json:"sessions"`        // main ones in the order of their indexes, then bulk ones
+}
