@@ -20,16 +20,17 @@ const module = "github.com/keyhaven/keyhaven"
 // allowed is the table of docs/ARCHITECTURE.md: which packages of ours a package may import. A package's entry also
 // holds for its sub-packages. Besides, programs may import everything, and everything may import internal/….
 var allowed = map[string][]string{
-	"keyless":   {},
-	"signer":    {"keyless"},
-	"pkcs11":    {"signer", "keyless"},
-	"transit":   {"signer", "keyless"},
-	"mtls":      {},
-	"vnet":      {},
-	"tunnel":    {"mtls", "vnet"},
-	"connector": {"mtls", "tunnel", "vnet"},
-	"edge":      {"edge", "keyless", "mtls", "state", "tunnel", "vnet"},
-	"state":     {"state"},
+	"keyless":     {},
+	"signer":      {"keyless"},
+	"pkcs11":      {"signer", "keyless"},
+	"transit":     {"signer", "keyless"},
+	"mtls":        {},
+	"vnet":        {},
+	"tunnel":      {"mtls", "vnet"},
+	"ingressconf": {"vnet"},
+	"connector":   {"ingressconf", "mtls", "tunnel", "vnet"},
+	"edge":        {"edge", "ingressconf", "keyless", "mtls", "state", "tunnel", "vnet"},
+	"state":       {"state"},
 }
 
 // harness are the trees that wire or test the others.

@@ -41,7 +41,7 @@ type Options struct {
 
 // An Error is one fault of a configuration.
 type Error struct {
-	File string // empty for a fault of the environment
+	File string // empty for a fault of the environment, or of a document that is no file
 	Line int    // 1 is the first; 0 if it is not known
 	Key  string // such as zones[1].origin; empty for the whole file
 	Msg  string // what is wrong and what to do
@@ -56,6 +56,8 @@ func (e *Error) Error() string {
 			b.WriteString(strconv.Itoa(e.Line))
 		}
 		b.WriteString(": ")
+	} else if e.Line > 0 {
+		fmt.Fprintf(&b, "line %d: ", e.Line)
 	}
 	if e.Key != "" {
 		b.WriteString(e.Key)
@@ -136,14 +138,41 @@ func Load(dst any, o Options) (*File, error) {
 	if err := overlay(v, t.Elem(), o); err != nil {
 		return f, err
 	}
-	err := v.UnmarshalExact(dst, func(c *mapstructure.DecoderConfig) {
-		c.WeaklyTypedInput = false
-		c.ZeroFields = true // a list in the file replaces a default list, it does not merge with it
-		c.DecodeHook = mapstructure.ComposeDecodeHookFunc(
-			mapstructure.StringToTimeDurationHookFunc(),
-			mapstructure.TextUnmarshallerHookFunc())
-	})
+	if err := v.UnmarshalExact(dst, strict); err != nil {
+		return f, Errors{f.Errorf("", "%v", err)}
+	}
+	return f, nil
+}
+
+// strict makes the decoder guess nothing.
+func strict(c *mapstructure.DecoderConfig) {
+	c.WeaklyTypedInput = false
+	c.ZeroFields = true // a list in the file replaces a default list, it does not merge with it
+	c.DecodeHook = mapstructure.ComposeDecodeHookFunc(
+		mapstructure.StringToTimeDurationHookFunc(),
+		mapstructure.TextUnmarshallerHookFunc())
+}
+
+// Decode is [Load] for a document that did not come from a file, such as one that another program sent: YAML, or JSON,
+// which YAML contains. Its errors, and those of the File, have line and key, and no file name. The caller bounds the
+// document's size.
+func Decode(dst any, document []byte) (*File, error) {
+	t := reflect.TypeOf(dst)
+	if t == nil || t.Kind() != reflect.Pointer || t.Elem().Kind() != reflect.Struct {
+		return nil, fmt.Errorf("conf: dst is a %T, not a pointer to a struct", dst)
+	}
+	f := &File{lines: map[string]int{}}
+	m, err := f.parse(document, t.Elem())
 	if err != nil {
+		return f, err
+	}
+	c := &mapstructure.DecoderConfig{Result: dst, ErrorUnused: true}
+	strict(c)
+	d, err := mapstructure.NewDecoder(c)
+	if err != nil {
+		return f, fmt.Errorf("conf: %w", err)
+	}
+	if err := d.Decode(m); err != nil {
 		return f, Errors{f.Errorf("", "%v", err)}
 	}
 	return f, nil
@@ -230,7 +259,7 @@ func fromKubernetes(rest string) bool {
 
 var yamlLine = regexp.MustCompile(`line (\d+): (.*)`)
 
-// read parses the file and checks it against t.
+// read reads the file and checks it against t.
 func (f *File) read(t reflect.Type) (map[string]any, error) {
 	in, err := os.Open(f.path)
 	if err != nil {
@@ -244,6 +273,11 @@ func (f *File) read(t reflect.Type) (map[string]any, error) {
 	if len(b) > maxSize {
 		return nil, Errors{&Error{File: f.path, Msg: fmt.Sprintf("larger than %d bytes; is this the right file?", maxSize)}}
 	}
+	return f.parse(b, t)
+}
+
+// parse reads a document and checks it against t.
+func (f *File) parse(b []byte, t reflect.Type) (map[string]any, error) {
 	var doc yaml.Node
 	if err := yaml.Unmarshal(b, &doc); err != nil {
 		e := &Error{File: f.path, Msg: "not valid YAML: " + strings.TrimPrefix(err.Error(), "yaml: ")}
