@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/keyhaven/keyhaven/edge"
+	"github.com/keyhaven/keyhaven/edge/control"
 	"github.com/keyhaven/keyhaven/edge/zone"
 	"github.com/keyhaven/keyhaven/internal/conf"
 	"github.com/keyhaven/keyhaven/internal/ops"
@@ -203,17 +204,28 @@ func (c *config) vnetRefs() (refs []string) {
 	return refs
 }
 
-// vnetUsers describes what in the configuration uses a virtual network.
-func (c *config) vnetUsers(name, id string) (users []string) {
-	uses := func(ref string) bool { return ref == name || ref == id }
+// local is what the control is to know of the configuration.
+func (c *config) local() control.Local {
+	l := control.Local{Users: c.users}
 	for _, g := range c.Visitors.KeyServers {
-		if uses(g.VNet) {
-			users = append(users, fmt.Sprintf("key server group %q", g.Name))
+		l.KeyServers = append(l.KeyServers, g.Name)
+	}
+	return l
+}
+
+// users describes what in the configuration uses a thing.
+func (c *config) users(thing control.Thing, name, id string) (users []string) {
+	uses := func(is control.Thing, ref string) bool { return is == thing && ref != "" && (ref == name || ref == id) }
+	for _, g := range c.Visitors.KeyServers {
+		if uses(control.ThingVNet, g.VNet) {
+			users = append(users, fmt.Sprintf("key server group %q of the configuration file", g.Name))
 		}
 	}
 	for _, z := range c.Visitors.Zones {
-		if slices.ContainsFunc(z.Origins, func(o zone.Origin) bool { return uses(o.VNet) }) {
-			users = append(users, fmt.Sprintf("zone %q", z.Name))
+		if slices.ContainsFunc(z.Origins, func(o zone.Origin) bool {
+			return uses(control.ThingVNet, o.VNet) || uses(control.ThingTunnel, o.Tunnel) || uses(control.ThingPool, o.Pool)
+		}) {
+			users = append(users, fmt.Sprintf("zone %q of the configuration file", z.Name))
 		}
 	}
 	return users

@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/keyhaven/keyhaven/edge/control"
 	"github.com/keyhaven/keyhaven/mtls"
 )
 
@@ -181,11 +182,17 @@ func TestVNetUsers(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got := strings.Join(cfg.vnetUsers("default", "vn_x"), ", "); got != `key server group "hsm", zone "www"` {
+	const file = " of the configuration file"
+	if got := strings.Join(cfg.users(control.ThingVNet, "default", "vn_x"), ", "); got != `key server group "hsm"`+file+`, zone "www"`+file {
 		t.Errorf("users of the default network: %s", got)
 	}
-	if got := cfg.vnetUsers("red", "vn_y"); len(got) != 0 {
-		t.Errorf("users of red: %v", got)
+	for _, thing := range []control.Thing{control.ThingVNet, control.ThingTunnel, control.ThingPool} {
+		if got := cfg.users(thing, "red", ""); len(got) != 0 {
+			t.Errorf("users of the %s red: %v", thing, got)
+		}
+	}
+	if got := cfg.users(control.ThingTunnel, "default", ""); len(got) != 0 {
+		t.Errorf("users of a tunnel with a network's name: %v", got)
 	}
 	if got := cfg.vnetRefs(); len(got) != 1 || got[0] != "default" {
 		t.Errorf("networks named: %v", got)

@@ -141,7 +141,7 @@ func (p *process) open(ctx context.Context) (err error) {
 
 // use tells the control which networks the configuration uses, and the operator which of them do not exist.
 func (p *process) use(cfg *config) {
-	p.control.SetUsers(cfg.vnetUsers)
+	p.control.SetLocal(cfg.local())
 	for _, ref := range cfg.vnetRefs() {
 		if _, err := p.control.VNet(ref); err != nil {
 			p.log.Warn("the configuration uses a virtual network that does not exist", "vnet", ref, "remedy", "keyhaven-edge vnet add "+ref)

@@ -94,7 +94,7 @@ func vnetDefault() *cobra.Command {
 		Args:  cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return asked(cmd, func(c *admin.Client) error {
-				v, err := c.SetDefaultVNet(cmd.Context(), args[0])
+				v, err := c.SetVNet(cmd.Context(), args[0], control.VNetChange{Default: true})
 				if err != nil {
 					return err
 				}

@@ -84,7 +84,7 @@ func TestWholeAPI(t *testing.T) {
 	if !red.Default || red.Comment != "a comment" {
 		t.Errorf("AddVNet: %+v", red)
 	}
-	_, err = c.SetDefaultVNet(ctx, "default")
+	_, err = c.SetVNet(ctx, "default", control.VNetChange{Default: true})
 	must(t, err)
 	_, err = c.AddTunnel(ctx, "plant", "")
 	must(t, err)

@@ -133,9 +133,9 @@ func (c *Client) AddVNet(ctx context.Context, name, comment string, isDefault bo
 	return ask[control.VNetView](ctx, c, http.MethodPost, "/v1/vnets", nil, vnetRequest{name, comment, isDefault})
 }
 
-// SetDefaultVNet makes a network the default one.
-func (c *Client) SetDefaultVNet(ctx context.Context, ref string) (control.VNetView, error) {
-	return ask[control.VNetView](ctx, c, http.MethodPost, "/v1/vnets/"+url.PathEscape(ref)+"/default", nil, struct{}{})
+// SetVNet changes a network.
+func (c *Client) SetVNet(ctx context.Context, ref string, change control.VNetChange) (control.VNetView, error) {
+	return ask[control.VNetView](ctx, c, http.MethodPatch, "/v1/vnets/"+url.PathEscape(ref), nil, change)
 }
 
 // DeleteVNet deletes a network; with force, its routes too.

@@ -14,12 +14,11 @@ type api struct{ c *control.Control }
 // endpoints is the whole API.
 func endpoints(a api) []endpoint {
 	type methods = map[string]method
-	const get, post, del = http.MethodGet, http.MethodPost, http.MethodDelete
+	const get, post, patch, del = http.MethodGet, http.MethodPost, http.MethodPatch, http.MethodDelete
 	return []endpoint{
 		{"/v1/status", methods{get: {serve: a.status}}},
 		{"/v1/vnets", methods{get: {serve: a.listVNets}, post: {serve: a.addVNet}}},
-		{"/v1/vnets/{ref}", methods{get: {serve: a.getVNet}, del: {a.deleteVNet, []string{"force"}}}},
-		{"/v1/vnets/{ref}/default", methods{post: {serve: a.defaultVNet}}},
+		{"/v1/vnets/{ref}", methods{get: {serve: a.getVNet}, patch: {serve: a.setVNet}, del: {a.deleteVNet, []string{"force"}}}},
 		{"/v1/tunnels", methods{get: {serve: a.listTunnels}, post: {serve: a.addTunnel}}},
 		{"/v1/tunnels/{ref}", methods{get: {serve: a.getTunnel}, del: {a.deleteTunnel, []string{"force"}}}},
 		{"/v1/tunnels/{ref}/tokens", methods{post: {serve: a.createToken}}},
@@ -45,11 +44,12 @@ func (a api) addVNet(r *http.Request, _ url.Values) (any, error) {
 
 func (a api) getVNet(r *http.Request, _ url.Values) (any, error) { return a.c.VNet(r.PathValue("ref")) }
 
-func (a api) defaultVNet(r *http.Request, _ url.Values) (any, error) {
-	if err := body(r, &struct{}{}); err != nil {
+func (a api) setVNet(r *http.Request, _ url.Values) (any, error) {
+	var in control.VNetChange
+	if err := body(r, &in); err != nil {
 		return nil, err
 	}
-	return a.c.SetDefaultVNet(r.Context(), r.PathValue("ref"))
+	return a.c.SetVNet(r.Context(), r.PathValue("ref"), in)
 }
 
 func (a api) deleteVNet(r *http.Request, q url.Values) (any, error) {

@@ -52,7 +52,8 @@ type Control struct {
 	reg     *registry
 	flows   flows
 	started time.Time
-	users   atomic.Pointer[func(name, id string) []string]
+	publish publisher
+	local   atomic.Pointer[Local]
 
 	changing chan struct{} // holds a value while a change is being made
 	sightLog *sightings
@@ -78,7 +79,7 @@ func Open(ctx context.Context, cfg Config) (*Control, error) {
 		cfg.DialTimeout = defaultDialTimeout
 	}
 	c := &Control{cfg: cfg, log: cfg.Logger, model: newModel(), reg: newRegistry(), started: time.Now(),
-		changing: make(chan struct{}, 1), sightLog: newSightings(), dials: newDials()}
+		changing: make(chan struct{}, 1), sightLog: newSightings(), dials: newDials(), publish: newPublisher()}
 	if err := c.found(ctx); err != nil {
 		return nil, err
 	}
@@ -87,6 +88,7 @@ func Open(ctx context.Context, cfg Config) (*Control, error) {
 	ready := make(chan error, 1)
 	c.done.Go(func() { c.follow(run, ready) })
 	c.done.Go(func() { c.recordSightings(run) })
+	c.done.Go(func() { c.runPublisher(run) })
 	var err error
 	select {
 	case err = <-ready:
@@ -117,10 +119,6 @@ func (c *Control) Close() error {
 	c.done.Wait()
 	return nil
 }
-
-// SetUsers tells what else uses a virtual network, such as the zones of the configuration: f returns descriptions of
-// the users of the network with a name and id. It may be replaced at any time.
-func (c *Control) SetUsers(f func(name, id string) []string) { c.users.Store(&f) }
 
 // found writes the first records into an empty store and refuses a store of another schema.
 func (c *Control) found(ctx context.Context) error {
@@ -180,6 +178,7 @@ func (f *follower) reset(entries []state.Entry, _ state.Revision) error {
 	f.c.complain(bad)
 	f.c.sweep()
 	f.c.reroute()
+	f.c.publish.mark()
 	select {
 	case f.ready <- errors.Join(bad...):
 	default:
@@ -190,7 +189,7 @@ func (f *follower) reset(entries []state.Entry, _ state.Revision) error {
 // apply takes one event. The generation record comes last in each transaction, so a change is applied as a whole or
 // not yet. Sightings stand alone.
 func (f *follower) apply(e state.Event) error {
-	d := delta{key: e.Key, value: e.Value}
+	d := delta{key: e.Key, value: e.Value, rev: e.Revision}
 	if e.Deleted {
 		d.value = nil
 	}
@@ -202,6 +201,9 @@ func (f *follower) apply(e state.Event) error {
 		}
 		if slices.ContainsFunc(f.pending, routes) {
 			f.c.reroute()
+		}
+		if slices.ContainsFunc(f.pending, publishes) {
+			f.c.publish.mark()
 		}
 		f.pending = nil
 	case strings.HasPrefix(e.Key, prefixSeen):

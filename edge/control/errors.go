@@ -23,6 +23,7 @@ const (
 	CodeTunnelDown   Code = "tunnel_down"   // the route's tunnel has no session that takes flows
 	CodeLimit        Code = "limit"         // a named bound has been reached
 	CodeConflict     Code = "conflict"      // others kept changing the same records
+	CodeStale        Code = "stale"         // the record has a newer revision than the change was made from
 )
 
 // An Error is a refusal: what was wrong, and what to do about it. Two errors match by [errors.Is] if their codes do.
@@ -72,6 +73,7 @@ var (
 	ErrTunnelDown   = &Error{Code: CodeTunnelDown, Message: "tunnel down"}
 	ErrLimit        = &Error{Code: CodeLimit, Message: "limit reached"}
 	ErrConflict     = &Error{Code: CodeConflict, Message: "conflict"}
+	ErrStale        = &Error{Code: CodeStale, Message: "stale"}
 )
 
 func refusal(c Code, remedy, format string, args ...any) *Error {

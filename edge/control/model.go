@@ -23,6 +23,9 @@ const (
 	prefixRoute    = "routes/"              // + vnet id + "/prefix/" or "/host/" + target
 	prefixToken    = "tokens/"              // + token id
 	prefixSeen     = "seen/"                // + connector name
+	prefixPool     = "pools/"               // + name
+	prefixPort     = "ports/"               // + name
+	prefixZone     = "zones/"               // + name
 )
 
 // schema is the value of the generation record. A store with another one was written by a version that this one
@@ -53,6 +56,9 @@ type model struct {
 	tokens      map[string]mtls.JoinRecord
 	seen        map[string]seen
 	routes      map[string]Route // by key
+	pools       map[string]Pool  // by name, as ports and zones
+	ports       map[string]Port
+	zones       map[string]Zone
 
 	routesOfVNet       map[vnet.ID]set // route keys
 	routesOfTunnel     map[string]set  // route keys
@@ -75,6 +81,7 @@ func (m *model) clearLocked() {
 	m.tokens = map[string]mtls.JoinRecord{}
 	m.seen = map[string]seen{}
 	m.routes = map[string]Route{}
+	m.pools, m.ports, m.zones = map[string]Pool{}, map[string]Port{}, map[string]Zone{}
 	m.routesOfVNet, m.routesOfTunnel, m.connectorsOfTunnel = map[vnet.ID]set{}, map[string]set{}, map[string]set{}
 }
 
@@ -82,6 +89,7 @@ func (m *model) clearLocked() {
 type delta struct {
 	key   string
 	value []byte
+	rev   state.Revision // of the transaction that wrote it
 }
 
 // load replaces the picture with entries, a whole listing of the store at rev. Records that cannot be read are left
@@ -96,7 +104,7 @@ func (m *model) load(entries []state.Entry) (bad []error) {
 		if e.Key == keyGeneration {
 			gen = e.Revision
 		}
-		if err := m.applyLocked(delta{e.Key, e.Value}); err != nil {
+		if err := m.applyLocked(delta{e.Key, e.Value, e.Revision}); err != nil {
 			bad = append(bad, err)
 		}
 	}
@@ -195,6 +203,12 @@ func (m *model) applyLocked(d delta) error {
 		return applyPlain(m.tokens, rest, d)
 	case prefixSeen:
 		return applyPlain(m.seen, rest, d)
+	case prefixPool:
+		return applyStored(m.pools, rest, d)
+	case prefixPort:
+		return applyStored(m.ports, rest, d)
+	case prefixZone:
+		return applyStored(m.zones, rest, d)
 	}
 	return nil
 }

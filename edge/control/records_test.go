@@ -47,12 +47,12 @@ func TestOneDefaultAlways(t *testing.T) {
 	if got := defaults(); len(got) != 1 || got[0] != "red" {
 		t.Errorf("after adding red as default: default is %v, want red alone", got)
 	}
-	_, err = c.SetDefaultVNet(ctx, "default")
+	_, err = c.SetVNet(ctx, "default", VNetChange{Default: true})
 	must(t, err)
 	if got := defaults(); len(got) != 1 || got[0] != "default" {
 		t.Errorf("after moving it back: default is %v", got)
 	}
-	wantErr(t, c.DeleteVNet(ctx, "default", true), ErrDefaultVNet, "vnet default NAME")
+	wantErr(t, c.DeleteVNet(ctx, "default", true), ErrDefaultVNet, "vnet set NAME --default")
 	must(t, c.DeleteVNet(ctx, "red", false))
 	if d, err := c.VNet(""); err != nil || d.Name != "default" {
 		t.Errorf(`VNet("") = %q, %v, want the default network`, d.Name, err)
@@ -227,14 +227,15 @@ func TestInUse(t *testing.T) {
 		t.Errorf("users %v, want the route and the token", e)
 	}
 
-	c.SetUsers(func(name, _ string) []string {
-		if name == "red" {
-			return []string{`zone "www"`}
+	c.SetLocal(Local{Users: func(thing Thing, name, _ string) []string {
+		if thing == ThingVNet && name == "red" || thing == ThingTunnel && name == "plant" {
+			return []string{`zone "www" of the configuration file`}
 		}
 		return nil
-	})
-	wantErr(t, c.DeleteVNet(ctx, "red", true), ErrInUse, `zone "www"`, "configuration")
-	c.SetUsers(func(string, string) []string { return nil })
+	}})
+	wantErr(t, c.DeleteVNet(ctx, "red", true), ErrInUse, `zone "www" of the configuration`, "does not override")
+	wantErr(t, c.DeleteTunnel(ctx, "plant", true), ErrInUse, `zone "www" of the configuration`, "does not override")
+	c.SetLocal(Local{})
 
 	must(t, c.DeleteVNet(ctx, "red", true))
 	if rs, _ := c.Routes(""); len(rs) != 0 {

@@ -3,6 +3,7 @@ package control
 import (
 	"cmp"
 	"context"
+	"errors"
 	"slices"
 	"strconv"
 	"time"
@@ -29,6 +30,37 @@ func (c *Control) AddTunnel(ctx context.Context, name, comment string) (TunnelVi
 		return []state.Op{put(prefixTunnel+t.ID, t)}, nil
 	})
 	return TunnelView{Tunnel: t, Status: Inactive}, err
+}
+
+// A TunnelChange is what to change of a tunnel; nil fields stay.
+type TunnelChange struct {
+	Comment  *string `json:"comment,omitempty"`
+	MaxFlows *int    `json:"max_flows,omitempty"` // 0: no bound
+}
+
+// SetTunnel changes the tunnel ref, a name or id.
+func (c *Control) SetTunnel(ctx context.Context, ref string, change TunnelChange) (TunnelView, error) {
+	if err := errors.Join(need("a tunnel", ref), checkChange(change.Comment, change.MaxFlows)); err != nil {
+		return TunnelView{}, err
+	}
+	err := c.change(ctx, func(m *model) ([]state.Op, error) {
+		old, err := m.tunnelLocked(ref)
+		if err != nil {
+			return nil, err
+		}
+		t := old
+		assign(&t.Comment, change.Comment)
+		assign(&t.MaxFlows, change.MaxFlows)
+		if t == old {
+			return nil, nil
+		}
+		return []state.Op{put(prefixTunnel+t.ID, t)}, nil
+	})
+	if err != nil {
+		return TunnelView{}, err
+	}
+	d, err := c.Tunnel(ref)
+	return d.TunnelView, err
 }
 
 // Tunnels returns all tunnels, sorted by name.
@@ -93,7 +125,8 @@ func (c *Control) tunnelViewLocked(t Tunnel) (TunnelView, []ConnectorView) {
 }
 
 // DeleteTunnel deletes the tunnel ref, a name or id. A tunnel in use is refused with [ErrInUse] unless force, which
-// deletes its routes, connectors and join tokens too and ends the connectors' sessions.
+// deletes its routes, connectors and join tokens too and ends the connectors' sessions. One that a port, a zone or the
+// configuration names is never deleted.
 func (c *Control) DeleteTunnel(ctx context.Context, ref string, force bool) error {
 	if err := need("a tunnel", ref); err != nil {
 		return err
@@ -101,6 +134,10 @@ func (c *Control) DeleteTunnel(ctx context.Context, ref string, force bool) erro
 	return c.deleteAll(ctx, func(m *model) (ops []state.Op, last state.Op, err error) {
 		t, err := m.tunnelLocked(ref)
 		if err != nil {
+			return nil, last, err
+		}
+		referrers := append(m.tunnelReferrersLocked(t), c.localUsers(ThingTunnel, t.Name, t.ID)...)
+		if err := inUse("tunnel", t.Name, "change these first; --force does not override them", referrers); err != nil {
 			return nil, last, err
 		}
 		users, ops := m.tunnelUsersLocked(t, c.now())

@@ -3,6 +3,8 @@ package control
 import (
 	"cmp"
 	"context"
+	"errors"
+	"fmt"
 	"slices"
 
 	"github.com/keyhaven/keyhaven/state"
@@ -47,23 +49,60 @@ func (c *Control) AddVNet(ctx context.Context, name, comment string, isDefault b
 	return VNetView{VNet: v, Default: isDefault}, err
 }
 
-// SetDefaultVNet makes the network ref, a name or id, the default one.
-func (c *Control) SetDefaultVNet(ctx context.Context, ref string) (VNetView, error) {
-	if err := need("a virtual network", ref); err != nil {
+// A VNetChange is what to change of a virtual network; zero fields stay.
+type VNetChange struct {
+	Comment  *string `json:"comment,omitempty"`
+	Default  bool    `json:"default,omitempty"`   // make it the default one
+	MaxFlows *int    `json:"max_flows,omitempty"` // 0: no bound
+}
+
+// SetVNet changes the network ref, a name or id.
+func (c *Control) SetVNet(ctx context.Context, ref string, change VNetChange) (VNetView, error) {
+	if err := errors.Join(need("a virtual network", ref), checkChange(change.Comment, change.MaxFlows)); err != nil {
 		return VNetView{}, err
 	}
-	err := c.change(ctx, func(m *model) ([]state.Op, error) {
-		v, err := m.vnetLocked(ref)
-		if err != nil || v.ID == m.defaultVNet {
+	err := c.change(ctx, func(m *model) (ops []state.Op, err error) {
+		old, err := m.vnetLocked(ref)
+		if err != nil {
 			return nil, err
 		}
-		return []state.Op{state.Put(keyDefaultVNet, []byte(v.ID))}, nil
+		v := old
+		assign(&v.Comment, change.Comment)
+		assign(&v.MaxFlows, change.MaxFlows)
+		if v != old {
+			ops = append(ops, put(prefixVNet+string(v.ID), v))
+		}
+		if change.Default && v.ID != m.defaultVNet {
+			ops = append(ops, state.Put(keyDefaultVNet, []byte(v.ID)))
+		}
+		return ops, nil
 	})
 	if err != nil {
 		return VNetView{}, err
 	}
 	d, err := c.VNet(ref)
 	return d.VNetView, err
+}
+
+// maxMaxFlows bounds what a bound may be.
+const maxMaxFlows = 1 << 24
+
+func checkChange(comment *string, maxFlows *int) error {
+	if comment != nil {
+		if err := checkComment(*comment); err != nil {
+			return err
+		}
+	}
+	if maxFlows != nil && (*maxFlows < 0 || *maxFlows > maxMaxFlows) {
+		return refusal(CodeInvalid, fmt.Sprintf("use 1 to %d, or 0 for no bound", maxMaxFlows), "%d is no bound on flows", *maxFlows)
+	}
+	return nil
+}
+
+func assign[T any](to, from *T) {
+	if from != nil {
+		*to = *from
+	}
 }
 
 // VNets returns all virtual networks, sorted by name.
@@ -96,7 +135,8 @@ func (c *Control) VNet(ref string) (VNetDetail, error) {
 }
 
 // DeleteVNet deletes the network ref, a name or id. A network in use is refused with [ErrInUse] unless force, which
-// deletes its routes too. The default network is never deleted, nor one that the configuration names.
+// deletes its routes too. The default network is never deleted, nor one that a pool, a port, a zone or the configuration
+// names.
 func (c *Control) DeleteVNet(ctx context.Context, ref string, force bool) error {
 	if err := need("a virtual network", ref); err != nil {
 		return err
@@ -107,12 +147,12 @@ func (c *Control) DeleteVNet(ctx context.Context, ref string, force bool) error 
 			return nil, last, err
 		}
 		if v.ID == m.defaultVNet {
-			return nil, last, refusal(CodeDefaultVNet, "make another network the default first, with 'vnet default NAME'",
+			return nil, last, refusal(CodeDefaultVNet, "make another network the default first, with 'vnet set NAME --default'",
 				"virtual network %q is the default one", v.Name)
 		}
-		if users := c.configUsers(v); len(users) > 0 {
-			return nil, last, &Error{Code: CodeInUse, Users: clipUsers(users), Message: "virtual network \"" + v.Name + "\" is named in the edge's configuration:",
-				Remedy: "change the configuration first; --force does not override it"}
+		users := append(m.vnetUsersLocked(v), c.localUsers(ThingVNet, v.Name, string(v.ID))...)
+		if err := inUse("virtual network", v.Name, "change these first; --force does not override them", users); err != nil {
+			return nil, last, err
 		}
 		keys := m.routesOfVNet[v.ID]
 		if len(keys) > 0 && !force {
@@ -142,14 +182,6 @@ func (c *Control) deleteAll(ctx context.Context, decide func(m *model) (ops []st
 		}
 	}
 	return nil
-}
-
-func (c *Control) configUsers(v VNet) []string {
-	users := c.users.Load()
-	if users == nil {
-		return nil
-	}
-	return (*users)(v.Name, string(v.ID))
 }
 
 func deletes(keys set) []state.Op {
