@@ -1,6 +1,6 @@
 // Package state is the control plane's store: a small ordered map with revisions, transactions that compare and swap, and
-// watches. One engine is embedded, a bbolt file for one host; the interface asks for nothing that a distributed store
-// such as etcd does not have. Package statetest holds the suite that every engine passes.
+// watches. One engine is embedded, a bbolt file for one host; package etcd has the one that several edges share. Package
+// statetest holds the suite that every engine passes.
 package state
 
 import (
@@ -31,10 +31,12 @@ var (
 	ErrClosed = errors.New("state: store is closed")
 	// ErrInUse says that another process has the store open.
 	ErrInUse = errors.New("state: in use by another process")
+	// ErrUnavailable says that the store cannot be reached now. Nothing is wrong with the request; try again later.
+	ErrUnavailable = errors.New("state: the store is unavailable")
 )
 
-// Revision counts the transactions that changed the store. It rises by one with each and never falls, not even over a
-// restart. Zero is the revision of a store that was never changed.
+// Revision orders the transactions that changed the store. It rises with each, by one or, where an engine is shared with
+// others, by more, and never falls, not even over a restart. No entry has revision zero.
 type Revision uint64
 
 // Entry is a key with its value.
@@ -76,13 +78,14 @@ type Event struct {
 	Entry
 	Deleted bool
 	// Err, if not nil, is why the watch ends: this is its last event and carries nothing else. ErrCompacted: the watcher
-	// was too slow and has missed changes.
+	// was too slow and has missed changes. ErrUnavailable: the store cannot be followed for now.
 	Err error
 }
 
 // Store is an ordered map from keys to values. Keys are 1 to MaxKeyLen bytes of UTF-8 without control characters, ordered
 // by their bytes; values have at most MaxValueLen bytes. All methods are safe for concurrent use, end early with the
-// context's error, and return ErrClosed after Close. What a reader sees is committed and durable.
+// context's error, return ErrClosed after Close, and ErrUnavailable, within seconds, while a distant store does not answer.
+// What a reader sees is committed and durable.
 type Store interface {
 	// Get returns one entry or ErrNotFound. The value belongs to the caller.
 	Get(ctx context.Context, key string) (Entry, error)

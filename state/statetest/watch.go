@@ -15,22 +15,22 @@ import (
 func testWatch(t *testing.T, s state.Store) {
 	_, start := mustList(t, s, "")
 	events := mustWatch(t, t.Context(), s, "r/", start)
-	mustTxn(t, s, nil, state.Put("r/b", []byte("1")), state.Put("q/a", []byte("1")), state.Put("r/a", []byte("2")))
+	first := mustTxn(t, s, nil, state.Put("r/b", []byte("1")), state.Put("q/a", []byte("1")), state.Put("r/a", []byte("2")))
 	mustTxn(t, s, nil, state.Put("q/a", []byte("2")))
-	mustTxn(t, s, nil, state.Delete("r/b"), state.Delete("r/nothing"))
+	third := mustTxn(t, s, nil, state.Delete("r/b"), state.Delete("r/nothing"))
 	late := mustWatch(t, t.Context(), s, "r/", start) // what came before the watch but after the revision
 	for _, w := range []<-chan state.Event{events, late} {
 		for _, want := range []struct {
 			text string
 			rev  state.Revision
-		}{{"r/b=1", start + 1}, {"r/a=2", start + 1}, {"-r/b", start + 3}} {
+		}{{"r/b=1", first}, {"r/a=2", first}, {"-r/b", third}} {
 			ev, ok := next(t, w)
 			if !ok || describe(ev) != want.text || ev.Revision != want.rev || ev.Deleted && ev.Value != nil {
 				t.Fatalf("got %s at %d (open %v), want %s at %d", describe(ev), ev.Revision, ok, want.text, want.rev)
 			}
 		}
 	}
-	mid := mustWatch(t, t.Context(), s, "", start+1)
+	mid := mustWatch(t, t.Context(), s, "", first)
 	if ev, _ := next(t, mid); describe(ev) != "q/a=2" {
 		t.Errorf("watch after the first transaction: got %s, want q/a=2", describe(ev))
 	}
