@@ -16,12 +16,67 @@ import (
 // A FlowKind says what a flow carries.
 type FlowKind byte
 
-// KindTCP is a byte stream in both directions with half-close. The other kinds are reserved; see SPEC.md.
-const KindTCP FlowKind = 1
+// Flow kinds; see SPEC.md.
+const (
+	// KindTCP is a byte stream in both directions with half-close.
+	KindTCP FlowKind = 1
+	// KindUDP carries packets of one UDP association.
+	KindUDP FlowKind = 2
+	// KindICMP carries echo requests and their answers.
+	KindICMP FlowKind = 3
+	// KindIP is reserved.
+	KindIP FlowKind = 4
+	// KindIngress is a byte stream to a service that the connector's own rules choose. Host is the name that the visitor
+	// asked for, Port the one that he came to, and VNet has no meaning.
+	KindIngress FlowKind = 5
+
+	kindConfig FlowKind = 6 // see Session.Configure
+)
+
+// A FlowClass says what a flow is like, for the choice of the session that carries it.
+type FlowClass byte
+
+// Flow classes.
+const (
+	// ClassAuto leaves the choice to whoever chooses.
+	ClassAuto FlowClass = iota
+	// ClassInteractive is for small requests and their answers.
+	ClassInteractive
+	// ClassBulk is for many bytes.
+	ClassBulk
+)
+
+// A Carrier is what a session runs over.
+type Carrier string
+
+// Carriers.
+const (
+	CarrierQUIC Carrier = "quic"
+	CarrierTCP  Carrier = "tcp"
+)
+
+// A Role says what a session is for.
+type Role byte
+
+// Roles.
+const (
+	// RoleMain sessions carry everything, and are what a connector's presence is judged by.
+	RoleMain Role = 0
+	// RoleBulk sessions carry one bulk flow at a time, so that it has a TCP connection of its own.
+	RoleBulk Role = 1
+)
+
+// String returns the role's name.
+func (r Role) String() string {
+	if r == RoleBulk {
+		return "bulk"
+	}
+	return "main"
+}
 
 // A Flow describes what the edge wants to reach.
 type Flow struct {
-	// Kind is KindTCP; zero means KindTCP too.
+	// Kind is what the flow carries; zero means KindTCP.
 	Kind FlowKind
 	// VNet is the virtual network in which Host has its meaning.
 	VNet vnet.ID
@@ -33,6 +88,16 @@ type Flow struct {
 	Visitor netip.AddrPort
 	// Deadline is how long the connector may take to answer. Zero leaves it to the connector.
 	Deadline time.Duration
+	// ID names an association of KindUDP, so that it can be moved to another session. Zero: none.
+	ID [16]byte
+	// Service is what KindIngress wants: "http" or "tcp".
+	Service string
+	// Class is told to peer edges only.
+	Class FlowClass
+	// Tunnel and Connector say, to peer edges only, which tunnel's ingress is meant and which connector alone may serve.
+	Tunnel, Connector string
+	// Forwarded is set by the package for flows that came from a peer edge: they are served here or refused.
+	Forwarded bool
 }
 
 // A Conn is an open flow: a net.Conn with half-close. Close gives up both directions: what was written is still
@@ -64,6 +129,12 @@ type Registration struct {
 	Version string
 	// Hostname and Arch are for people.
 	Hostname, Arch string
+	// Role is what the session is for.
+	Role Role
+	// Connections is how many main sessions the process keeps to this edge, at most 255. If zero, 4.
+	Connections int
+	// Minor is the connector's minor version of the protocol. The package fills it in.
+	Minor int
 }
 
 // Limits bound a session. The zero value of each field means the default.
@@ -86,8 +157,10 @@ type Limits struct {
 
 // A ListenConfig is the edge's side.
 type ListenConfig struct {
-	// Addr is the UDP address to listen on. If empty, ":7844".
+	// Addr is the address to listen on, for QUIC over UDP. If empty, ":7844".
 	Addr string
+	// TCPAddr is the address to listen on for TLS over TCP. If empty, Addr's host and port; if "-", none.
+	TCPAddr string
 	// Identity is the edge's certificate. Required.
 	Identity *mtls.Source
 	// Admit decides whether a connector whose certificate is valid gets a session. It must return nil to admit; a
@@ -100,6 +173,11 @@ type ListenConfig struct {
 	Join func(ctx context.Context, r JoinRequest) (JoinReply, error)
 	// Renew answers a session's request for a new certificate, leaf first. If nil, renewals are refused.
 	Renew func(ctx context.Context, peer mtls.Identity, csrDER []byte) ([][]byte, error)
+	// Peer decides whether a peer edge whose certificate is valid may forward flows; nil admits. If Peer is nil, nobody may.
+	Peer func(ctx context.Context, peer mtls.Identity, cert *x509.Certificate) error
+	// HandlePeer answers one flow that a peer edge forwarded, as DialConfig.Handle does for connectors. If nil, none is
+	// served.
+	HandlePeer func(ctx context.Context, in *Incoming)
 	// Logger gets what happens to sessions. If nil, nothing is logged.
 	Logger *slog.Logger
 	// DrainTimeout is how long Serve waits for open flows when its context ends. If zero, 30s.
@@ -111,6 +189,8 @@ type ListenConfig struct {
 	JoinRate int
 	// Limits bound each session.
 	Limits Limits
+
+	minor0 bool // for tests: behave as before minor version 1
 }
 
 // A JoinRequest is a connector's request to be enrolled. It redacts itself when it is formatted or logged.
@@ -162,10 +242,39 @@ type DialConfig struct {
 	// Registration is what to tell the edge.
 	Registration Registration
 	// Handle answers one flow with Accept or Reject and serves it; ctx ends with the session. It runs in a goroutine
-	// of its own; what is still open of the flow when it returns is cut. Required.
+	// of its own; what is still open of the flow when it returns is cut. Required, but not for DialPeer.
 	Handle func(ctx context.Context, in *Incoming)
+	// Carrier is what the session shall run over. If empty, QUIC and TCP are raced: TCP starts after RaceDelay, or as soon
+	// as QUIC has failed. The first that can register does; the other is given up and never registers.
+	Carrier Carrier
+	// RaceDelay is QUIC's head start. If zero, 300ms.
+	RaceDelay time.Duration
+	// Proxy returns the HTTP proxy that TCP goes through, or nil for none. It is called for each attempt. QUIC does not use
+	// it. If Proxy is nil, there is none.
+	Proxy func() (*ProxyConfig, error)
+	// SmallPackets keeps QUIC's packets at 1,200 bytes, for paths that lose larger ones.
+	SmallPackets bool
+	// OnConfig applies a remote configuration that the edge pushed; its error's text goes back to the edge. One runs at a
+	// time. If nil, configurations are refused as unsupported.
+	OnConfig func(ctx context.Context, version uint64, body []byte) error
+	// OnEdges is told the addresses of all edges of the installation. It must not block. It may be nil.
+	OnEdges func(addrs []string)
+	// OnBulk is told how many bulk sessions the edge wants now. It must not block. It may be nil.
+	OnBulk func(n int)
 	// Logger gets what happens to the session. If nil, nothing is logged.
 	Logger *slog.Logger
 	// Limits bound the session.
 	Limits Limits
+
+	minor0 bool // for tests: behave as before minor version 1
+}
+
+// A ProxyConfig is an HTTP proxy that opens TCP connections with CONNECT. See RFC 9110, section 9.3.6.
+type ProxyConfig struct {
+	// URL is http://host:port or https://host:port. It must not hold a password.
+	URL string
+	// User is the name for Basic authentication. If empty, none is sent.
+	User string
+	// PasswordFile holds the user's password; one line end after it is ignored. It is read for each connection.
+	PasswordFile string
 }

@@ -18,9 +18,8 @@ func (a flowAddr) String() string  { return net.JoinHostPort(a.host, strconv.Ito
 // flowConn is an open flow. It implements Conn.
 type flowConn struct {
 	stream
+	s             *session // which counts the flow until it is closed or reset
 	local, remote net.Addr
-	draining      <-chan struct{} // closed when the session drains
-	ended         func()          // called once, when the flow is closed or reset
 
 	closed  atomic.Bool
 	writing atomic.Int32 // Writes under way
@@ -33,6 +32,7 @@ func (c *flowConn) Write(p []byte) (int, error) {
 	if c.closed.Load() {
 		return 0, net.ErrClosed
 	}
+	c.s.expect()
 	return c.stream.Write(p)
 }
 
@@ -57,7 +57,7 @@ func (c *flowConn) Close() error {
 		c.closeWrite()
 	}
 	c.abortRead(ResultClosed)
-	c.ended()
+	c.s.endFlow()
 	return nil
 }
 
@@ -69,11 +69,11 @@ func (c *flowConn) Reset(r Result) {
 	}
 	c.abortWrite(r)
 	c.abortRead(r)
-	c.ended()
+	c.s.endFlow()
 }
 
 // Draining implements Drainer.
-func (c *flowConn) Draining() <-chan struct{} { return c.draining }
+func (c *flowConn) Draining() <-chan struct{} { return c.s.drainCh }
 
 func (c *flowConn) LocalAddr() net.Addr  { return c.local }
 func (c *flowConn) RemoteAddr() net.Addr { return c.remote }

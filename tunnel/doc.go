@@ -5,7 +5,9 @@
 // Edge side: [Listen], [Listener.Serve], [Session.Open]. Connector side: [Dial], [ClientSession.Run], [Incoming].
 // Enrolment: [Join] and ListenConfig.Join.
 //
-// A session runs over a carrier. QUIC is the one there is; nothing above the carrier knows it.
+// Edges among each other: [DialPeer], ListenConfig.Peer and HandlePeer.
+//
+// A session runs over a carrier, QUIC or TLS over TCP; nothing above the carrier depends on which.
 package tunnel
 
 // Names and numbers that both sides share.
@@ -14,6 +16,8 @@ const (
 	ALPN = "keyhaven-tunnel/1"
 	// JoinALPN is the application protocol of enrolment with a join token.
 	JoinALPN = "keyhaven-join/1"
+	// PeerALPN is the application protocol between edges.
+	PeerALPN = "keyhaven-peer/1"
 	// DefaultPort is the port that edges listen on.
 	DefaultPort = 7844
 )

@@ -4,8 +4,6 @@ import (
 	"context"
 	"crypto/x509"
 	"errors"
-	"io"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -17,12 +15,13 @@ const renewTimeout = 30 * time.Second
 
 // A Session is the edge's side of a session with one connector. Its methods may be called concurrently.
 type Session struct {
-	*session
+	opener
 	peer  mtls.Identity
 	reg   Registration
 	cert  *x509.Certificate
 	renew func(ctx context.Context, peer mtls.Identity, csrDER []byte) ([][]byte, error)
 
+	ownMinor int // what this edge announces
 	renewing atomic.Bool
 	expiry   *time.Timer // drains the session when its certificate ends
 }
@@ -62,16 +61,20 @@ func (s *Session) run(ctx context.Context, handle func(context.Context, *Session
 	s.expiry = time.AfterFunc(time.Until(s.cert.NotAfter), s.beginDrain)
 	defer s.expiry.Stop()
 
-	var wg sync.WaitGroup
-	defer wg.Wait()
-	if err := s.writeFrame(byteFrame(frameRegistered, protocolVersion)); err != nil { // before all other frames
+	defer s.finish()
+	registered, err := appendRegistered(nil, s.ownMinor)
+	if err == nil {
+		err = s.writeFrame(registered) // before all other frames
+	}
+	if err != nil {
 		s.Close(CloseProtocol)
 		return
 	}
-	wg.Go(s.writeControl)
-	wg.Go(func() { s.readControl(func(f frame) error { return s.handleFrame(ctx, &wg, f) }) })
+	s.spawn(s.writeControl)
+	s.spawn(func() { s.readControl(func(f frame) error { return s.handleFrame(ctx, f) }) })
+	s.spawn(func() { s.watchStreams(ctx) })
 	if handle != nil {
-		wg.Go(func() {
+		s.spawn(func() {
 			handle(ctx, s)
 			s.Close(CloseShutdown)
 		})
@@ -80,8 +83,16 @@ func (s *Session) run(ctx context.Context, handle func(context.Context, *Session
 	cancel()
 }
 
+// watchStreams ends the session if the connector opens a second stream.
+func (s *session) watchStreams(ctx context.Context) {
+	if _, err := s.car.acceptStream(ctx); err == nil {
+		s.log.Warn("the connector opened a stream")
+		s.car.close(CloseProtocol)
+	}
+}
+
 // handleFrame handles the frames that only a connector sends.
-func (s *Session) handleFrame(ctx context.Context, wg *sync.WaitGroup, f frame) error {
+func (s *Session) handleFrame(ctx context.Context, f frame) error {
 	if f.typ != frameRenew {
 		return errUnknownFrame
 	}
@@ -92,7 +103,7 @@ func (s *Session) handleFrame(ctx context.Context, wg *sync.WaitGroup, f frame) 
 	if !s.renewing.CompareAndSwap(false, true) {
 		return s.answerRenewal(ctx, id, nil, ErrBusy)
 	}
-	wg.Go(func() {
+	started := s.spawn(func() {
 		defer s.renewing.Store(false)
 		chain, err := s.renewChain(ctx, csr)
 		if err != nil {
@@ -100,6 +111,9 @@ func (s *Session) handleFrame(ctx context.Context, wg *sync.WaitGroup, f frame) 
 		}
 		s.answerRenewal(ctx, id, chain, err) //nolint:errcheck // the session has ended, then
 	})
+	if !started {
+		s.renewing.Store(false)
+	}
 	return nil
 }
 
@@ -140,91 +154,4 @@ func (s *Session) answerRenewal(ctx context.Context, id uint32, chain [][]byte, 
 		return err
 	}
 	return s.send(ctx, b)
-}
-
-// Open opens a flow and waits for the connector's answer, or until ctx ends. If f.Deadline is zero and ctx has a deadline, the
-// connector is told to keep it. The error is a *FlowError.
-func (s *Session) Open(ctx context.Context, f Flow) (Conn, error) {
-	if err := ctx.Err(); err != nil {
-		return nil, cancelledError(ctx)
-	}
-	if s.Err() != nil {
-		return nil, &FlowError{Result: ResultSessionLost, Err: s.Err()}
-	}
-	if r := s.beginFlow(); r != ResultOK {
-		return nil, &FlowError{Result: r}
-	}
-	conn, err := s.open(ctx, f)
-	if err != nil {
-		s.endFlow()
-		return nil, err
-	}
-	return conn, nil
-}
-
-func (s *Session) open(ctx context.Context, f Flow) (Conn, error) {
-	if deadline, ok := ctx.Deadline(); ok && f.Deadline <= 0 {
-		f.Deadline = max(time.Until(deadline), time.Millisecond)
-	}
-	buf := headerBuffers.Get().(*[flowHeaderLen + maxFlowItemsLen]byte)
-	defer headerBuffers.Put(buf)
-	header, err := appendFlow(buf[:0], f)
-	if err != nil {
-		return nil, &FlowError{Result: ResultMalformed, Err: err}
-	}
-	st, err := s.car.openStream()
-	if err != nil {
-		if errors.Is(err, errStreamLimit) {
-			return nil, &FlowError{Result: ResultLimit, Err: err}
-		}
-		return nil, &FlowError{Result: ResultSessionLost, Err: err}
-	}
-	abort := func() {
-		st.abortWrite(ResultCancelled)
-		st.abortRead(ResultCancelled)
-	}
-	stop := context.AfterFunc(ctx, abort)
-	r, err := exchangeHeader(st, header, buf[:1])
-	if !stop() {
-		return nil, cancelledError(ctx)
-	}
-	if err == nil && r == ResultOK {
-		host := canonicalHost(f.Host)
-		return &flowConn{stream: st, local: s.LocalAddr(), remote: flowAddr{host, f.Port}, draining: s.drainCh, ended: s.endFlow}, nil
-	}
-	abort()
-	if err == nil {
-		return nil, &FlowError{Result: r, Remote: true}
-	}
-	return nil, flowErrorOf(err)
-}
-
-// exchangeHeader sends a flow's header and reads the result into b, which may share the header's memory.
-func exchangeHeader(st stream, header, b []byte) (Result, error) {
-	if _, err := st.Write(header); err != nil {
-		return 0, err
-	}
-	if _, err := io.ReadFull(st, b); err != nil {
-		return 0, err
-	}
-	return Result(b[0]), nil
-}
-
-// cancelledError is the error of a flow whose context ended before it was open.
-func cancelledError(ctx context.Context) error {
-	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
-		return &FlowError{Result: ResultTimedOut, Err: context.Cause(ctx)}
-	}
-	return &FlowError{Result: ResultCancelled, Err: context.Cause(ctx)}
-}
-
-// flowErrorOf makes a stream's failure before the result a *FlowError.
-func flowErrorOf(err error) error {
-	if _, ok := errors.AsType[*FlowError](err); ok {
-		return err
-	}
-	if err == io.EOF {
-		return &FlowError{Result: ResultInternal, Remote: true, Err: io.ErrUnexpectedEOF}
-	}
-	return &FlowError{Result: ResultReset, Err: err}
 }

@@ -14,6 +14,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/keyhaven/keyhaven/vnet"
 )
 
 func checkEcho(tb testing.TB, c Conn, text string) {
@@ -23,6 +25,10 @@ func checkEcho(tb testing.TB, c Conn, text string) {
 	if _, err := io.ReadFull(c, got); err != nil || string(got) != text {
 		tb.Fatalf("echo: %d bytes, %v; want the %d sent", len(got), err, len(text))
 	}
+}
+
+func flowOf(k FlowKind, v vnet.ID, host string, port uint16, visitor string, deadline time.Duration) Flow {
+	return Flow{Kind: k, VNet: v, Host: host, Port: port, Visitor: netip.MustParseAddrPort(visitor), Deadline: deadline}
 }
 
 func TestFlowMetadata(t *testing.T) {
@@ -39,12 +45,12 @@ func TestFlowMetadata(t *testing.T) {
 		flow Flow
 		want Flow
 	}{
-		{"all", Flow{KindTCP, "v1", "10.1.2.3", 443, netip.MustParseAddrPort("192.0.2.1:4711"), 3 * time.Second},
-			Flow{KindTCP, "v1", "10.1.2.3", 443, netip.MustParseAddrPort("192.0.2.1:4711"), 3 * time.Second}},
-		{"canonical", Flow{0, "default", "WWW.Keyhaven.Test.", 1, netip.MustParseAddrPort("[::ffff:192.0.2.1]:1"), time.Microsecond},
-			Flow{KindTCP, "default", "www.keyhaven.test", 1, netip.MustParseAddrPort("192.0.2.1:1"), time.Millisecond}},
-		{"ipv6", Flow{0, "default", "2001:DB8:0:0::1", 1, netip.MustParseAddrPort("[2001:db8::2]:1"), time.Second},
-			Flow{KindTCP, "default", "2001:db8::1", 1, netip.MustParseAddrPort("[2001:db8::2]:1"), time.Second}},
+		{"all", flowOf(KindTCP, "v1", "10.1.2.3", 443, "192.0.2.1:4711", 3*time.Second),
+			flowOf(KindTCP, "v1", "10.1.2.3", 443, "192.0.2.1:4711", 3*time.Second)},
+		{"canonical", flowOf(0, "default", "WWW.Keyhaven.Test.", 1, "[::ffff:192.0.2.1]:1", time.Microsecond),
+			flowOf(KindTCP, "default", "www.keyhaven.test", 1, "192.0.2.1:1", time.Millisecond)},
+		{"ipv6", flowOf(0, "default", "2001:DB8:0:0::1", 1, "[2001:db8::2]:1", time.Second),
+			flowOf(KindTCP, "default", "2001:db8::1", 1, "[2001:db8::2]:1", time.Second)},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			c := open(t, s, tt.flow)
@@ -62,7 +68,7 @@ func TestFlowMetadata(t *testing.T) {
 		})
 	}
 	for _, bad := range []Flow{
-		{VNet: "v", Host: "a"}, {VNet: "v", Port: 1}, {Host: "a", Port: 1}, {Kind: 2, VNet: "v", Host: "a", Port: 1},
+		{VNet: "v", Host: "a"}, {VNet: "v", Port: 1}, {Host: "a", Port: 1}, {Kind: KindIngress, VNet: "v", Host: "a", Port: 1, Service: "http"},
 		{VNet: "v", Host: "a b", Port: 1}, {VNet: "v", Host: "fe80::1%eth0", Port: 1}, {VNet: "v v", Host: "a", Port: 1},
 	} {
 		if _, err := s.Open(context.Background(), bad); !errors.Is(err, ErrMalformed) {

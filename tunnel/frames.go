@@ -22,10 +22,11 @@ const (
 	frameHeaderLen  = 4
 	maxFramePayload = 32 << 10
 	protocolVersion = 1
+	protocolMinor   = 1
 
 	flagSkippable = 0x01
 
-	// pingLen makes the packet of a ping larger than a stateless reset.
+	// pingLen makes the packet of a ping to a peer of minor version 0 larger than a stateless reset.
 	pingLen = 32
 )
 
@@ -39,7 +40,10 @@ const (
 	frameGoodbye    frameType = 0x05 // u8 close reason
 	frameRenew      frameType = 0x06 // u32 id, items
 	frameRenewed    frameType = 0x07 // u32 id, u8 refusal code or 0, items
-	framePing       frameType = 0x08 // anything; skippable
+	framePing       frameType = 0x08 // u64 id, padding; skippable
+	framePong       frameType = 0x09 // u64 id, padding; skippable; since minor version 1
+	frameBulk       frameType = 0x0a // u8 number; skippable; since minor version 1
+	frameEdges      frameType = 0x0b // items; skippable; since minor version 1
 	frameJoin       frameType = 0x10 // u8 version, items
 	frameJoined     frameType = 0x11 // u8 version, items
 )
@@ -66,6 +70,12 @@ const (
 	tagVersion  = 0x03 // text
 	tagHostname = 0x04 // text
 	tagArch     = 0x05 // text
+	// since minor version 1
+	tagMinor       = 0x80 // u8; in registered too
+	tagRole        = 0x81 // u8
+	tagConnections = 0x82 // u8
+
+	defaultConnections = 4
 
 	maxInstanceLen = 64
 	maxTextLen     = 255
@@ -160,13 +170,61 @@ func appendRegister(dst []byte, r Registration) ([]byte, error) {
 	dst, start := beginFrame(dst, frameRegister)
 	dst = append(dst, protocolVersion)
 	dst = appendItem(dst, tagInstance, r.Instance)
-	if r.Index != 0 {
-		dst = append(dst, tagIndex, 0, 1, byte(r.Index))
-	}
+	dst = appendByte(dst, tagIndex, byte(r.Index))
 	dst = appendItem(dst, tagVersion, r.Version)
 	dst = appendItem(dst, tagHostname, r.Hostname)
 	dst = appendItem(dst, tagArch, r.Arch)
+	if r.Minor > 0 {
+		dst = appendByte(dst, tagMinor, byte(r.Minor))
+		dst = appendByte(dst, tagRole, byte(r.Role))
+		if r.Connections != defaultConnections {
+			dst = appendByte(dst, tagConnections, byte(r.Connections))
+		}
+	}
 	return endFrame(dst, start)
+}
+
+// appendRegistered admits a session.
+func appendRegistered(dst []byte, minor int) ([]byte, error) {
+	dst, start := beginFrame(dst, frameRegistered)
+	dst = appendByte(append(dst, protocolVersion), tagMinor, byte(minor))
+	return endFrame(dst, start)
+}
+
+// parseRegistered returns the edge's minor version.
+func parseRegistered(p []byte) (minor int, err error) {
+	if p, err = splitVersion(p); err != nil {
+		return 0, err
+	}
+	for it := readItems(p, nil); ; {
+		tag, v, ok, err := it.next()
+		if err != nil || !ok {
+			return minor, err
+		}
+		if tag == tagMinor {
+			minor, err = parseByte(v)
+		} else {
+			err = unknownItem(tag)
+		}
+		if err != nil {
+			return 0, err
+		}
+	}
+}
+
+// appendByte appends a number of one byte; zero is absent.
+func appendByte(dst []byte, tag, v byte) []byte {
+	if v == 0 {
+		return dst
+	}
+	return append(dst, tag, 0, 1, v)
+}
+
+func parseByte(v []byte) (int, error) {
+	if len(v) != 1 || v[0] == 0 {
+		return 0, malformed("number of %d bytes, or zero", len(v))
+	}
+	return int(v[0]), nil
 }
 
 func (r Registration) check() error {
@@ -176,8 +234,14 @@ func (r Registration) check() error {
 	if r.Index < 0 || r.Index > maxIndex {
 		return malformed("registration index %d, 0 to %d allowed", r.Index, maxIndex)
 	}
+	if r.Connections < 0 || r.Connections > 255 || r.Minor < 0 || r.Minor > 255 {
+		return malformed("registration with %d connections, minor version %d; 0 to 255 allowed", r.Connections, r.Minor)
+	}
 	if err := checkText(r.Instance, maxInstanceLen); err != nil {
 		return fmt.Errorf("registration: %w", err)
+	}
+	if r.Role > RoleBulk {
+		return malformed("registration with role %d", r.Role)
 	}
 	for _, s := range [...]string{r.Version, r.Hostname, r.Arch} {
 		if err := checkText(s, maxTextLen); err != nil {
@@ -197,26 +261,33 @@ func parseRegister(p []byte) (r Registration, err error) {
 			return r, err
 		}
 		if !ok {
+			setDefault(&r.Connections, defaultConnections)
 			return r, r.check()
 		}
 		switch tag {
 		case tagInstance:
 			r.Instance = string(v)
 		case tagIndex:
-			if len(v) != 1 || v[0] == 0 {
-				return r, malformed("registration index")
-			}
-			r.Index = int(v[0])
+			r.Index, err = parseByte(v)
 		case tagVersion:
 			r.Version = string(v)
 		case tagHostname:
 			r.Hostname = string(v)
 		case tagArch:
 			r.Arch = string(v)
+		case tagMinor:
+			r.Minor, err = parseByte(v)
+		case tagRole:
+			var role int
+			role, err = parseByte(v)
+			r.Role = Role(role)
+		case tagConnections:
+			r.Connections, err = parseByte(v)
 		default:
-			if err := unknownItem(tag); err != nil {
-				return r, err
-			}
+			err = unknownItem(tag)
+		}
+		if err != nil {
+			return r, fmt.Errorf("registration: %w", err)
 		}
 	}
 }

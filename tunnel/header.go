@@ -30,13 +30,19 @@ const (
 	tagPort     = 0x03 // u16
 	tagVisitor  = 0x04 // 4 or 16 bytes of address, u16 port
 	tagDeadline = 0x05 // u32, milliseconds
+	// since minor version 1
+	tagFlowID        = 0x80 // 16 bytes
+	tagService       = 0x81 // text
+	tagFlowTunnel    = 0x82 // text, to peer edges
+	tagFlowConnector = 0x83 // text, to peer edges
+	tagClass         = 0x84 // u8, to peer edges
 
 	maxVNetLen = 64
 	maxHostLen = 253
 )
 
-// appendFlow appends the header of f, or says what is wrong with f.
-func appendFlow(dst []byte, f Flow) ([]byte, error) {
+// appendFlow appends the header of f, or says what is wrong with f. forward includes what only peer edges need.
+func appendFlow(dst []byte, f Flow, forward bool) ([]byte, error) {
 	if f.Kind == 0 {
 		f.Kind = KindTCP
 	}
@@ -48,7 +54,9 @@ func appendFlow(dst []byte, f Flow) ([]byte, error) {
 	dst = append(dst, flowVersion, byte(f.Kind), 0, 0)
 	dst = appendItem(dst, tagVNet, string(f.VNet))
 	dst = appendItem(dst, tagHost, f.Host)
-	dst = append(dst, tagPort, 0, 2, byte(f.Port>>8), byte(f.Port))
+	if f.Port != 0 {
+		dst = append(dst, tagPort, 0, 2, byte(f.Port>>8), byte(f.Port))
+	}
 	if f.Visitor.IsValid() {
 		addr := f.Visitor.Addr().Unmap()
 		raw := addr.AsSlice()
@@ -60,6 +68,20 @@ func appendFlow(dst []byte, f Flow) ([]byte, error) {
 		ms := min((f.Deadline+time.Millisecond-1)/time.Millisecond, math.MaxUint32)
 		dst = append(dst, tagDeadline, 0, 4)
 		dst = binary.BigEndian.AppendUint32(dst, uint32(ms))
+	}
+	if f.ID != [16]byte{} {
+		dst = appendItem(dst, tagFlowID, f.ID[:])
+	}
+	dst = appendItem(dst, tagService, f.Service)
+	if forward {
+		dst = appendItem(dst, tagFlowTunnel, f.Tunnel)
+		dst = appendItem(dst, tagFlowConnector, f.Connector)
+		if f.Class != 0 {
+			dst = append(dst, tagClass, 0, 1, byte(f.Class))
+		}
+	}
+	if n := len(dst) - start - flowHeaderLen; n > maxFlowItemsLen {
+		return dst[:start], malformed("flow header of %d bytes, at most %d allowed", n, maxFlowItemsLen)
 	}
 	binary.BigEndian.PutUint16(dst[start+2:], uint16(len(dst)-start-flowHeaderLen))
 	return dst, nil
@@ -75,7 +97,20 @@ func canonicalHost(host string) string {
 
 // check reports what keeps f from crossing the wire. Host must be canonical already.
 func (f Flow) check() error {
-	if f.Kind != KindTCP {
+	switch f.Kind {
+	case KindTCP, KindUDP:
+		if f.Port == 0 {
+			return malformed("port is missing")
+		}
+	case KindICMP:
+	case KindIngress:
+		return f.checkIngress()
+	case kindConfig:
+		if f.VNet != "" || f.Host != "" || f.Port != 0 {
+			return malformed("a configuration has no destination")
+		}
+		return nil
+	default:
 		return fmt.Errorf("flow kind %d is not supported", f.Kind)
 	}
 	if n := len(f.VNet); n == 0 || n > maxVNetLen {
@@ -86,10 +121,30 @@ func (f Flow) check() error {
 			return malformed("virtual network id has a byte 0x%02x", c)
 		}
 	}
-	if f.Port == 0 {
-		return malformed("port is missing")
+	if err := f.checkTexts(); err != nil {
+		return err
 	}
 	return checkHost(f.Host)
+}
+
+// checkIngress checks a flow to a service that the connector's rules choose: whatever has no name has no Host.
+func (f Flow) checkIngress() error {
+	if f.VNet != "" || f.Port == 0 || f.Service == "" {
+		return malformed("ingress needs a port and a service, and has no virtual network")
+	}
+	if err := f.checkTexts(); err != nil || f.Host == "" {
+		return err
+	}
+	return checkHost(f.Host)
+}
+
+func (f Flow) checkTexts() error {
+	for _, s := range [...]string{f.Service, f.Tunnel, f.Connector} {
+		if err := checkText(s, maxTextLen); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func checkHost(host string) error {
@@ -115,9 +170,20 @@ func checkHost(host string) error {
 	return nil
 }
 
+// knownKind reports whether peers of that minor version know the kind.
+func knownKind(k FlowKind, minor int) bool {
+	switch k {
+	case KindTCP:
+		return true
+	case KindUDP, KindICMP, KindIngress, kindConfig:
+		return minor >= 1
+	}
+	return false
+}
+
 // readFlow reads a header from r. buf must hold flowHeaderLen+maxFlowItemsLen bytes. The result is ResultOK, or what to
 // answer.
-func readFlow(r io.Reader, buf []byte) (Flow, Result, error) {
+func readFlow(r io.Reader, buf []byte, minor int) (Flow, Result, error) {
 	if _, err := io.ReadFull(r, buf[:flowHeaderLen]); err != nil {
 		return Flow{}, ResultMalformed, fmt.Errorf("read flow header: %w", err)
 	}
@@ -128,7 +194,7 @@ func readFlow(r io.Reader, buf []byte) (Flow, Result, error) {
 	if n > maxFlowItemsLen {
 		return Flow{}, ResultMalformed, malformed("flow header of %d bytes, at most %d allowed", n, maxFlowItemsLen)
 	}
-	if FlowKind(buf[1]) != KindTCP {
+	if !knownKind(FlowKind(buf[1]), minor) {
 		return Flow{}, ResultUnsupported, malformed("flow kind %d", buf[1])
 	}
 	kind, body := FlowKind(buf[1]), buf[flowHeaderLen:flowHeaderLen+n]
@@ -161,7 +227,9 @@ func parseFlowItems(body []byte) (f Flow, err error) {
 			if len(v) != 2 {
 				return f, malformed("port of %d bytes", len(v))
 			}
-			f.Port = binary.BigEndian.Uint16(v)
+			if f.Port = binary.BigEndian.Uint16(v); f.Port == 0 {
+				return f, malformed("port 0")
+			}
 		case tagVisitor:
 			if f.Visitor, err = parseAddrPort(v); err != nil {
 				return f, err
@@ -171,6 +239,22 @@ func parseFlowItems(body []byte) (f Flow, err error) {
 				return f, malformed("deadline")
 			}
 			f.Deadline = time.Duration(binary.BigEndian.Uint32(v)) * time.Millisecond
+		case tagFlowID:
+			if len(v) != len(f.ID) || [16]byte(v) == f.ID {
+				return f, malformed("flow id")
+			}
+			f.ID = [16]byte(v)
+		case tagService:
+			f.Service = string(v)
+		case tagFlowTunnel:
+			f.Tunnel = string(v)
+		case tagFlowConnector:
+			f.Connector = string(v)
+		case tagClass:
+			if len(v) != 1 || v[0] == 0 || FlowClass(v[0]) > ClassBulk {
+				return f, malformed("flow class")
+			}
+			f.Class = FlowClass(v[0])
 		default:
 			if err := unknownItem(tag); err != nil {
 				return f, err

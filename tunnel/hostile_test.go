@@ -22,7 +22,7 @@ func rawDial(tb testing.TB, e *edgeFixture, conf *tls.Config) (stream, carrier, 
 	if err != nil {
 		return nil, nil, nil, err
 	}
-	car := quicCarrier{conn}
+	car := newQUICCarrier(conn)
 	st, err := car.openStream()
 	if err != nil {
 		shut()
@@ -143,7 +143,7 @@ func TestHostileControl(t *testing.T) {
 			}
 			defer shut()
 			defer car.close(CloseShutdown)
-			if err := exchangeRegister(st, good, patience); err != nil {
+			if _, err := exchangeRegister(st, good, patience); err != nil {
 				t.Fatal(err)
 			}
 			s := e.session()
@@ -178,7 +178,7 @@ func rawPair(t *testing.T, limits Limits) (*Session, *connectorFixture) {
 func TestHostileHeaders(t *testing.T) {
 	t.Parallel()
 	s, c := rawPair(t, Limits{SetupTimeout: 300 * time.Millisecond})
-	good, err := appendFlow(nil, testFlow)
+	good, err := appendFlow(nil, testFlow, false)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -194,7 +194,7 @@ func TestHostileHeaders(t *testing.T) {
 	}{
 		"nothing":     {nil, true, ResultMalformed},
 		"version":     {edit(0, 2), false, ResultUnsupported},
-		"kind":        {edit(1, 2), false, ResultUnsupported},
+		"kind":        {edit(1, 4), false, ResultUnsupported},
 		"length":      {edit(2, 0xff), false, ResultMalformed},
 		"first item":  {edit(4, 0x7f), false, ResultMalformed},
 		"item length": {edit(5, 0x7f), false, ResultMalformed},

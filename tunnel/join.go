@@ -45,7 +45,7 @@ func join(ctx context.Context, addr string, tok mtls.JoinToken, csrDER []byte, n
 		return JoinReply{}, err
 	}
 	defer shut()
-	car := quicCarrier{conn}
+	car := newQUICCarrier(conn)
 	defer car.close(CloseDone)
 	st, err := car.openStream()
 	if err != nil {

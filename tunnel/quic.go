@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"sync/atomic"
 	"time"
 
 	"github.com/quic-go/quic-go"
@@ -30,6 +31,10 @@ const (
 	initialFlowWindow = 256 << 10
 	// spareStreams is how many streams beyond Limits.MaxFlows a connector takes, to answer them with ResultLimit.
 	spareStreams = 256
+	// maxPeerFlows is how many flows one session between edges carries at a time.
+	maxPeerFlows = 4096
+	// smallPacket is the size of QUIC's packets if DialConfig.SmallPackets is set, the least that QUIC needs.
+	smallPacket = 1200
 )
 
 // withDefaults fills in zero fields.
@@ -59,13 +64,15 @@ func quicConfig(l Limits) *quic.Config {
 		InitialConnectionReceiveWindow: uint64(l.SessionWindow),
 		MaxConnectionReceiveWindow:     uint64(l.SessionWindow),
 		MaxIncomingUniStreams:          -1,
+		EnableDatagrams:                true,
 	}
 }
 
-// edgeQUICConfig allows one stream from the connector: control.
+// edgeQUICConfig allows as many streams as a peer edge may open. A connector may open one, control, but which of the two a
+// client is shows too late; whoever opens more is cut off, see Listener.watchStreams.
 func edgeQUICConfig(l Limits) *quic.Config {
 	c := quicConfig(l)
-	c.MaxIncomingStreams = 1
+	c.MaxIncomingStreams = maxPeerFlows + 1
 	return c
 }
 
@@ -77,9 +84,15 @@ func connectorQUICConfig(l Limits) *quic.Config {
 }
 
 // quicCarrier is a QUIC connection as a carrier.
-type quicCarrier struct{ conn *quic.Conn }
+type quicCarrier struct {
+	conn *quic.Conn
+	lost atomic.Pointer[SessionError] // how abandon ended it
+	quicDatagrams
+}
 
-func (c quicCarrier) openStream() (stream, error) {
+func newQUICCarrier(conn *quic.Conn) *quicCarrier { return &quicCarrier{conn: conn} }
+
+func (c *quicCarrier) openStream() (stream, error) {
 	s, err := c.conn.OpenStream()
 	if err != nil {
 		if limit := (*quic.StreamLimitReachedError)(nil); errors.As(err, &limit) {
@@ -90,7 +103,7 @@ func (c quicCarrier) openStream() (stream, error) {
 	return quicStream{s}, nil
 }
 
-func (c quicCarrier) acceptStream(ctx context.Context) (stream, error) {
+func (c *quicCarrier) acceptStream(ctx context.Context) (stream, error) {
 	s, err := c.conn.AcceptStream(ctx)
 	if err != nil {
 		if ctx.Err() != nil {
@@ -101,23 +114,34 @@ func (c quicCarrier) acceptStream(ctx context.Context) (stream, error) {
 	return quicStream{s}, nil
 }
 
-func (c quicCarrier) close(reason CloseReason) {
+func (c *quicCarrier) close(reason CloseReason) {
 	c.conn.CloseWithError(quic.ApplicationErrorCode(reason), "") //nolint:errcheck // it never fails
+	c.quicDatagrams.wait()
 }
 
-func (c quicCarrier) done() <-chan struct{} { return c.conn.Context().Done() }
+func (c *quicCarrier) abandon(err error) {
+	c.lost.CompareAndSwap(nil, &SessionError{Reason: CloseInternal, Err: err})
+	c.conn.CloseWithError(quic.ApplicationErrorCode(CloseInternal), "") //nolint:errcheck // it never fails
+}
 
-func (c quicCarrier) err() error {
+func (c *quicCarrier) done() <-chan struct{} { return c.conn.Context().Done() }
+
+func (c *quicCarrier) err() error {
 	if c.conn.Context().Err() == nil {
 		return nil
+	}
+	if lost := c.lost.Load(); lost != nil {
+		return lost
 	}
 	return sessionErrorOf(context.Cause(c.conn.Context()))
 }
 
-func (c quicCarrier) tlsState() tls.ConnectionState { return c.conn.ConnectionState().TLS }
-func (c quicCarrier) rtt() time.Duration            { return c.conn.ConnectionStats().SmoothedRTT }
-func (c quicCarrier) localAddr() net.Addr           { return c.conn.LocalAddr() }
-func (c quicCarrier) remoteAddr() net.Addr          { return c.conn.RemoteAddr() }
+func (c *quicCarrier) kind() Carrier                 { return CarrierQUIC }
+func (c *quicCarrier) tlsState() tls.ConnectionState { return c.conn.ConnectionState().TLS }
+func (c *quicCarrier) rtt() time.Duration            { return c.conn.ConnectionStats().SmoothedRTT }
+func (c *quicCarrier) heard() uint64                 { return c.conn.ConnectionStats().PacketsReceived }
+func (c *quicCarrier) localAddr() net.Addr           { return c.conn.LocalAddr() }
+func (c *quicCarrier) remoteAddr() net.Addr          { return c.conn.RemoteAddr() }
 
 // sessionErrorOf says in this package's terms how a QUIC connection ended or could not be made.
 func sessionErrorOf(err error) error {

@@ -18,12 +18,16 @@ const (
 	controlWriteTimeout = 10 * time.Second
 )
 
-// session is what both sides' sessions have in common: the control stream, the count of flows, and the drain.
+// session is what both sides' sessions have in common: the control stream, the count of flows, the drain, and the watch on
+// the peer's life.
 type session struct {
 	car     carrier
 	control stream
 	limits  Limits
 	log     *slog.Logger
+	minor   int // the lower one of both sides
+	role    Role
+	live    liveness
 
 	out  chan []byte   // control frames to write
 	kick chan struct{} // says that the drain may have got further
@@ -35,11 +39,13 @@ type session struct {
 	goodbyeSent bool
 	goodbyeGot  bool
 	drainCh     chan struct{} // closed with draining
+	over        bool          // nothing may be started any more
+	wg          sync.WaitGroup
 }
 
-func newSession(car carrier, control stream, l Limits, log *slog.Logger) *session {
+func newSession(car carrier, control stream, l Limits, log *slog.Logger, minor int, role Role) *session {
 	return &session{
-		car: car, control: control, limits: l, log: log,
+		car: car, control: control, limits: l, log: log, minor: minor, role: role,
 		out:     make(chan []byte, controlQueue),
 		kick:    make(chan struct{}, 1),
 		drainCh: make(chan struct{}),
@@ -54,6 +60,38 @@ func (s *session) RemoteAddr() net.Addr { return s.car.remoteAddr() }
 
 // RTT is the smoothed round-trip time to the peer, zero if not measured yet.
 func (s *session) RTT() time.Duration { return s.car.rtt() }
+
+// Carrier is what the session runs over.
+func (s *session) Carrier() Carrier { return s.car.kind() }
+
+// Role is what the session is for.
+func (s *session) Role() Role { return s.role }
+
+// Minor is the protocol's minor version that both sides speak.
+func (s *session) Minor() int { return s.minor }
+
+// DatagramsDropped counts the datagrams that queues on this side had no room for.
+func (s *session) DatagramsDropped() uint64 { return s.car.dropped() }
+
+// spawn runs f in a goroutine that finish waits for. f must return when the session has ended. It reports false, and does
+// nothing, if the session is over.
+func (s *session) spawn(f func()) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.over {
+		s.wg.Go(f)
+	}
+	return !s.over
+}
+
+// finish waits for all that the ended session has started.
+func (s *session) finish() {
+	s.mu.Lock()
+	s.over = true
+	s.mu.Unlock()
+	s.car.close(CloseInternal) // has ended; waits
+	s.wg.Wait()
+}
 
 // Done is closed when the session has ended.
 func (s *session) Done() <-chan struct{} { return s.car.done() }
@@ -256,7 +294,12 @@ func (s *session) handleControl(f frame, handle func(frame) error) error {
 		s.mu.Unlock()
 		return nil
 	}
-	err := handle(f)
+	err := errUnknownFrame
+	if s.minor >= 1 && (f.typ == framePing || f.typ == framePong) {
+		err = s.handlePing(f)
+	} else {
+		err = handle(f)
+	}
 	if err == errUnknownFrame && f.skippable {
 		return nil
 	}

@@ -18,8 +18,10 @@ import (
 
 func TestRegistration(t *testing.T) {
 	_, c, s := pair(t, accept(echo))
-	if got := s.Registration(); got != testRegistration {
-		t.Errorf("Registration() = %+v, want %+v", got, testRegistration)
+	want := testRegistration
+	want.Connections, want.Minor = defaultConnections, protocolMinor
+	if got := s.Registration(); got != want {
+		t.Errorf("Registration() = %+v, want %+v", got, want)
 	}
 	if got, want := s.Peer().String(), "spiffe://keyhaven.test/connector/c1"; got != want {
 		t.Errorf("Peer() = %s, want %s", got, want)

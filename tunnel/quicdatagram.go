@@ -1,0 +1,110 @@
+package tunnel
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"sync/atomic"
+
+	"github.com/quic-go/quic-go"
+)
+
+const (
+	// datagramQueue is how many datagrams wait to be sent; more are dropped. quic-go itself holds 32 and then blocks.
+	datagramQueue = 256
+	// maxQUICDatagram is more than any UDP path carries.
+	maxQUICDatagram = 16 << 10
+)
+
+var (
+	datagramBuffers = sync.Pool{New: func() any { return new([]byte) }}
+	tooLarge        [maxQUICDatagram]byte
+)
+
+// quicDatagrams is the queue of datagrams before quic-go's own. It starts with the first datagram.
+type quicDatagrams struct {
+	lost64 atomic.Uint64
+
+	mu    sync.Mutex // guards the fields below
+	queue chan *[]byte
+	over  bool
+	wg    sync.WaitGroup
+}
+
+func (c *quicCarrier) sendDatagram(b []byte) error {
+	if len(b) > c.maxDatagram() {
+		return errDatagramTooLarge
+	}
+	queue, err := c.startDatagrams()
+	if err != nil {
+		return err
+	}
+	p := datagramBuffers.Get().(*[]byte)
+	*p = append((*p)[:0], b...)
+	select {
+	case queue <- p:
+		return nil
+	default:
+		datagramBuffers.Put(p)
+		c.lost64.Add(1)
+		return errDatagramDropped
+	}
+}
+
+func (c *quicCarrier) startDatagrams() (chan *[]byte, error) {
+	d := &c.quicDatagrams
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.over {
+		return nil, c.err()
+	}
+	if d.queue == nil {
+		d.queue = make(chan *[]byte, datagramQueue)
+		d.wg.Go(func() { c.sendDatagrams(d.queue) })
+	}
+	return d.queue, nil
+}
+
+func (c *quicCarrier) sendDatagrams(queue chan *[]byte) {
+	for {
+		select {
+		case p := <-queue:
+			if err := c.conn.SendDatagram(*p); err != nil {
+				c.lost64.Add(1) // too large for a path that has become narrower, or the end
+			}
+			datagramBuffers.Put(p)
+		case <-c.done():
+			return
+		}
+	}
+}
+
+// wait waits for the queue's goroutine, once the connection is closed.
+func (d *quicDatagrams) wait() {
+	d.mu.Lock()
+	d.over = true
+	d.mu.Unlock()
+	d.wg.Wait()
+}
+
+func (c *quicCarrier) receiveDatagram(ctx context.Context) ([]byte, error) {
+	b, err := c.conn.ReceiveDatagram(ctx)
+	if err != nil {
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
+		return nil, sessionErrorOf(err)
+	}
+	return b, nil
+}
+
+// maxDatagram asks quic-go, which answers only when a datagram is too large. The peer's will to take any is in the error too.
+func (c *quicCarrier) maxDatagram() int {
+	var large *quic.DatagramTooLargeError
+	if errors.As(c.conn.SendDatagram(tooLarge[:]), &large) {
+		return int(large.MaxDatagramPayloadSize)
+	}
+	return 0
+}
+
+func (c *quicCarrier) dropped() uint64 { return c.lost64.Load() }
