@@ -3,6 +3,7 @@ package connector
 import (
 	"errors"
 	"fmt"
+	"iter"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -162,6 +163,20 @@ func (a *Allow) Len() int {
 		return 0
 	}
 	return a.rules
+}
+
+// networks yields the networks that have rules; the empty ID stands for the rules for every network.
+func (a *Allow) networks() iter.Seq[vnet.ID] {
+	return func(yield func(vnet.ID) bool) {
+		if a == nil {
+			return
+		}
+		for v := range a.nets {
+			if !yield(v) {
+				return
+			}
+		}
+	}
 }
 
 // sets returns the rules that count for flows of network v.

@@ -17,6 +17,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/keyhaven/keyhaven/connector/ingress"
 	"github.com/keyhaven/keyhaven/mtls"
 	"github.com/keyhaven/keyhaven/tunnel"
 	"github.com/keyhaven/keyhaven/vnet"
@@ -47,8 +48,9 @@ type Config struct {
 	// Bulk is how many sessions for bulk flows there may be to one edge, beside the main ones, if the edge asks for them.
 	// At most 8. If zero, none.
 	Bulk int
-	// Ingress serves the flows that are for this connector's own ingress. If nil, they are refused as unsupported.
-	Ingress Ingress
+	// Ingress serves the flows that are for this connector's own ingress, and takes the configurations of edges unless
+	// OnConfig does. If nil, such flows are refused as unsupported. The caller closes it, after Run.
+	Ingress *ingress.Handler
 	// OnConfig takes a configuration that an edge pushes. Its error's text goes back to the edge. Several edges may push
 	// the same version, at the same time. If nil, pushed configurations are refused as unsupported.
 	OnConfig func(ctx context.Context, version uint64, body []byte) error
@@ -160,6 +162,7 @@ func New(cfg Config) (*Connector, error) {
 		},
 	}
 	c.allow.Store(cfg.Allow)
+	c.bindIngress()
 	c.SetLimits(cfg.Limits)
 	hostname, err := os.Hostname()
 	if err != nil {
@@ -278,7 +281,7 @@ func (c *Connector) leave(s session) {
 func (c *Connector) SetAllow(a *Allow) (cut int) {
 	// The order matters: a flow that is added after the sweep sees the new list.
 	c.allow.Store(a)
-	return c.flows.sweep(a)
+	return c.flows.sweep(a) + c.permitIngress(a)
 }
 
 // SetLimits changes how many flows there may be at a time. Open flows stay; new ones are refused until there are fewer

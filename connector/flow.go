@@ -84,12 +84,6 @@ type incoming interface {
 	Reject(tunnel.Result) error
 }
 
-// Ingress serves flows that are for the connector's own ingress, to their end. ctx ends with the session, or when the
-// connector cuts what is left.
-type Ingress interface {
-	ServeFlow(ctx context.Context, conn tunnel.Conn, f tunnel.Flow)
-}
-
 // handle answers one flow and serves it to its end. ctx ends with the session.
 func (c *Connector) handle(ctx context.Context, in incoming) {
 	start, f := time.Now(), in.Flow()
@@ -104,6 +98,8 @@ func (c *Connector) handle(ctx context.Context, in incoming) {
 	switch f.Kind {
 	case tunnel.KindTCP, 0:
 		err = c.serveTCP(ctx, in, start)
+	case tunnel.KindIngress:
+		err = c.serveIngress(ctx, in, start)
 	default:
 		err = errKind
 	}
@@ -176,6 +172,8 @@ func (c *Connector) reject(in incoming, err error, start time.Time) {
 		result = tunnel.ResultLimit
 	case errors.Is(err, errKind):
 		result = tunnel.ResultUnsupported
+	case errors.Is(err, errNoService):
+		result = tunnel.ResultNoRoute
 	default:
 		result = resultOf(err)
 	}

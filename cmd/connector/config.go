@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/keyhaven/keyhaven/connector"
+	"github.com/keyhaven/keyhaven/ingressconf"
 	"github.com/keyhaven/keyhaven/internal/cli"
 	"github.com/keyhaven/keyhaven/internal/conf"
 	"github.com/keyhaven/keyhaven/internal/ops"
@@ -20,7 +21,7 @@ import (
 	"github.com/keyhaven/keyhaven/vnet"
 )
 
-// config is the configuration file. Only allow and limits.max_flows can change without a restart.
+// config is the configuration file. Only allow, ingress, ingress_origin and limits.max_flows can change without a restart.
 type config struct {
 	Identity identityConfig `mapstructure:"identity"`
 	Edges    []string       `mapstructure:"edges"`
@@ -28,6 +29,10 @@ type config struct {
 	Limits   limitsConfig   `mapstructure:"limits"`
 	Drain    drainConfig    `mapstructure:"drain"`
 	Ops      ops.Config     `mapstructure:"ops"`
+
+	Ingress       []ingressconf.Rule        `mapstructure:"ingress"`
+	IngressOrigin ingressconf.OriginOptions `mapstructure:"ingress_origin"`
+	RemoteConfig  bool                      `mapstructure:"remote_config"` // the edge may configure the ingress
 }
 
 type identityConfig struct {
@@ -53,6 +58,9 @@ func defaults() *config {
 	return &config{
 		Limits: limitsConfig{MaxFlows: 8192, DialTimeout: 10 * time.Second},
 		Drain:  drainConfig{Grace: 30 * time.Second},
+
+		IngressOrigin: ingressconf.Defaults(),
+		RemoteConfig:  true,
 	}
 }
 
@@ -68,8 +76,9 @@ const joinedFile = "join.json"
 // settings are a configuration that was found good.
 type settings struct {
 	*config
-	allow *connector.Allow
-	edges []string
+	allow   *connector.Allow
+	ingress *ingressconf.Config
+	edges   []string
 }
 
 // load reads and validates the configuration that the command's flags name. It touches nothing else.
@@ -100,6 +109,7 @@ func (s *settings) validate(file *conf.File) (errs conf.Errors) {
 		fault("allow", "is missing; list what may be reached, or write allow: [] to permit nothing")
 	}
 	s.allow = s.compile(fault)
+	s.ingress = s.compileIngress(fault)
 	seen := map[string]int{}
 	for i, e := range s.Edges {
 		key := fmt.Sprintf("edges[%d]", i)

@@ -13,6 +13,8 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/keyhaven/keyhaven/connector"
+	"github.com/keyhaven/keyhaven/connector/ingress"
+	"github.com/keyhaven/keyhaven/ingressconf"
 	"github.com/keyhaven/keyhaven/internal/cli"
 	"github.com/keyhaven/keyhaven/internal/ops"
 	"github.com/keyhaven/keyhaven/mtls"
@@ -29,7 +31,7 @@ func runCommand() *cobra.Command {
 		Short: "Keep sessions to the edges and serve their flows",
 		Long: `Run keeps four sessions to each edge and serves flows until it gets SIGINT or SIGTERM. Then it tells the edges,
 waits for open flows for drain.grace at most, and exits; a second signal ends it at once. SIGHUP reads the allow-list,
-limits.max_flows and the certificate again: open flows that are no longer permitted are cut.`,
+the ingress rules, limits.max_flows and the certificate again: open flows that are no longer permitted are cut.`,
 		RunE: func(cmd *cobra.Command, _ []string) error { return run(cmd) },
 	}
 	cmd.Flags().String("config", defaultConfig, configHelp)
@@ -81,9 +83,14 @@ func run(cmd *cobra.Command) error {
 		return err
 	}
 	registry := ops.NewRegistry()
+	in, err := s.newIngress(log, registry)
+	if err != nil {
+		return err
+	}
+	defer in.Close() //nolint:errcheck // nothing depends on how it ends
 	c, err := connector.New(connector.Config{
 		Identity: src, Edges: s.edges, Allow: s.allow, Limits: connector.Limits{MaxFlows: s.Limits.MaxFlows}, DialTimeout: s.Limits.DialTimeout,
-		DrainTimeout: s.Drain.Grace, Version: cli.Version(), Logger: log, Registerer: registry,
+		DrainTimeout: s.Drain.Grace, Version: cli.Version(), Logger: log, Registerer: registry, Ingress: in,
 	})
 	if err != nil {
 		return err
@@ -94,11 +101,11 @@ func run(cmd *cobra.Command) error {
 	log.Info("starting", "identity", src.Identity(), "edges", s.edges, "rules", s.allow.Len(), "version", cli.Version())
 	side := &ops.Server{Addr: s.Ops.Listen, AllowNonLoopback: s.Ops.AllowNonLoopback, Ready: c.Ready, Registry: registry, Logger: log,
 		Listening: func(a net.Addr) { log.Info("health and metrics", "addr", a) }}
-	return serve(cmd, s, log, src, c, side)
+	return serve(cmd, s, log, src, c, in, side)
 }
 
 // serve runs the connector, what operators ask it, and reloads, and waits for all of them.
-func serve(cmd *cobra.Command, s *settings, log *slog.Logger, src *mtls.Source, c *connector.Connector, side *ops.Server) error {
+func serve(cmd *cobra.Command, s *settings, log *slog.Logger, src *mtls.Source, c *connector.Connector, in *ingress.Handler, side *ops.Server) error {
 	ctx, stop := context.WithCancel(cmd.Context())
 	defer stop()
 	sideCtx, stopSide := context.WithCancel(context.WithoutCancel(ctx)) // it answers while the connector drains
@@ -115,7 +122,7 @@ func serve(cmd *cobra.Command, s *settings, log *slog.Logger, src *mtls.Source, 
 		for {
 			select {
 			case <-hangups:
-				s = reload(cmd, s, log, src, c)
+				s = reload(cmd, s, log, src, c, in)
 			case <-ctx.Done():
 				return
 			}
@@ -129,12 +136,16 @@ func serve(cmd *cobra.Command, s *settings, log *slog.Logger, src *mtls.Source, 
 }
 
 // reload reads configuration and certificate again. What is wrong is logged, and the old stays.
-func reload(cmd *cobra.Command, old *settings, log *slog.Logger, src *mtls.Source, c *connector.Connector) *settings {
+func reload(cmd *cobra.Command, old *settings, log *slog.Logger, src *mtls.Source, c *connector.Connector, in *ingress.Handler) *settings {
 	if err := src.Reload(); err != nil {
 		log.Error("certificate not reloaded, the old one stays", "err", err)
 	}
 	s, err := load(cmd)
 	if err != nil {
+		log.Error("configuration not reloaded, the old one stays", "err", err)
+		return old
+	}
+	if err := in.SetLocal(s.ingress); err != nil { // first: it alone can fail
 		log.Error("configuration not reloaded, the old one stays", "err", err)
 		return old
 	}
@@ -145,14 +156,14 @@ func reload(cmd *cobra.Command, old *settings, log *slog.Logger, src *mtls.Sourc
 		log.Warn("the allow-list is empty: every flow will be denied")
 	}
 	fixed := func(c config) config {
-		c.Allow, c.Limits.MaxFlows = nil, 0
+		c.Allow, c.Limits.MaxFlows, c.Ingress, c.IngressOrigin = nil, 0, nil, ingressconf.OriginOptions{}
 		return c
 	}
 	if !reflect.DeepEqual(fixed(*s.config), fixed(*old.config)) {
 		log.Warn("other settings changed too; they need a restart")
 		// Keep what runs, so that the warning comes again until the restart.
 		kept := *old.config
-		kept.Allow, kept.Limits.MaxFlows = s.Allow, s.Limits.MaxFlows
+		kept.Allow, kept.Limits.MaxFlows, kept.Ingress, kept.IngressOrigin = s.Allow, s.Limits.MaxFlows, s.Ingress, s.IngressOrigin
 		s.config = &kept
 	}
 	return s
