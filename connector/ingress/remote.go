@@ -150,3 +150,10 @@ func (h *Handler) saveLocked() error {
 	}
 	return nil
 }
+
+// Kept returns what a connector keeps in the file of [HandlerConfig]: the last configuration from the edge and its
+// version. The error is fs.ErrNotExist if there is none.
+func Kept(path string) (version uint64, c *ingressconf.Config, err error) {
+	r, err := readKept(path)
+	return r.Version, r.config, err
+}
