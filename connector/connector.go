@@ -10,7 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"runtime"
-	"strconv"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -23,12 +23,6 @@ import (
 	"github.com/keyhaven/keyhaven/vnet"
 )
 
-// SessionsPerEdge is how many sessions are kept to each entry of Config.Edges.
-const SessionsPerEdge = 4
-
-// maxEdges is how many entries' sessions the indexes of a registration can tell apart.
-const maxEdges = 256 / SessionsPerEdge
-
 // renewTimeout bounds one edge's answer to a certificate request; edges give up earlier.
 const renewTimeout = 45 * time.Second
 
@@ -36,8 +30,9 @@ const renewTimeout = 45 * time.Second
 type Config struct {
 	// Identity is the connector's certificate, which Run keeps renewed. Required.
 	Identity *mtls.Source
-	// Edges are the edges to dial, as host:port; a missing port is 7844. A name may have several addresses: the
-	// sessions spread over them. At least one, at most 64.
+	// Edges are the edges to dial first, as host:port; a missing port is 7844. A name may have several addresses: the
+	// sessions spread over them. At least one, at most 64. Once an edge tells which edges there are, those are dialled in
+	// their place, and these again while none of those answers.
 	Edges []string
 	// Allow is what may be dialled. Nil permits nothing.
 	Allow *Allow
@@ -45,6 +40,9 @@ type Config struct {
 	Limits Limits
 	// Carrier says over what sessions go: CarrierAuto (also if empty), CarrierQUIC or CarrierTCP.
 	Carrier string
+	// Proxy returns the HTTP proxy that sessions over TCP go through, or nil for none. It is called for each attempt. If
+	// Proxy is nil, there is none.
+	Proxy func() (*tunnel.ProxyConfig, error)
 	// Bulk is how many sessions for bulk flows there may be to one edge, beside the main ones, if the edge asks for them.
 	// At most 8. If zero, none.
 	Bulk int
@@ -83,60 +81,60 @@ type Connector struct {
 	flows    flowSet
 	denied   throttle
 	refusals refusals
-	lines    []*line
+	edges    edgeSet
+	host     surroundings
 	dial     func(context.Context, tunnel.DialConfig) (session, error)
+
+	registration tunnel.Registration // what all sessions tell alike
 
 	running sync.WaitGroup // sessions
 
-	mu   sync.Mutex           // guards the field below
-	live map[session]struct{} // sessions that have not ended, those that drain included
+	mu        sync.Mutex           // guards the fields below
+	endpoints []*endpoint          // in the order in which they were added
+	live      map[session]struct{} // sessions that have not ended, those that drain included
+	mains     int                  // of them, main sessions
+	up        time.Time            // since when mains is not zero
 }
 
-// session is what a Connector needs of a *tunnel.ClientSession.
-type session interface {
-	Run(ctx context.Context) error
-	Drain(ctx context.Context) error
-	Renew(ctx context.Context, csrDER []byte) ([][]byte, error)
-	Draining() <-chan struct{}
-	Done() <-chan struct{}
-	RemoteAddr() net.Addr
-	Err() error
-}
-
-// ParseEdge reads an edge's address: a host name or an IP address, with or without a port.
-func ParseEdge(s string) (host string, port uint16, err error) {
-	if a, err := netip.ParseAddr(s); err == nil { // an IPv6 address without a port has colons of its own
-		return a.String(), tunnel.DefaultPort, nil
-	}
-	host, text, err := net.SplitHostPort(s)
-	if addrErr, ok := errors.AsType[*net.AddrError](err); ok && addrErr.Err == "missing port in address" {
-		host, text, err = s, strconv.Itoa(tunnel.DefaultPort), nil
-	}
-	if err != nil || host == "" {
-		return "", 0, fmt.Errorf("edge %q: write host:port, such as edge.example.com:%d", s, tunnel.DefaultPort)
-	}
-	n, err := strconv.ParseUint(text, 10, 16)
-	if err != nil || n == 0 {
-		return "", 0, fmt.Errorf("edge %q: the port must be a number from 1 to 65535", s)
-	}
-	return host, uint16(n), nil
-}
-
-// New checks cfg and returns a connector that does nothing before Run.
-func New(cfg Config) (*Connector, error) {
+// check completes the configuration and says what is wrong with it.
+func (cfg *Config) check() error {
 	if cfg.Identity == nil {
-		return nil, errors.New("connector: no identity")
+		return errors.New("connector: no identity")
 	}
 	if len(cfg.Edges) == 0 {
-		return nil, errors.New("connector: no edge to dial")
+		return errors.New("connector: no edge to dial")
 	}
 	if len(cfg.Edges) > maxEdges {
-		return nil, fmt.Errorf("connector: %d edges to dial, at most %d allowed; give those of one name one entry", len(cfg.Edges), maxEdges)
+		return fmt.Errorf("connector: %d edges to dial, at most %d allowed; give those of one name one entry", len(cfg.Edges), maxEdges)
+	}
+	seen := map[string]bool{}
+	for _, e := range cfg.Edges {
+		key, err := edgeKey(e)
+		if err != nil {
+			return fmt.Errorf("connector: %w", err)
+		}
+		if seen[key] {
+			return fmt.Errorf("connector: edge %q is listed twice; remove one", e)
+		}
+		seen[key] = true
 	}
 	for _, d := range []*time.Duration{&cfg.DialTimeout, &cfg.DrainTimeout} {
 		if *d < 0 {
-			return nil, errors.New("connector: a timeout is negative")
+			return errors.New("connector: a timeout is negative")
 		}
+	}
+	if cfg.Bulk < 0 || cfg.Bulk > maxBulk {
+		return fmt.Errorf("connector: %d bulk sessions, want 0 to %d", cfg.Bulk, maxBulk)
+	}
+	switch cfg.Carrier {
+	case "":
+		cfg.Carrier = CarrierAuto
+	case CarrierAuto, CarrierQUIC, CarrierTCP:
+	default:
+		return fmt.Errorf("connector: carrier %q, want %s, %s or %s", cfg.Carrier, CarrierAuto, CarrierQUIC, CarrierTCP)
+	}
+	if cfg.Carrier == CarrierQUIC {
+		cfg.Bulk = 0 // they would be TCP
 	}
 	if cfg.DialTimeout == 0 {
 		cfg.DialTimeout = 10 * time.Second
@@ -150,9 +148,18 @@ func New(cfg Config) (*Connector, error) {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
+	return nil
+}
+
+// New checks cfg and returns a connector that does nothing before Run.
+func New(cfg Config) (*Connector, error) {
+	if err := cfg.check(); err != nil {
+		return nil, err
+	}
 	c := &Connector{
-		cfg: cfg, log: cfg.Logger, metrics: newMetrics(), live: map[session]struct{}{},
+		cfg: cfg, log: cfg.Logger, metrics: newMetrics(), live: map[session]struct{}{}, host: thisHost,
 		dialer: dialer{resolver: cfg.Resolver},
+		edges:  edgeSet{seeds: slices.Clone(cfg.Edges), told: map[string][]string{}, missing: map[string]time.Time{}, changed: make(chan struct{}, 1)},
 		dial: func(ctx context.Context, d tunnel.DialConfig) (session, error) {
 			s, err := tunnel.Dial(ctx, d)
 			if err != nil {
@@ -168,24 +175,8 @@ func New(cfg Config) (*Connector, error) {
 	if err != nil {
 		hostname = "unknown"
 	}
-	reg := tunnel.Registration{Instance: rand.Text(), Version: cfg.Version, Hostname: hostname, Arch: runtime.GOOS + "/" + runtime.GOARCH}
-	seen := map[string]bool{}
-	for n, e := range cfg.Edges {
-		host, port, err := ParseEdge(e)
-		if err != nil {
-			return nil, fmt.Errorf("connector: %w", err)
-		}
-		if addr := net.JoinHostPort(host, strconv.Itoa(int(port))); seen[addr] {
-			return nil, fmt.Errorf("connector: edge %q is listed twice; remove one", e)
-		} else {
-			seen[addr] = true
-		}
-		for i := range SessionsPerEdge {
-			// Two entries may lead to one edge, which tells processes apart by instance and their sessions by index.
-			reg.Index = n*SessionsPerEdge + i
-			c.lines = append(c.lines, &line{c: c, edge: e, host: host, port: port, reg: reg})
-		}
-	}
+	c.registration = tunnel.Registration{Instance: rand.Text(), Version: cfg.Version, Hostname: hostname, Arch: runtime.GOOS + "/" + runtime.GOARCH}
+	c.loadEdges()
 	if cfg.Registerer != nil {
 		if err := c.register(cfg.Registerer); err != nil {
 			return nil, fmt.Errorf("connector: metrics: %w", err)
@@ -202,9 +193,8 @@ func (c *Connector) Run(ctx context.Context) error {
 	lives, cut := context.WithCancel(base)
 	defer cut()
 	var wg sync.WaitGroup
-	for _, l := range c.lines {
-		wg.Go(func() { l.keep(ctx, lives) })
-	}
+	wg.Go(func() { c.keepEdges(ctx, lives) })
+	wg.Go(func() { c.watch(ctx) })
 	wg.Go(func() {
 		if err := c.cfg.Identity.KeepRenewed(ctx, c.renew); err != nil && ctx.Err() == nil {
 			c.log.Error("certificate renewal ended", "err", err)
@@ -264,16 +254,28 @@ func (c *Connector) renew(ctx context.Context, csrDER []byte) ([][]byte, error) 
 	return nil, err
 }
 
-func (c *Connector) enter(s session) {
+func (c *Connector) enter(s session, role string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.live[s] = struct{}{}
+	if role != RoleMain {
+		return
+	}
+	if c.mains++; c.mains == 1 {
+		c.up = time.Now()
+	}
 }
 
-func (c *Connector) leave(s session) {
+func (c *Connector) leave(s session, role string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	delete(c.live, s)
+	if role != RoleMain {
+		return
+	}
+	if c.mains--; c.mains == 0 {
+		c.up = time.Time{}
+	}
 }
 
 // SetAllow replaces the allow-list. It counts for new flows at once, and open flows that it does not permit are cut.
@@ -292,6 +294,9 @@ func (c *Connector) SetLimits(l Limits) { c.flows.set(l) }
 func (c *Connector) Ready(context.Context) error {
 	var last error
 	for _, s := range c.Status().Sessions {
+		if s.Role != RoleMain {
+			continue
+		}
 		if s.State == StateConnected {
 			return nil
 		}
@@ -303,14 +308,4 @@ func (c *Connector) Ready(context.Context) error {
 		last = errNoSession
 	}
 	return last
-}
-
-// Status describes the connector as it is now.
-func (c *Connector) Status() Status {
-	st := Status{Identity: c.cfg.Identity.Identity().String(), Version: c.cfg.Version, VNets: c.flows.limited()}
-	st.Flows, st.MaxFlows = c.flows.total()
-	for _, l := range c.lines {
-		st.Sessions = append(st.Sessions, l.snapshot())
-	}
-	return st
 }

@@ -1,7 +1,9 @@
 package connector
 
 import (
+	"cmp"
 	"maps"
+	"slices"
 	"sync"
 
 	"github.com/keyhaven/keyhaven/vnet"
@@ -84,5 +86,6 @@ func (s *counts) limited() (list []VNetFlows) {
 	for v, most := range s.limits.PerVNet {
 		list = append(list, VNetFlows{VNet: v, Flows: s.byVNet[v], Limit: most})
 	}
+	slices.SortFunc(list, func(a, b VNetFlows) int { return cmp.Compare(a.VNet, b.VNet) })
 	return list
 }

@@ -2,6 +2,7 @@ package connector
 
 import (
 	"errors"
+	"strconv"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -24,11 +25,11 @@ func newMetrics() *metrics {
 	name := func(s string) string { return "keyhaven_connector_" + s }
 	m := &metrics{
 		sessions: prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: name("sessions"),
-			Help: "Sessions that are up, by edge as configured."}, []string{"edge"}),
+			Help: "Sessions that are up, those that drain included, by edge, carrier (quic, tcp) and role (main, bulk)."}, []string{"edge", "carrier", "role"}),
 		attempts: prometheus.NewCounterVec(prometheus.CounterOpts{Name: name("session_attempts_total"),
-			Help: "Attempts to reach an address of an edge, by edge as configured and result (ok, failed)."}, []string{"edge", "result"}),
+			Help: "Attempts to reach an address of an edge, by edge and result (ok, failed)."}, []string{"edge", "result"}),
 		reconnects: prometheus.NewCounterVec(prometheus.CounterOpts{Name: name("reconnects_total"),
-			Help: "Sessions that took the place of a lost or drained one."}, []string{"edge"}),
+			Help: "Main sessions that took the place of another, by edge and the reason."}, []string{"edge", "reason"}),
 		results: prometheus.NewCounterVec(prometheus.CounterOpts{Name: name("flow_results_total"),
 			Help: "Flows that edges asked for, by what became of the request."}, []string{"result"}),
 		dial: prometheus.NewHistogram(prometheus.HistogramOpts{Name: name("dial_seconds"),
@@ -41,17 +42,31 @@ func newMetrics() *metrics {
 	return m
 }
 
+// remember makes an edge show, so that one that was never reached shows as 0, not as absent.
+func (m *metrics) remember(edge string) {
+	for _, carrier := range []string{CarrierQUIC, CarrierTCP} {
+		m.sessions.WithLabelValues(edge, carrier, RoleMain)
+	}
+	for _, why := range reasons {
+		m.reconnects.WithLabelValues(edge, why)
+	}
+}
+
+// forget makes an edge that is no longer dialled disappear.
+func (m *metrics) forget(edge string) {
+	for _, v := range []*prometheus.MetricVec{m.sessions.MetricVec, m.attempts.MetricVec, m.reconnects.MetricVec} {
+		v.DeletePartialMatch(prometheus.Labels{"edge": edge})
+	}
+}
+
+func (m *metrics) reconnected(edge, why string) { m.reconnects.WithLabelValues(edge, why).Inc() }
+
 // register shows the connector's metrics.
 func (c *Connector) register(r prometheus.Registerer) error {
 	m := c.metrics
-	for _, l := range c.lines { // so that an edge that was never reached shows as 0, not as absent
-		m.sessions.WithLabelValues(l.edge)
-	}
 	var errs []error
 	for _, col := range []prometheus.Collector{
-		m.sessions, m.attempts, m.reconnects, m.results, m.dial, m.bytes,
-		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "keyhaven_connector_flows",
-			Help: "Flows that are open or being dialled."}, func() float64 { return float64(c.flows.len()) }),
+		m.sessions, m.attempts, m.reconnects, m.results, m.dial, m.bytes, view{c},
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "keyhaven_connector_certificate_not_after_seconds",
 			Help: "When the connector's certificate runs out, as Unix time."},
 			func() float64 { return float64(c.cfg.Identity.NotAfter().Unix()) }),
@@ -59,6 +74,55 @@ func (c *Connector) register(r prometheus.Registerer) error {
 		errs = append(errs, r.Register(col))
 	}
 	return errors.Join(errs...)
+}
+
+// What is read from the connector's state when somebody asks.
+var (
+	descFlows = prometheus.NewDesc("keyhaven_connector_flows", "Flows that are open or being dialled.", nil, nil)
+	descLimit = prometheus.NewDesc("keyhaven_connector_flows_limit", "How many flows there may be at a time.", nil, nil)
+
+	descVNetFlows = prometheus.NewDesc("keyhaven_connector_vnet_flows", "Flows of a virtual network with a limit of its own.", []string{"vnet"}, nil)
+	descVNetLimit = prometheus.NewDesc("keyhaven_connector_vnet_flows_limit", "How many flows of the virtual network there may be at a time.", []string{"vnet"}, nil)
+
+	descRTT = prometheus.NewDesc("keyhaven_connector_session_rtt_seconds", "Smoothed round-trip time to the edge, by session.", []string{"edge", "index", "carrier"}, nil)
+	descUp  = prometheus.NewDesc("keyhaven_connector_up_since_seconds", "Since when there has been at least one session, as Unix time; 0 if there is none.", nil, nil)
+
+	descVersion = prometheus.NewDesc("keyhaven_connector_config_version", "Version of the remote configuration in force; 0 if there is none.", nil, nil)
+)
+
+// view shows a connector's state as metrics.
+type view struct{ c *Connector }
+
+// Describe implements prometheus.Collector.
+func (view) Describe(ch chan<- *prometheus.Desc) {
+	for _, d := range []*prometheus.Desc{descFlows, descLimit, descVNetFlows, descVNetLimit, descRTT, descUp, descVersion} {
+		ch <- d
+	}
+}
+
+// Collect implements prometheus.Collector.
+func (v view) Collect(ch chan<- prometheus.Metric) {
+	gauge := func(d *prometheus.Desc, value float64, labels ...string) {
+		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, value, labels...)
+	}
+	st := v.c.Status()
+	gauge(descFlows, float64(st.Flows))
+	gauge(descLimit, float64(st.MaxFlows))
+	for _, n := range st.VNets {
+		gauge(descVNetFlows, float64(n.Flows), string(n.VNet))
+		gauge(descVNetLimit, float64(n.Limit), string(n.VNet))
+	}
+	for _, s := range st.Sessions {
+		if s.State == StateConnected {
+			gauge(descRTT, s.RTT.Seconds(), s.Edge, strconv.Itoa(s.Index), s.Carrier)
+		}
+	}
+	up := 0.0
+	if !st.Up.IsZero() {
+		up = float64(st.Up.Unix())
+	}
+	gauge(descUp, up)
+	gauge(descVersion, float64(st.ConfigVersion))
 }
 
 // observe counts the answer to a flow.

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -33,7 +34,7 @@ func TestBackoff(t *testing.T) {
 		}
 	}
 	ms := time.Millisecond
-	want := []time.Duration{250 * ms, 500 * ms, 1000 * ms, 2000 * ms, 4000 * ms, 8000 * ms, 16000 * ms, 30000 * ms, 30000 * ms, 30000 * ms}
+	want := []time.Duration{250 * ms, 500 * ms, 1000 * ms, 2000 * ms, 4000 * ms, 8000 * ms, 15000 * ms, 15000 * ms, 15000 * ms, 15000 * ms}
 	if !slices.Equal(ceilings, want) {
 		t.Errorf("ceilings: got %v, want %v", ceilings, want)
 	}
@@ -55,8 +56,11 @@ func TestBackoff(t *testing.T) {
 	if b.reset(); b.ceiling() != 250*ms {
 		t.Errorf("after reset the ceiling is %v, want 250ms", b.ceiling())
 	}
-	if b.max(); b.ceiling() != backoffCap {
-		t.Errorf("after max the ceiling is %v, want %v", b.ceiling(), backoffCap)
+	if b.max(); b.ceiling() != refusedCap {
+		t.Errorf("after max the ceiling is %v, want %v", b.ceiling(), refusedCap)
+	}
+	if b.next(); b.ceiling() != backoffCap {
+		t.Errorf("after the pause that follows a refusal the ceiling is %v, want %v", b.ceiling(), backoffCap)
 	}
 }
 
@@ -94,17 +98,47 @@ type fakeSession struct {
 	draining, done chan struct{}
 	once, drain    sync.Once
 	err            error
-	drained        bool
+	drained        atomic.Bool
 	hang           bool // Drain waits for its context
 	mute           bool // Renew is not answered
 	cut            bool // Run ended by its context
+	carrier        tunnel.Carrier
+	deaf           atomic.Bool // Probe is not answered
+	flows          atomic.Int64
+	remote         *net.UDPAddr
 }
 
 func newFake() *fakeSession {
-	return &fakeSession{draining: make(chan struct{}), done: make(chan struct{})}
+	return &fakeSession{draining: make(chan struct{}), done: make(chan struct{}), carrier: tunnel.CarrierQUIC}
 }
 
 func (s *fakeSession) lose(err error) { s.once.Do(func() { s.err = err; close(s.done) }) }
+func (s *fakeSession) alive() bool {
+	select {
+	case <-s.done:
+		return false
+	case <-s.draining:
+		return false
+	default:
+		return true
+	}
+}
+func (s *fakeSession) Close(r tunnel.CloseReason) { s.lose(&tunnel.SessionError{Reason: r}) }
+func (s *fakeSession) Carrier() tunnel.Carrier    { return s.carrier }
+func (s *fakeSession) Peer() mtls.Identity        { return mtls.Identity{} }
+func (s *fakeSession) RTT() time.Duration         { return time.Millisecond }
+func (s *fakeSession) Flows() int                 { return int(s.flows.Load()) }
+func (s *fakeSession) Probe(ctx context.Context) (time.Duration, error) {
+	if !s.deaf.Load() {
+		return time.Millisecond, nil
+	}
+	select {
+	case <-ctx.Done():
+		return 0, ctx.Err()
+	case <-s.done:
+		return 0, s.err
+	}
+}
 func (s *fakeSession) Run(ctx context.Context) error {
 	select {
 	case <-s.done:
@@ -117,10 +151,13 @@ func (s *fakeSession) Run(ctx context.Context) error {
 func (s *fakeSession) startDrain() { s.drain.Do(func() { close(s.draining) }) }
 func (s *fakeSession) Drain(ctx context.Context) error {
 	s.startDrain()
-	s.drained = true
+	s.drained.Store(true)
 	if s.hang {
-		<-ctx.Done()
-		return ctx.Err()
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-s.done:
+		}
 	}
 	s.lose(nil)
 	return nil
@@ -134,12 +171,20 @@ func (s *fakeSession) Renew(ctx context.Context, _ []byte) ([][]byte, error) {
 }
 func (s *fakeSession) Draining() <-chan struct{} { return s.draining }
 func (s *fakeSession) Done() <-chan struct{}     { return s.done }
-func (s *fakeSession) RemoteAddr() net.Addr      { return &net.UDPAddr{} }
-func (s *fakeSession) Err() error                { return s.err }
+func (s *fakeSession) RemoteAddr() net.Addr      { return s.remote }
+func (s *fakeSession) Err() error {
+	select {
+	case <-s.done:
+		return s.err
+	default:
+		return nil
+	}
+}
 
 // dials records the attempts of a connector whose edges are fakes.
 type dials struct {
 	answer func(d tunnel.DialConfig) (session, error)
+	host   *surroundings // nil: a host that never changes
 
 	mu   sync.Mutex
 	list []attempt
@@ -147,6 +192,7 @@ type dials struct {
 
 type attempt struct {
 	at   time.Time
+	cfg  tunnel.DialConfig
 	addr string
 	reg  tunnel.Registration
 	s    *fakeSession
@@ -155,10 +201,32 @@ type attempt struct {
 func (d *dials) dial(_ context.Context, c tunnel.DialConfig) (session, error) {
 	s, err := d.answer(c)
 	fake, _ := s.(*fakeSession)
+	if to, err := net.ResolveUDPAddr("udp", c.Addr); err == nil && fake != nil {
+		fake.remote = to
+	}
 	d.mu.Lock()
-	d.list = append(d.list, attempt{time.Now(), c.Addr, c.Registration, fake})
+	d.list = append(d.list, attempt{time.Now(), c, c.Addr, c.Registration, fake})
 	d.mu.Unlock()
 	return s, err
+}
+
+// living returns the attempts whose sessions take flows.
+func (d *dials) living() (list []attempt) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, a := range d.list {
+		if a.s != nil && a.s.alive() {
+			list = append(list, a)
+		}
+	}
+	return list
+}
+
+// all returns all attempts so far.
+func (d *dials) all() []attempt {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return slices.Clone(d.list)
 }
 
 // of returns the attempts of one index.
@@ -185,6 +253,10 @@ func bubble(t *testing.T, d *dials, cfg Config, f func(c *Connector, stop func()
 			t.Fatal(err)
 		}
 		c.dial = d.dial
+		c.host = surroundings{addrs: func() string { return "" }, wall: func() time.Time { return time.Now().Round(0) }}
+		if d.host != nil {
+			c.host = *d.host
+		}
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error, 1)
 		go func() { done <- c.Run(ctx) }()
@@ -422,8 +494,8 @@ func TestEdgeDrains(t *testing.T) {
 		}
 		stop()
 		for _, a := range d.list {
-			if !a.s.drained || a.s.cut {
-				t.Errorf("session %d: drained %v, cut %v, want it drained", a.reg.Index, a.s.drained, a.s.cut)
+			if !a.s.drained.Load() || a.s.cut {
+				t.Errorf("session %d: drained %v, cut %v, want it drained", a.reg.Index, a.s.drained.Load(), a.s.cut)
 			}
 		}
 	})
@@ -435,10 +507,10 @@ func TestIndexes(t *testing.T) {
 	d := &dials{answer: func(tunnel.DialConfig) (session, error) { return newFake(), nil }}
 	bubble(t, d, Config{Edges: []string{"192.0.2.1", "192.0.2.2", "192.0.2.3"}}, func(c *Connector, _ func()) {
 		synctest.Wait()
-		if got := len(c.Status().Sessions); got != 12 {
-			t.Errorf("%d sessions, want 12", got)
+		if got := len(c.Status().Sessions); got != 6 {
+			t.Errorf("%d sessions, want 6", got)
 		}
-		for i := range 12 {
+		for _, i := range []int{0, 1, 4, 5, 8, 9} {
 			first := d.of(0)[0].reg.Instance
 			if list := d.of(i); len(list) != 1 || list[0].reg.Instance != first || list[0].addr != fmt.Sprintf("192.0.2.%d:7844", 1+i/4) {
 				t.Errorf("index %d: %+v, want one session of instance %s", i, list, first)
@@ -490,8 +562,8 @@ func TestGrace(t *testing.T) {
 			t.Errorf("the drain took %v, want 7s", took)
 		}
 		for _, a := range d.list {
-			if a.s != nil && (!a.s.drained || !a.s.cut) {
-				t.Errorf("session %d: drained %v, cut %v, want both", a.reg.Index, a.s.drained, a.s.cut)
+			if a.s != nil && (!a.s.drained.Load() || !a.s.cut) {
+				t.Errorf("session %d: drained %v, cut %v, want both", a.reg.Index, a.s.drained.Load(), a.s.cut)
 			}
 		}
 		for _, s := range c.Status().Sessions {

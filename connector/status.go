@@ -45,3 +45,31 @@ type Status struct {
 	VNets         []VNetFlows     `json:"vnets,omitempty"` // with a limit of their own
 	Sessions      []SessionStatus `json:"sessions"`        // main ones in the order of their indexes, then bulk ones
 }
+
+// Status describes the connector as it is now.
+func (c *Connector) Status() Status {
+	st := Status{Identity: c.cfg.Identity.Identity().String(), Instance: c.registration.Instance, Version: c.cfg.Version,
+		VNets: c.flows.limited(), ConfigVersion: c.configVersion()}
+	st.Flows, st.MaxFlows = c.flows.total()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	st.Up = c.up
+	var bulk []SessionStatus
+	for _, e := range c.endpoints {
+		st.Edges = append(st.Edges, e.name)
+		for _, l := range e.lines {
+			st.Sessions = append(st.Sessions, l.snapshot())
+		}
+		bulk = append(bulk, e.bulk.status()...)
+	}
+	st.Sessions = append(st.Sessions, bulk...)
+	return st
+}
+
+// configVersion is the version of the remote configuration in force.
+func (c *Connector) configVersion() uint64 {
+	if c.cfg.Ingress == nil {
+		return 0
+	}
+	return c.cfg.Ingress.Version()
+}
