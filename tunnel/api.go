@@ -98,6 +98,8 @@ type Flow struct {
 	Tunnel, Connector string
 	// Forwarded is set by the package for flows that came from a peer edge: they are served here or refused.
 	Forwarded bool
+
+	context uint32 // names a flow of packets in its session's datagrams; see SPEC.md, "Packets"
 }
 
 // A Conn is an open flow: a net.Conn with half-close. Close gives up both directions: what was written is still
@@ -187,6 +189,8 @@ type ListenConfig struct {
 	MaxPending int
 	// JoinRate is how many joins one source (an IPv4 address or an IPv6 /64) may try per minute. If zero, 10.
 	JoinRate int
+	// Drops counts the packets of flows that were dropped. If nil, nobody does.
+	Drops *PacketDrops
 	// Limits bound each session.
 	Limits Limits
 
@@ -263,6 +267,8 @@ type DialConfig struct {
 	OnBulk func(n int)
 	// Logger gets what happens to the session. If nil, nothing is logged.
 	Logger *slog.Logger
+	// Drops counts the packets of flows that were dropped. If nil, nobody does.
+	Drops *PacketDrops
 	// Limits bound the session.
 	Limits Limits
 

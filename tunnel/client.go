@@ -72,7 +72,9 @@ func registerOver(ctx context.Context, car carrier, cfg DialConfig) (*session, m
 		return nil, peer, fmt.Errorf("register: %w", err)
 	}
 	log := cfg.Logger.With("peer", peer.String(), "conn", cfg.Registration.Index)
-	return newSession(car, control, cfg.Limits, log, min(minor, cfg.Registration.Minor), cfg.Registration.Role), peer, nil
+	s := newSession(car, control, cfg.Limits, log, min(minor, cfg.Registration.Minor), cfg.Registration.Role)
+	s.packets.drops = cfg.Drops
+	return s, peer, nil
 }
 
 // exchangeRegister sends the registration, reads the answer and returns the edge's minor version.

@@ -12,8 +12,8 @@ import (
 
 // Bounds of echoes.
 const (
-	// MaxEchoPayload is the longest payload of an echo request: what a packet of IPv4 has room for.
-	MaxEchoPayload = 65507
+	// MaxEchoPayload is the longest payload of an echo request whose answer a flow carries.
+	MaxEchoPayload = MaxPacket - echoAnswerLen - 16
 	// DefaultEchoTimeout is how long an echo is waited for if the request does not say.
 	DefaultEchoTimeout = 2 * time.Second
 	// MaxEchoTimeout is the longest that an echo is waited for.
@@ -26,7 +26,7 @@ type EchoRequest struct {
 	Seq uint16
 	// TTL is the hop limit. Zero: the connector's default, which is 64 on most hosts.
 	TTL uint8
-	// Payload comes back in the reply. At most MaxEchoPayload bytes, of which a flow carries 8 less.
+	// Payload comes back in the reply. At most MaxEchoPayload bytes.
 	Payload []byte
 	// Timeout is how long to wait for the reply. Zero: DefaultEchoTimeout; more than MaxEchoTimeout counts as that.
 	Timeout time.Duration
@@ -181,7 +181,7 @@ func (echoTimeout) Temporary() bool { return true }
 // Echo sends r over an open ICMP flow and waits for the answer. The error is ErrEchoTimeout if none came within r.Timeout,
 // the context's cause, or the flow's. One call at a time may use the flow.
 func Echo(ctx context.Context, flow PacketConn, r EchoRequest) (EchoReply, error) {
-	if len(r.Payload) > MaxPacket-echoRequestLen {
+	if len(r.Payload) > MaxEchoPayload {
 		return EchoReply{}, ErrPacketTooLong
 	}
 	if r.Timeout <= 0 {
@@ -196,9 +196,8 @@ func Echo(ctx context.Context, flow PacketConn, r EchoRequest) (EchoReply, error
 	if err := flow.WritePacket(AppendEchoRequest(make([]byte, 0, echoRequestLen+len(r.Payload)), r)); err != nil {
 		return EchoReply{}, err
 	}
-	buf := make([]byte, echoAnswerLen+16+len(r.Payload))
 	for {
-		n, err := flow.ReadPacket(buf)
+		b, err := ReceivePacket(flow)
 		switch {
 		case err == nil:
 		case ctx.Err() != nil:
@@ -208,7 +207,7 @@ func Echo(ctx context.Context, flow PacketConn, r EchoRequest) (EchoReply, error
 		default:
 			return EchoReply{}, err
 		}
-		if reply, err := ParseEchoReply(buf[:n]); err == nil && reply.Seq == r.Seq {
+		if reply, err := ParseEchoReply(b); err == nil && reply.Seq == r.Seq {
 			reply.RTT = time.Since(sent)
 			return reply, nil
 		}

@@ -36,6 +36,7 @@ const (
 	tagFlowTunnel    = 0x82 // text, to peer edges
 	tagFlowConnector = 0x83 // text, to peer edges
 	tagClass         = 0x84 // u8, to peer edges
+	tagContext       = 0x85 // u32, of flows of packets
 
 	maxVNetLen = 64
 	maxHostLen = 253
@@ -80,6 +81,10 @@ func appendFlow(dst []byte, f Flow, forward bool) ([]byte, error) {
 			dst = append(dst, tagClass, 0, 1, byte(f.Class))
 		}
 	}
+	if f.context != 0 {
+		dst = append(dst, tagContext, 0, contextIDLen)
+		dst = binary.BigEndian.AppendUint32(dst, f.context)
+	}
 	if n := len(dst) - start - flowHeaderLen; n > maxFlowItemsLen {
 		return dst[:start], malformed("flow header of %d bytes, at most %d allowed", n, maxFlowItemsLen)
 	}
@@ -97,6 +102,9 @@ func canonicalHost(host string) string {
 
 // check reports what keeps f from crossing the wire. Host must be canonical already.
 func (f Flow) check() error {
+	if f.Kind.carriesPackets() != (f.context != 0) {
+		return malformed("flows of packets, and no others, have a context id")
+	}
 	switch f.Kind {
 	case KindTCP, KindUDP:
 		if f.Port == 0 {
@@ -255,6 +263,11 @@ func parseFlowItems(body []byte) (f Flow, err error) {
 				return f, malformed("flow class")
 			}
 			f.Class = FlowClass(v[0])
+		case tagContext:
+			if len(v) != contextIDLen || binary.BigEndian.Uint32(v) == 0 {
+				return f, malformed("context id")
+			}
+			f.context = binary.BigEndian.Uint32(v)
 		default:
 			if err := unknownItem(tag); err != nil {
 				return f, err

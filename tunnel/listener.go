@@ -392,6 +392,7 @@ func (l *Listener) register(ctx context.Context, car carrier, control stream, re
 	if l.stopping || ctx.Err() != nil {
 		return nil, ErrEdgeDraining
 	}
+	s.packets.drops = l.cfg.Drops
 	l.sessions[s] = struct{}{}
 	return s, nil
 }
@@ -425,6 +426,7 @@ func (l *Listener) registerPeer(ctx context.Context, car carrier, control stream
 	if l.stopping || ctx.Err() != nil {
 		return nil, ErrEdgeDraining
 	}
+	p.packets.drops = l.cfg.Drops
 	l.peers[p] = struct{}{}
 	return p, nil
 }

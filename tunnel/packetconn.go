@@ -41,6 +41,23 @@ type Ender interface {
 	Ended() <-chan struct{}
 }
 
+// A PacketReceiver is a flow of packets that hands packets over without a copy and without a buffer that waits for them.
+// The flows of this package are.
+type PacketReceiver interface {
+	// ReceivePacket waits for the next packet, which is the caller's. Errors are as those of ReadPacket.
+	ReceivePacket() ([]byte, error)
+}
+
+// ReceivePacket waits for c's next packet, which is the caller's. Errors are as those of ReadPacket.
+func ReceivePacket(c PacketConn) ([]byte, error) {
+	if r, ok := c.(PacketReceiver); ok {
+		return r.ReceivePacket()
+	}
+	b := make([]byte, MaxPacket)
+	n, err := c.ReadPacket(b)
+	return b[:n], err
+}
+
 // Codes of destination unreachable. See RFC 792 and RFC 1812, section 5.2.7.1.
 const (
 	UnreachableNet        byte = 0

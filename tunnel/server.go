@@ -83,6 +83,7 @@ type Incoming struct {
 	peer     mtls.Identity
 	flow     Flow
 	conn     flowConn
+	packets  *packetConn // what AcceptPacket made of conn
 	answered atomic.Bool
 }
 
@@ -126,6 +127,10 @@ func (in *Incoming) Reject(r Result) error {
 
 // cut ends what the handler has left open.
 func (in *Incoming) cut() {
+	if in.packets != nil {
+		in.packets.Reset(ResultReset)
+		return
+	}
 	if in.Reject(ResultInternal) != nil {
 		in.conn.Reset(ResultReset)
 	}

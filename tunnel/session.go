@@ -28,6 +28,7 @@ type session struct {
 	minor   int // the lower one of both sides
 	role    Role
 	live    liveness
+	packets packetTable
 
 	out  chan []byte   // control frames to write
 	kick chan struct{} // says that the drain may have got further
