@@ -5,6 +5,7 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"runtime"
+	"slices"
 	"testing"
 )
 
@@ -52,28 +53,69 @@ var sizes = []int{1_000, 10_000, 100_000, 1_000_000}
 
 func name(n int) string { return fmt.Sprintf("routes=%d", n) }
 
-// BenchmarkLookup asks for addresses inside routes of the table, in an order that no cache foresees, and reports what
-// the table weighs beside the routes' own texts.
+// A question is what a look-up is given. It is kept small, so that reading the questions disturbs the caches little.
+type question struct {
+	addr netip.Addr
+	vnet ID
+}
+
+// questions asks for an address inside each route, in an order that no cache foresees.
+func questions(routes []Route) []question {
+	asked := make([]question, len(routes))
+	for i, r := range routes {
+		asked[i] = question{r.Prefix.Addr(), r.VNet}
+	}
+	rand.Shuffle(len(asked), func(i, j int) { asked[i], asked[j] = asked[j], asked[i] })
+	return asked
+}
+
+// benchLookup asks table all questions in turn, and reports what the table weighs beside the routes' own texts.
+func benchLookup(b *testing.B, routes []Route) {
+	asked := questions(routes)
+	before := heap()
+	table := mustBuild(b, routes...)
+	perRoute := float64(heap()-before) / float64(len(routes))
+	b.ReportAllocs()
+	i := 0
+	for b.Loop() {
+		q := &asked[i]
+		if _, ok := table.Lookup(q.vnet, q.addr); !ok {
+			b.Fatalf("no route for %v", q)
+		}
+		if i++; i == len(asked) {
+			i = 0
+		}
+	}
+	runtime.KeepAlive(routes) // or its texts would count as given back
+	b.ReportMetric(perRoute, "B/route")
+}
+
 func BenchmarkLookup(b *testing.B) {
+	for _, family := range []string{"IPv4", "IPv6", "both"} {
+		for _, n := range sizes {
+			b.Run(family+"/"+name(n), func(b *testing.B) { benchLookup(b, benchFamily(family, n)) })
+		}
+	}
+}
+
+// benchFamily returns n routes of one family, or of both.
+func benchFamily(family string, n int) []Route {
+	if family == "both" {
+		return benchRoutes(n)
+	}
+	routes := slices.DeleteFunc(benchRoutes(n*5), func(r Route) bool { return r.Prefix.Addr().Is4() != (family == "IPv4") })
+	return slices.Clone(routes[:n])
+}
+
+// BenchmarkLookupCommented gives each route a comment of its own, whose place is one more that a look-up fetches.
+func BenchmarkLookupCommented(b *testing.B) {
 	for _, n := range sizes {
 		b.Run(name(n), func(b *testing.B) {
 			routes := benchRoutes(n)
-			before := heap()
-			table := mustBuild(b, routes...)
-			perRoute := float64(heap()-before) / float64(n)
-			rand.Shuffle(n, func(i, j int) { routes[i], routes[j] = routes[j], routes[i] })
-			b.ReportAllocs()
-			i := 0
-			for b.Loop() {
-				r := &routes[i]
-				if _, ok := table.Lookup(r.VNet, r.Prefix.Addr()); !ok {
-					b.Fatalf("no route for %v", r)
-				}
-				if i++; i == n {
-					i = 0
-				}
+			for i := range routes {
+				routes[i].Comment = fmt.Sprintf("comment %07d", i)
 			}
-			b.ReportMetric(perRoute, "B/route")
+			benchLookup(b, routes)
 		})
 	}
 }
@@ -83,12 +125,11 @@ func BenchmarkLookup(b *testing.B) {
 func BenchmarkLookupHot(b *testing.B) {
 	routes := benchRoutes(1_000_000)
 	table := mustBuild(b, routes...)
-	rand.Shuffle(len(routes), func(i, j int) { routes[i], routes[j] = routes[j], routes[i] })
-	hot := routes[:1000]
+	hot := questions(routes)[:1000]
 	b.ReportAllocs()
 	i := 0
 	for b.Loop() {
-		if _, ok := table.Lookup(hot[i].VNet, hot[i].Prefix.Addr()); !ok {
+		if _, ok := table.Lookup(hot[i].vnet, hot[i].addr); !ok {
 			b.Fatalf("no route for %v", hot[i])
 		}
 		if i++; i == len(hot) {
@@ -100,13 +141,13 @@ func BenchmarkLookupHot(b *testing.B) {
 // BenchmarkLookupParallel shows that look-ups do not hinder one another.
 func BenchmarkLookupParallel(b *testing.B) {
 	routes := benchRoutes(1_000_000)
-	table := mustBuild(b, routes...)
+	asked, table := questions(routes), mustBuild(b, routes...)
 	b.ReportAllocs()
 	b.ResetTimer()
 	b.RunParallel(func(pb *testing.PB) {
-		for i := rand.IntN(len(routes)); pb.Next(); i = (i + 7919) % len(routes) {
-			if _, ok := table.Lookup(routes[i].VNet, routes[i].Prefix.Addr()); !ok {
-				b.Errorf("no route for %v", routes[i])
+		for i := rand.IntN(len(asked)); pb.Next(); i = (i + 1) % len(asked) {
+			if _, ok := table.Lookup(asked[i].vnet, asked[i].addr); !ok {
+				b.Errorf("no route for %v", asked[i])
 			}
 		}
 	})

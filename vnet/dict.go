@@ -2,32 +2,40 @@ package vnet
 
 import (
 	"hash/maphash"
-	"math/bits"
 	"slices"
 )
 
-// A dict is a persistent map from strings: a hash array mapped trie. Like the trie of prefixes it is never changed once
-// a Table holds it; a change copies the few nodes on one path. The zero value is empty.
+// A dict is a persistent map from strings: a trie of the strings' hashes, with entries in rows as in the trie of prefixes
+// and for the same reason. Like that it is never changed once a Table holds it; a change copies the few nodes on one
+// path, and one row. The zero value is empty.
 type dict[V any] struct {
-	root *dictNode[V]
+	// cut is how many bytes at the beginning of the stored keys do not count. Callers give keys without them, but for
+	// with.
+	cut  int
+	root dictTree[V]
 }
 
-// dictNode holds, for each value of five bits of the hash that occurs, one entry or one further node. Below the last
-// bits of the hash it holds the entries of equal hash in a row, and used is zero.
+// dictTree is a subtree: a node, or a row of entries. It is a node if and only if it has more than fewMax entries and
+// bits of the hash are left.
+type dictTree[V any] struct {
+	node *dictNode[V]
+	few  []dictEntry[V]
+}
+
+// dictNode has a subtree for each value of four bits of the hash.
 type dictNode[V any] struct {
-	used  uint32
-	slots []dictSlot[V]
+	n     int // entries in the subtree
+	trees [1 << dictBits]dictTree[V]
 }
 
-// dictSlot is a further node, or else an entry.
-type dictSlot[V any] struct {
-	sub *dictNode[V]
-	key string
-	val V
+type dictEntry[V any] struct {
+	hash uint64
+	key  string
+	val  V
 }
 
 const (
-	dictBits = 5  // bits of the hash per level
+	dictBits = 4  // bits of the hash per level
 	hashBits = 64 // bits of the hash in all
 )
 
@@ -37,126 +45,109 @@ var seed = maphash.MakeSeed()
 // hash is a variable for the test of equal hashes.
 var hash = func(s string) uint64 { return maphash.String(seed, s) }
 
-func (n *dictNode[V]) bit(h uint64, shift int) uint32 { return 1 << (h >> shift & (1<<dictBits - 1)) }
+func branch(h uint64, shift int) uint64 { return h >> shift & (1<<dictBits - 1) }
 
-func (n *dictNode[V]) rank(bit uint32) int { return bits.OnesCount32(n.used & (bit - 1)) }
-
-func (n *dictNode[V]) find(key string) int {
-	return slices.IndexFunc(n.slots, func(s dictSlot[V]) bool { return s.key == key })
-}
-
-func (d dict[V]) get(key string) (val V, ok bool) {
-	n, h := d.root, hash(key)
-	for shift := 0; n != nil; shift += dictBits {
-		if shift >= hashBits {
-			if i := n.find(key); i >= 0 {
-				return n.slots[i].val, true
-			}
-			return val, false
+// find returns the place of a key in a row, or -1. The hash tells nearly all others apart without a look at their texts.
+func (d *dict[V]) find(row []dictEntry[V], h uint64, key string) int {
+	for i := range row {
+		if e := &row[i]; e.hash == h && e.key[d.cut:] == key {
+			return i
 		}
-		bit := n.bit(h, shift)
-		if n.used&bit == 0 {
-			return val, false
-		}
-		s := &n.slots[n.rank(bit)]
-		if s.sub == nil {
-			if s.key == key {
-				return s.val, true
-			}
-			return val, false
-		}
-		n = s.sub
 	}
-	return val, false
+	return -1
 }
+
+// get returns the entry of a key, or nil.
+func (d *dict[V]) get(key string) *dictEntry[V] {
+	h, t := hash(key), &d.root
+	for shift := 0; t.node != nil; shift += dictBits {
+		t = &t.node.trees[branch(h, shift)]
+	}
+	if i := d.find(t.few, h, key); i >= 0 {
+		return &t.few[i]
+	}
+	return nil
+}
+
+func (d *dict[V]) empty() bool { return d.root.node == nil && len(d.root.few) == 0 }
 
 // with returns d with the entry added or replaced. With fresh set, no one else sees d, and its nodes are changed in
 // place.
 func (d dict[V]) with(key string, val V, fresh bool) dict[V] {
-	return dict[V]{d.root.with(key, val, hash(key), 0, fresh)}
+	d.root, _ = d.put(d.root, dictEntry[V]{hash(key[d.cut:]), key, val}, 0, fresh)
+	return d
 }
 
-func (n *dictNode[V]) with(key string, val V, h uint64, shift int, fresh bool) *dictNode[V] {
-	entry := dictSlot[V]{key: key, val: val}
-	switch {
-	case n == nil:
-		n = &dictNode[V]{}
-	case !fresh:
-		n = &dictNode[V]{used: n.used, slots: slices.Clone(n.slots)}
-	}
-	if shift >= hashBits {
-		if i := n.find(key); i >= 0 {
-			n.slots[i] = entry
-		} else {
-			n.slots = append(n.slots, entry)
+// put returns t with e, and whether that is one more.
+func (d *dict[V]) put(t dictTree[V], e dictEntry[V], shift int, fresh bool) (_ dictTree[V], more bool) {
+	if n := t.node; n != nil {
+		if !fresh {
+			c := *n
+			n = &c
 		}
-		return n
+		sub := &n.trees[branch(e.hash, shift)]
+		if *sub, more = d.put(*sub, e, shift+dictBits, fresh); more {
+			n.n++
+		}
+		return dictTree[V]{node: n}, more
 	}
-	bit := n.bit(h, shift)
-	at := n.rank(bit)
-	if n.used&bit == 0 {
-		n.slots = slices.Insert(n.slots, at, entry)
-		n.used |= bit
-		return n
+	if i := d.find(t.few, e.hash, e.key[d.cut:]); i >= 0 {
+		row := slices.Clone(t.few)
+		row[i] = e
+		return dictTree[V]{few: row}, false
 	}
-	switch s := &n.slots[at]; {
-	case s.sub != nil:
-		s.sub = s.sub.with(key, val, h, shift+dictBits, fresh)
-	case s.key == key:
-		s.val = val
-	default:
-		var sub *dictNode[V]
-		sub = sub.with(s.key, s.val, hash(s.key), shift+dictBits, true)
-		*s = dictSlot[V]{sub: sub.with(key, val, h, shift+dictBits, true)}
+	row := make([]dictEntry[V], len(t.few)+1)
+	copy(row, t.few)
+	row[len(t.few)] = e
+	if len(row) <= fewMax || shift >= hashBits {
+		return dictTree[V]{few: row}, true
 	}
-	return n
+	n := &dictNode[V]{n: len(row)}
+	for _, e := range row {
+		sub := &n.trees[branch(e.hash, shift)]
+		*sub, _ = d.put(*sub, e, shift+dictBits, true)
+	}
+	return dictTree[V]{node: n}, true
 }
 
 // without returns d without the entry, which must be there.
 func (d dict[V]) without(key string) dict[V] {
-	return dict[V]{d.root.without(key, hash(key), 0)}
+	d.root = d.take(d.root, hash(key), key, 0)
+	return d
 }
 
-func (n *dictNode[V]) without(key string, h uint64, shift int) *dictNode[V] {
-	n = &dictNode[V]{used: n.used, slots: slices.Clone(n.slots)}
-	if shift >= hashBits {
-		i := n.find(key)
-		n.slots = slices.Delete(n.slots, i, i+1)
-	} else {
-		bit := n.bit(h, shift)
-		at := n.rank(bit)
-		s := &n.slots[at]
-		if s.sub != nil {
-			s.sub = s.sub.without(key, h, shift+dictBits)
-		}
-		switch {
-		case s.sub == nil:
-			n.slots = slices.Delete(n.slots, at, at+1)
-			n.used &^= bit
-		case len(s.sub.slots) == 1 && s.sub.slots[0].sub == nil:
-			*s = s.sub.slots[0] // a node with one entry is that entry
-		}
+func (d *dict[V]) take(t dictTree[V], h uint64, key string, shift int) dictTree[V] {
+	if t.node == nil {
+		i := d.find(t.few, h, key)
+		return dictTree[V]{few: slices.Concat(t.few[:i], t.few[i+1:])}
 	}
-	if len(n.slots) == 0 {
-		return nil
+	n := *t.node
+	n.n--
+	sub := &n.trees[branch(h, shift)]
+	*sub = d.take(*sub, h, key, shift+dictBits)
+	t = dictTree[V]{node: &n}
+	if n.n > fewMax {
+		return t
 	}
-	return n
+	row := make([]dictEntry[V], 0, n.n)
+	t.all(func(e *dictEntry[V]) bool {
+		row = append(row, *e)
+		return true
+	})
+	return dictTree[V]{few: row}
 }
 
 // all calls yield for each entry, in no order, until yield returns false. It reports whether it came to the end.
-func (d dict[V]) all(yield func(string, V) bool) bool { return d.root.all(yield) }
-
-func (n *dictNode[V]) all(yield func(string, V) bool) bool {
-	if n == nil {
-		return true
-	}
-	for i := range n.slots {
-		s := &n.slots[i]
-		if s.sub != nil {
-			if !s.sub.all(yield) {
+func (t *dictTree[V]) all(yield func(*dictEntry[V]) bool) bool {
+	if t.node != nil {
+		for i := range t.node.trees {
+			if !t.node.trees[i].all(yield) {
 				return false
 			}
-		} else if !yield(s.key, s.val) {
+		}
+	}
+	for i := range t.few {
+		if !yield(&t.few[i]) {
 			return false
 		}
 	}

@@ -2,9 +2,9 @@ package vnet
 
 import (
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"net/netip"
-	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -87,6 +87,9 @@ func (w world) host() string {
 
 func (w world) route() Route {
 	r := Route{VNet: w.vnet(), Tunnel: fmt.Sprintf("t%d", w.IntN(100))}
+	if w.IntN(3) == 0 {
+		r.Comment = fmt.Sprintf("comment %d", w.IntN(10))
+	}
 	if w.IntN(4) > 0 {
 		r.Prefix = w.prefix()
 	} else if r.Host = w.host(); w.IntN(2) == 0 {
@@ -125,11 +128,46 @@ func (w world) compare(t *testing.T, table *Table, o oracle) {
 			t.Fatalf("Overlaps(%s): got %v, want %v", p, got, want)
 		}
 	}
+	checkWays(t, table, o)
 	got, want := slices.SortedFunc(table.All(), Compare), slices.SortedFunc(slices.Values(o), Compare)
 	if !slices.Equal(got, want) {
 		t.Fatalf("All: got %v, want %v", got, want)
 	}
 }
+
+// checkWays expects a way with so many users for each tunnel of routes without a comment, one for each route with one,
+// and all others to be free for use.
+func checkWays(t *testing.T, table *Table, o oracle) {
+	t.Helper()
+	want := map[via]int{}
+	for _, r := range o {
+		want[via{r.Tunnel, r.Comment}]++
+	}
+	got, free := map[via]int{}, 0
+	if table == nil {
+		return
+	}
+	for x := range way(len(table.ways.chunks) * wayChunk) {
+		if w := table.ways.get(x); w.users > 0 {
+			got[via{w.tunnel, w.comment}] += int(w.users)
+		} else {
+			free++
+		}
+	}
+	if !maps.Equal(got, want) {
+		t.Fatalf("ways: got %v, want %v", got, want)
+	}
+	for x := table.ways.free; x != 0; x = table.ways.get(x - 1).next {
+		if free--; free < 0 {
+			break
+		}
+	}
+	if free != 0 {
+		t.Fatalf("ways: the list of free ones lacks %d", free)
+	}
+}
+
+type via struct{ tunnel, comment string }
 
 // TestAgainstOracle changes a table at random and compares it with the oracle; tables of before must stay as they
 // were, and the trie's shape must depend on the routes only.
@@ -193,14 +231,24 @@ func checkShape(t *testing.T, w world, table *Table, o oracle) {
 	}
 }
 
+// sameShape compares subtrees but for the ways, whose numbers tell the order of changes.
 func sameShape(a, b tree) bool {
-	if a.node == nil || b.node == nil {
-		return a.node == b.node && reflect.DeepEqual(a.leaf, b.leaf)
-	}
-	x, y := a.node, b.node
-	if x.depth != y.depth || x.key.common(y.key) < 8*x.depth || x.ends != y.ends || x.nexts != y.nexts ||
-		len(x.routes)+len(x.trees) < 2 || !slices.EqualFunc(x.routes, y.routes, func(a, b *Route) bool { return *a == *b }) {
+	if a.len() != b.len() || (a.node == nil) != (b.node == nil) || !slices.EqualFunc(a.entries(), b.entries(), func(x, y entry) bool {
+		return x.order(y) == 0
+	}) {
 		return false
 	}
-	return slices.EqualFunc(x.trees, y.trees, sameShape)
+	if a.node == nil {
+		return a.len() <= fewMax
+	}
+	x, y := a.node, b.node
+	if x.depth != y.depth || x.skips(y.key) || x.ends != y.ends || x.best != y.best || x.n <= fewMax || x.four != y.four {
+		return false
+	}
+	for i := range uint(16) {
+		if !sameShape(x.tree(i), y.tree(i)) {
+			return false
+		}
+	}
+	return true
 }

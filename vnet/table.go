@@ -15,19 +15,27 @@ import (
 // there are, since the new table shares the rest with the old one.
 type Table struct {
 	nets dict[*network]
+	ways ways
 	n    int
 }
 
 // network holds the routes of one virtual network.
 type network struct {
+	id     ID
 	v4, v6 tree
-	exact  dict[*Route]
-	below  dict[*Route] // "*." routes, by what follows the "*."
+	exact  dict[way]
+	below  dict[way] // "*." routes; the "*." of their keys does not count
 	n      int
 }
 
+func newNetwork(v ID) *network {
+	w := &network{id: unique.Make(v).Value()} // not the part of a longer text that a caller may have given
+	w.below.cut = len("*.")
+	return w
+}
+
 // names returns where a canonical host name's route stands, and under which key.
-func (w *network) names(host string) (*dict[*Route], string) {
+func (w *network) names(host string) (*dict[way], string) {
 	if name, ok := strings.CutPrefix(host, "*."); ok {
 		return &w.below, name
 	}
@@ -42,54 +50,103 @@ func (w *network) family(a netip.Addr) *tree {
 	return &w.v6
 }
 
-func (w *network) get(r Route) *Route {
-	if r.Host != "" {
-		names, name := w.names(r.Host)
-		found, _ := names.get(name)
-		return found
-	}
-	return w.family(r.Prefix.Addr()).get(r.Prefix)
+// prefixRoute returns the route of an entry of v4, if four is set, or v6.
+func (t *Table) prefixRoute(w *network, e entry, four bool) Route {
+	texts := t.ways.get(e.way)
+	return Route{VNet: w.id, Prefix: netip.PrefixFrom(e.key.addr(four), int(e.bits)), Tunnel: texts.tunnel, Comment: texts.comment}
 }
 
-func (w *network) add(r *Route, fresh bool) {
+func (t *Table) hostRoute(w *network, e *dictEntry[way]) Route {
+	texts := t.ways.get(e.val)
+	return Route{VNet: w.id, Host: e.key, Tunnel: texts.tunnel, Comment: texts.comment}
+}
+
+// get returns the route of a canonical key, and its way.
+func (t *Table) get(r Route) (Route, way, bool) {
+	w := t.network(r.VNet)
+	if w == nil {
+		return Route{}, 0, false
+	}
 	if r.Host != "" {
 		names, name := w.names(r.Host)
-		*names = names.with(name, r, fresh)
-	} else {
-		t := w.family(r.Prefix.Addr())
-		*t = t.insert(r, fresh)
+		if e := names.get(name); e != nil {
+			return t.hostRoute(w, e), e.val, true
+		}
+		return Route{}, 0, false
 	}
-	w.n++
+	a := r.Prefix.Addr()
+	e, ok := w.family(a).get(keyOf(a), uint8(r.Prefix.Bits()))
+	if !ok {
+		return Route{}, 0, false
+	}
+	return t.prefixRoute(w, e, a.Is4()), e.way, true
 }
 
 // Build returns a table of routes, each in canonical form. It returns the first error: [ErrInvalid], or [ErrOverlap]
 // naming both routes.
 func Build(routes []Route) (*Table, error) {
-	t := &Table{}
+	if t := build(routes); t != nil {
+		return t, nil
+	}
+	var t *Table // one by one, to find the first error
 	for _, r := range routes {
-		r, err := r.Canonical()
-		if err != nil {
+		var err error
+		if t, err = t.With(r); err != nil {
 			return nil, err
 		}
-		w, ok := t.nets.get(string(r.VNet))
-		if !ok {
-			w = &network{}
-			t.nets = t.nets.with(string(r.VNet), w, true)
-		}
-		if other := w.get(r); other != nil {
-			return nil, overlap(r, *other)
-		}
-		w.add(intern(r), true)
-		t.n++
 	}
 	return t, nil
 }
 
-// intern copies r to the heap, with the identifiers that many routes share held once.
-func intern(r Route) *Route {
-	r.VNet = unique.Make(r.VNet).Value()
-	r.Tunnel = unique.Make(r.Tunnel).Value()
-	return &r
+// build returns the table of all routes, or nil if anything is wrong with one.
+func build(routes []Route) *Table {
+	t := &Table{n: len(routes)}
+	type family struct {
+		w    *network
+		four bool
+	}
+	prefixes := map[family][]entry{}
+	for _, r := range routes {
+		r, err := r.Canonical()
+		if err != nil {
+			return nil
+		}
+		x, err := t.ways.hold(r.Tunnel, r.Comment, true)
+		if err != nil {
+			return nil
+		}
+		w := t.network(r.VNet)
+		if w == nil {
+			w = newNetwork(r.VNet)
+			t.nets = t.nets.with(string(w.id), w, true)
+		}
+		w.n++
+		if r.Host == "" {
+			a := r.Prefix.Addr()
+			f := family{w, a.Is4()}
+			prefixes[f] = append(prefixes[f], entry{keyOf(a), x, uint8(r.Prefix.Bits())})
+			continue
+		}
+		names, name := w.names(r.Host)
+		if names.get(name) != nil {
+			return nil
+		}
+		*names = names.with(r.Host, x, true)
+	}
+	for f, entries := range prefixes {
+		slices.SortFunc(entries, byKey)
+		for i := 1; i < len(entries); i++ {
+			if byKey(entries[i-1], entries[i]) == 0 {
+				return nil
+			}
+		}
+		if f.four {
+			f.w.v4 = newTree(entries, true)
+		} else {
+			f.w.v6 = newTree(entries, false)
+		}
+	}
+	return t
 }
 
 func overlap(r, other Route) error {
@@ -101,8 +158,10 @@ func (t *Table) network(v ID) *network {
 	if t == nil {
 		return nil
 	}
-	w, _ := t.nets.get(string(v))
-	return w
+	if e := t.nets.get(string(v)); e != nil {
+		return e.val
+	}
+	return nil
 }
 
 // Len returns the number of routes.
@@ -127,19 +186,31 @@ func (t *Table) With(r Route) (*Table, error) {
 	if err != nil {
 		return nil, err
 	}
-	next, w := &Table{}, &network{}
+	next := &Table{}
 	if t != nil {
 		*next = *t
 	}
+	w := newNetwork(r.VNet)
 	if old := t.network(r.VNet); old != nil {
-		if other := old.get(r); other != nil {
-			return nil, overlap(r, *other)
+		if other, _, ok := t.get(r); ok {
+			return nil, overlap(r, other)
 		}
 		*w = *old
 	}
-	p := intern(r)
-	w.add(p, false)
-	next.nets = next.nets.with(string(p.VNet), w, false)
+	x, err := next.ways.hold(r.Tunnel, r.Comment, false)
+	if err != nil {
+		return nil, err
+	}
+	if r.Host != "" {
+		names, _ := w.names(r.Host)
+		*names = names.with(r.Host, x, false)
+	} else {
+		a := r.Prefix.Addr()
+		f := w.family(a)
+		*f = f.insert(entry{keyOf(a), x, uint8(r.Prefix.Bits())}, a.Is4())
+	}
+	w.n++
+	next.nets = next.nets.with(string(w.id), w, false)
 	next.n++
 	return next, nil
 }
@@ -152,10 +223,12 @@ func (t *Table) Without(r Route) (*Table, error) {
 		return nil, err
 	}
 	old := t.network(r.VNet)
-	if old == nil || old.get(r) == nil {
+	_, x, ok := t.get(r)
+	if !ok {
 		return nil, fmt.Errorf("vnet: delete %s in vnet %q: %w", r.Destination(), r.VNet, ErrNotFound)
 	}
-	next := &Table{nets: t.nets, n: t.n - 1}
+	next := &Table{nets: t.nets, ways: t.ways, n: t.n - 1}
+	next.ways.drop(x)
 	if old.n == 1 {
 		next.nets = next.nets.without(string(r.VNet))
 		return next, nil
@@ -166,10 +239,11 @@ func (t *Table) Without(r Route) (*Table, error) {
 		names, name := w.names(r.Host)
 		*names = names.without(name)
 	} else {
-		f := w.family(r.Prefix.Addr())
-		*f = f.remove(r.Prefix)
+		a := r.Prefix.Addr()
+		f := w.family(a)
+		*f = f.remove(keyOf(a), uint8(r.Prefix.Bits()))
 	}
-	next.nets = next.nets.with(string(r.VNet), &w, false)
+	next.nets = next.nets.with(string(w.id), &w, false)
 	return next, nil
 }
 
@@ -179,12 +253,8 @@ func (t *Table) Get(r Route) (Route, bool) {
 	if err != nil {
 		return Route{}, false
 	}
-	if w := t.network(r.VNet); w != nil {
-		if found := w.get(r); found != nil {
-			return *found, true
-		}
-	}
-	return Route{}, false
+	found, _, ok := t.get(r)
+	return found, ok
 }
 
 // Lookup returns the route of network v with the longest prefix that holds a. An IPv4-mapped IPv6 address is the IPv4
@@ -195,8 +265,8 @@ func (t *Table) Lookup(v ID, a netip.Addr) (Route, bool) {
 		return Route{}, false
 	}
 	a = a.Unmap()
-	if r := w.family(a).lookup(a, keyOf(a)); r != nil {
-		return *r, true
+	if e, ok := w.family(a).lookup(keyOf(a)); ok {
+		return t.prefixRoute(w, e, a.Is4()), true
 	}
 	return Route{}, false
 }
@@ -214,16 +284,16 @@ func (t *Table) LookupHost(v ID, host string) (Route, bool) {
 			return Route{}, false
 		}
 	}
-	if r, ok := w.exact.get(host); ok {
-		return *r, true
+	if e := w.exact.get(host); e != nil {
+		return t.hostRoute(w, e), true
 	}
-	for w.below.root != nil {
+	for !w.below.empty() {
 		_, above, ok := strings.Cut(host, ".")
 		if !ok {
 			break
 		}
-		if r, ok := w.below.get(above); ok {
-			return *r, true
+		if e := w.below.get(above); e != nil {
+			return t.hostRoute(w, e), true
 		}
 		host = above
 	}
@@ -272,9 +342,11 @@ func (t *Table) Overlaps(p netip.Prefix) []Route {
 		return nil
 	}
 	var found []Route
-	t.nets.all(func(_ string, w *network) bool {
-		return w.family(p.Addr()).overlapping(p, func(r Route) bool {
-			found = append(found, r)
+	four := p.Addr().Is4()
+	t.nets.root.all(func(net *dictEntry[*network]) bool {
+		w := net.val
+		return w.family(p.Addr()).overlapping(keyOf(p.Addr()), uint8(p.Bits()), func(e entry) bool {
+			found = append(found, t.prefixRoute(w, e, four))
 			return true
 		})
 	})
@@ -286,7 +358,7 @@ func (t *Table) Overlaps(p netip.Prefix) []Route {
 func (t *Table) Networks() iter.Seq[ID] {
 	return func(yield func(ID) bool) {
 		if t != nil {
-			t.nets.all(func(v string, _ *network) bool { return yield(ID(v)) })
+			t.nets.root.all(func(e *dictEntry[*network]) bool { return yield(e.val.id) })
 		}
 	}
 }
@@ -295,7 +367,7 @@ func (t *Table) Networks() iter.Seq[ID] {
 func (t *Table) All() iter.Seq[Route] {
 	return func(yield func(Route) bool) {
 		if t != nil {
-			t.nets.all(func(_ string, w *network) bool { return w.all(yield) })
+			t.nets.root.all(func(e *dictEntry[*network]) bool { return t.all(e.val, yield) })
 		}
 	}
 }
@@ -304,13 +376,15 @@ func (t *Table) All() iter.Seq[Route] {
 func (t *Table) Of(v ID) iter.Seq[Route] {
 	return func(yield func(Route) bool) {
 		if w := t.network(v); w != nil {
-			w.all(yield)
+			t.all(w, yield)
 		}
 	}
 }
 
-func (w *network) all(yield func(Route) bool) bool {
-	return w.v4.all(yield) && w.v6.all(yield) &&
-		w.exact.all(func(_ string, r *Route) bool { return yield(*r) }) &&
-		w.below.all(func(_ string, r *Route) bool { return yield(*r) })
+func (t *Table) all(w *network, yield func(Route) bool) bool {
+	prefixes := func(four bool) func(entry) bool {
+		return func(e entry) bool { return yield(t.prefixRoute(w, e, four)) }
+	}
+	names := func(e *dictEntry[way]) bool { return yield(t.hostRoute(w, e)) }
+	return w.v4.all(prefixes(true)) && w.v6.all(prefixes(false)) && w.exact.root.all(names) && w.below.root.all(names)
 }

@@ -2,6 +2,7 @@ package vnet
 
 import (
 	"errors"
+	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
@@ -185,7 +186,7 @@ func TestEmptyTable(t *testing.T) {
 			t.Fatalf("With: got %v, %v", one, err)
 		}
 		none, err := one.Without(prefixRoute("v", "10.0.0.0/8", ""))
-		if err != nil || none.Len() != 0 || none.nets.root != nil {
+		if err != nil || none.Len() != 0 || !none.nets.empty() {
 			t.Errorf("Without the last route: got %v, %v, want an empty table", none, err)
 		}
 	}
@@ -291,6 +292,9 @@ func TestEqualHashes(t *testing.T) {
 			hash = h
 			var table *Table
 			names := []string{"a.example", "b.example", "c.example", "d.test", "e.test", "*.f.test"}
+			for i := range 3 * fewMax {
+				names = append(names, fmt.Sprintf("%c.test%c", 'a'+i%26, 'a'+i/26))
+			}
 			for i, n := range names {
 				var err error
 				if table, err = table.With(hostRoute("v", n, "t")); err != nil {

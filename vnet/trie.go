@@ -1,21 +1,24 @@
 package vnet
 
 import (
+	"cmp"
 	"math/bits"
 	"net/netip"
 	"slices"
+	"unsafe"
 )
 
 // The trie of one address family of one virtual network.
 //
-// A node looks at one octet of the address. It holds the routes whose prefix ends inside that octet, and below it, by
-// the octet's value, further nodes or single routes. Both levels of compression keep it shallow: a subtree with one
-// route is that route alone (a leaf), and octets that all routes below have in common are skipped (the node's depth).
-// Every node therefore holds at least two routes or subtrees, and the shape depends on the set of routes only, not on
-// the order in which they came.
+// What a look-up costs in a large table is the memory that it fetches, line by line, each only when the one before has
+// said where. So the trie is small, and few of the lines on a path are far: a subtree of up to fewMax routes is one row
+// of them; above the rows stand nodes, few enough for a cache. A node looks at four bits of the address. It holds the
+// routes whose prefix ends inside them, and sixteen subtrees. Bits that all routes below have in common are skipped (the
+// node's depth). A subtree is a node if and only if it has more than fewMax routes, so the shape depends on the set of
+// routes only, not on the order in which they came.
 //
-// Nodes are never changed once a Table holds them. A change copies the nodes from the root to the place of change, at
-// most one for each octet of the address, and shares all others.
+// Nodes and rows are never changed once a Table holds them. A change copies the nodes from the root to the place of
+// change, and one row, and shares all others.
 
 // key is an address as a big-endian number, left-aligned: an IPv4 address has its four octets in the top of hi.
 type key struct{ hi, lo uint64 }
@@ -34,12 +37,25 @@ func keyOf(a netip.Addr) key {
 	return k
 }
 
-// octet returns the i-th octet, 0 to 15.
-func (k key) octet(i int) uint {
-	if i < 8 {
-		return uint(k.hi>>(56-8*i)) & 0xff
+// addr is the address of which k is the key.
+func (k key) addr(four bool) netip.Addr {
+	if four {
+		return netip.AddrFrom4([4]byte{byte(k.hi >> 56), byte(k.hi >> 48), byte(k.hi >> 40), byte(k.hi >> 32)})
 	}
-	return uint(k.lo>>(120-8*i)) & 0xff
+	var b [16]byte
+	for i := range 8 {
+		b[i] = byte(k.hi >> (56 - 8*i))
+		b[8+i] = byte(k.lo >> (56 - 8*i))
+	}
+	return netip.AddrFrom16(b)
+}
+
+// nibble returns the i-th group of four bits, 0 to 31.
+func (k key) nibble(i int) uint {
+	if i < 16 {
+		return uint(k.hi>>(60-4*uint(i))) & 15
+	}
+	return uint(k.lo>>(124-4*uint(i))) & 15
 }
 
 // common returns the number of leading bits that k and o share, 0 to 128.
@@ -50,215 +66,286 @@ func (k key) common(o key) int {
 	return 64 + bits.LeadingZeros64(k.lo^o.lo)
 }
 
-// bitset holds the numbers 0 to 255.
-type bitset [4]uint64
-
-func (s *bitset) has(i uint) bool { return s[i>>6&3]&(1<<(i&63)) != 0 }
-func (s *bitset) add(i uint)      { s[i>>6&3] |= 1 << (i & 63) }
-func (s *bitset) del(i uint)      { s[i>>6&3] &^= 1 << (i & 63) }
-
-// rank returns how many members are less than i: the place of i in the slice that the set describes.
-func (s *bitset) rank(i uint) int {
-	n := bits.OnesCount64(s[i>>6&3] & (1<<(i&63) - 1))
-	for w := range i >> 6 & 3 {
-		n += bits.OnesCount64(s[w])
-	}
-	return n
-}
-
-// A tree is a subtree: empty, one route, or a node.
+// A tree is a subtree: a node, or up to fewMax routes in a row.
 type tree struct {
 	node *node
-	leaf *Route
+	few  row
 }
 
+func (t tree) len() int {
+	if t.node != nil {
+		return int(t.node.n)
+	}
+	return int(t.few.n)
+}
+
+// entries returns the routes that stand at the tree's root, in order.
+func (t tree) entries() []entry {
+	if t.node != nil {
+		return t.node.row()
+	}
+	return t.few.entries()
+}
+
+// A node takes three lines of a cache, the first of which tells where to go on.
 type node struct {
-	key   key // the octets before depth are those of every route below; the others do not count
-	depth int // which octet the node looks at, 0 to 15
-	// A prefix that ends after l (0 to 7) bits of the octet, with value v, has the index 1<<l | v, 1 to 255.
-	ends   bitset
-	nexts  bitset // by the octet's value
-	routes []*Route
-	trees  []tree
+	key   key                // the bits before depth are those of every route below; the others do not count
+	best  uint64             // for each value of the nibble four bits: the index of the longest prefix that holds it, or 0
+	lens  [16]uint8          // of the rows; isNode for subtrees that are nodes
+	n     uint32             // routes in the subtree
+	ends  uint16             // the indexes in use, see index
+	depth uint8              // which nibble the node looks at, 0 to 31
+	four  bool               // whether rows below are of IPv4
+	subs  [16]unsafe.Pointer // to the rows' first entries, or to nodes
+	ended *entry             // the first of the routes that end here, by index
 }
 
-// endIndex returns the index in ends of a prefix of n bits that ends inside the node's octet.
-func (n *node) endIndex(k key, prefixBits int) uint {
-	l := uint(prefixBits - 8*n.depth)
-	return 1<<l | k.octet(n.depth)>>(8-l)
+const isNode = 0xff
+
+// tree returns the subtree for a value of the nibble.
+func (n *node) tree(nibble uint) tree {
+	if n.lens[nibble] == isNode {
+		return tree{node: (*node)(n.subs[nibble])}
+	}
+	return tree{few: row{n.subs[nibble], n.lens[nibble], n.four}}
 }
 
-// lookup returns the route with the longest prefix that holds a, or nil. k is a's key.
-func (t tree) lookup(a netip.Addr, k key) *Route {
-	var best *Route
+func (n *node) set(nibble uint, t tree) {
+	if t.node != nil {
+		n.subs[nibble], n.lens[nibble] = unsafe.Pointer(t.node), isNode
+	} else {
+		n.subs[nibble], n.lens[nibble] = t.few.first, t.few.n
+	}
+}
+
+// at returns the place of an index among the routes that end here.
+func (n *node) at(index uint) int { return bits.OnesCount16(n.ends & (1<<index - 1)) }
+
+// row returns the routes that end here, by index.
+func (n *node) row() []entry { return unsafe.Slice(n.ended, bits.OnesCount16(n.ends)) }
+
+// index returns the index of a prefix that ends inside the node's nibble: 1<<l | v, 1 to 15, if it ends after l (0 to 3)
+// bits with value v.
+func (n *node) index(k key, prefixBits uint8) uint {
+	l := uint(prefixBits - 4*n.depth)
+	return 1<<l | k.nibble(int(n.depth))>>(4-l)
+}
+
+// endsHere reports whether a prefix of so many bits, which is not shorter than what the node skips, ends here.
+func (n *node) endsHere(prefixBits uint8) bool { return prefixBits < 4*n.depth+4 }
+
+// skips reports whether k lacks the bits that the node skips.
+func (n *node) skips(k key) bool { return n.key.common(k) < 4*int(n.depth) }
+
+// lookup returns the entry with the longest prefix that holds k.
+func (t tree) lookup(k key) (entry, bool) {
+	var best *entry
+	n := t.node
+	for n != nil {
+		if n.skips(k) {
+			break
+		}
+		nibble := k.nibble(int(n.depth)) & 15
+		if i := uint(n.best>>(4*nibble)) & 15; i != 0 {
+			best = &n.row()[n.at(i)]
+		}
+		if n.lens[nibble] != isNode {
+			t.few = row{n.subs[nibble], n.lens[nibble], n.four}
+			break
+		}
+		n = (*node)(n.subs[nibble])
+	}
+	if e, ok := t.few.lookup(k); ok {
+		return e, true
+	}
+	if best == nil {
+		return entry{}, false
+	}
+	return *best, true
+}
+
+// get returns the entry of exactly this prefix.
+func (t tree) get(k key, prefixBits uint8) (entry, bool) {
 	for t.node != nil {
 		n := t.node
-		if n.key.common(k) < 8*n.depth {
-			return best
+		if n.skips(k) || prefixBits < 4*n.depth {
+			return entry{}, false
 		}
-		octet := k.octet(n.depth)
-		if len(n.routes) > 0 {
-			for i := (256 | octet) >> 1; i > 0; i >>= 1 {
-				if n.ends.has(i) {
-					best = n.routes[n.ends.rank(i)]
-					break
-				}
+		if n.endsHere(prefixBits) {
+			if i := n.index(k, prefixBits); n.ends&(1<<i) != 0 {
+				return n.row()[n.at(i)], true
 			}
+			return entry{}, false
 		}
-		if !n.nexts.has(octet) {
-			return best
+		t = n.tree(k.nibble(int(n.depth)))
+	}
+	for _, e := range t.few.entries() {
+		if e.key == k && e.bits == prefixBits {
+			return e, true
 		}
-		t = n.trees[n.nexts.rank(octet)]
 	}
-	if t.leaf != nil && t.leaf.Prefix.Contains(a) {
-		return t.leaf
-	}
-	return best
+	return entry{}, false
 }
 
-// get returns the route with exactly this prefix, or nil.
-func (t tree) get(p netip.Prefix) *Route {
-	k := keyOf(p.Addr())
-	for t.node != nil {
-		n := t.node
-		if n.key.common(k) < 8*n.depth || p.Bits() < 8*n.depth {
-			return nil
+// newTree makes the subtree of entries that are sorted by key.
+func newTree(sorted []entry, four bool) tree {
+	if len(sorted) <= fewMax {
+		few := slices.SortedFunc(slices.Values(sorted), entry.order)
+		return tree{few: newRow(few, four)}
+	}
+	first, last := sorted[0].key, sorted[len(sorted)-1].key
+	depth := first.common(last)
+	for i := range sorted {
+		depth = min(depth, int(sorted[i].bits))
+	}
+	n := &node{key: first, depth: uint8(depth / 4), four: four, n: uint32(len(sorted))}
+	for len(sorted) > 0 {
+		nibble, rest := sorted[0].key.nibble(int(n.depth)), 1
+		for rest < len(sorted) && sorted[rest].key.nibble(int(n.depth)) == nibble {
+			rest++
 		}
-		if p.Bits() < 8*n.depth+8 {
-			if i := n.endIndex(k, p.Bits()); n.ends.has(i) {
-				return n.routes[n.ends.rank(i)]
-			}
-			return nil
+		below := sorted[:rest]
+		sorted = sorted[rest:]
+		short := slices.IndexFunc(below, func(e entry) bool { return !n.endsHere(e.bits) }) // the shorter come first
+		if short < 0 {
+			short = len(below)
 		}
-		octet := k.octet(n.depth)
-		if !n.nexts.has(octet) {
-			return nil
+		for _, e := range below[:short] {
+			n.end(e)
 		}
-		t = n.trees[n.nexts.rank(octet)]
+		n.set(nibble, newTree(below[short:], four))
 	}
-	if t.leaf != nil && t.leaf.Prefix == p {
-		return t.leaf
-	}
-	return nil
-}
-
-// insert returns t with r in it. The prefix must not be there yet. With fresh set, no one else sees t, and its nodes
-// are changed in place.
-func (t tree) insert(r *Route, fresh bool) tree {
-	k, n := keyOf(r.Prefix.Addr()), t.node
-	switch {
-	case n == nil && t.leaf == nil:
-		return tree{leaf: r}
-	case n == nil:
-		other := keyOf(t.leaf.Prefix.Addr())
-		depth := min(k.common(other), r.Prefix.Bits(), t.leaf.Prefix.Bits()) / 8
-		m := &node{key: k, depth: depth}
-		m.put(t.leaf, other, true)
-		m.put(r, k, true)
-		return tree{node: m}
-	}
-	if depth := min(k.common(n.key), r.Prefix.Bits()) / 8; depth < n.depth {
-		m := &node{key: k, depth: depth}
-		m.nexts.add(n.key.octet(depth))
-		m.trees = []tree{t}
-		m.put(r, k, true)
-		return tree{node: m}
-	}
-	if !fresh {
-		n = n.clone()
-	}
-	n.put(r, k, fresh)
 	return tree{node: n}
 }
 
-// put adds r below n, which is changed in place.
-func (n *node) put(r *Route, k key, fresh bool) {
-	if r.Prefix.Bits() < 8*n.depth+8 {
-		i := n.endIndex(k, r.Prefix.Bits())
-		n.routes = slices.Insert(n.routes, n.ends.rank(i), r)
-		n.ends.add(i)
+// insert returns t with e in it, whose prefix must not be there yet.
+func (t tree) insert(e entry, four bool) tree {
+	n := t.node
+	if n == nil {
+		few := t.few.insert(e)
+		if len(few) <= fewMax {
+			return tree{few: newRow(few, four)}
+		}
+		slices.SortFunc(few, byKey)
+		return newTree(few, four)
+	}
+	if depth := min(e.key.common(n.key), int(e.bits)) / 4; depth < int(n.depth) {
+		m := &node{key: e.key, depth: uint8(depth), four: four, n: n.n}
+		m.set(n.key.nibble(depth), t)
+		m.put(e)
+		return tree{node: m}
+	}
+	n = n.clone()
+	n.put(e)
+	return tree{node: n}
+}
+
+// byKey sorts entries for newTree: by address, and of equal ones the shorter first.
+func byKey(a, b entry) int {
+	return cmp.Or(cmp.Compare(a.key.hi, b.key.hi), cmp.Compare(a.key.lo, b.key.lo), cmp.Compare(a.bits, b.bits))
+}
+
+// put adds e below n, which is changed in place.
+func (n *node) put(e entry) {
+	n.n++
+	if n.endsHere(e.bits) {
+		n.end(e)
 		return
 	}
-	octet := k.octet(n.depth)
-	at := n.nexts.rank(octet)
-	if n.nexts.has(octet) {
-		n.trees[at] = n.trees[at].insert(r, fresh)
-		return
+	nibble := e.key.nibble(int(n.depth))
+	n.set(nibble, n.tree(nibble).insert(e, n.four))
+}
+
+// end adds e, whose prefix ends here.
+func (n *node) end(e entry) {
+	i := n.index(e.key, e.bits)
+	n.setEnds(n.ends|1<<i, slices.Insert(slices.Clone(n.row()), n.at(i), e))
+}
+
+func (n *node) setEnds(ends uint16, ended []entry) {
+	n.ends, n.ended, n.best = ends, unsafe.SliceData(ended), 0
+	for nibble := range uint(16) {
+		for i := (16 | nibble) >> 1; i > 0; i >>= 1 {
+			if ends&(1<<i) != 0 {
+				n.best |= uint64(i) << (4 * nibble)
+				break
+			}
+		}
 	}
-	n.trees = slices.Insert(n.trees, at, tree{leaf: r})
-	n.nexts.add(octet)
 }
 
 func (n *node) clone() *node {
-	c := *n
-	c.routes = slices.Clone(n.routes)
-	c.trees = slices.Clone(n.trees)
+	c := *n // rows are replaced, never changed
 	return &c
 }
 
-// remove returns t without the route of prefix p, which must be there.
-func (t tree) remove(p netip.Prefix) tree {
+// remove returns t without a prefix, which must be there.
+func (t tree) remove(k key, prefixBits uint8) tree {
 	if t.node == nil {
-		return tree{}
+		few := slices.DeleteFunc(t.few.entries(), func(e entry) bool { return e.key == k && e.bits == prefixBits })
+		return tree{few: newRow(few, t.few.four)}
 	}
-	n, k := t.node.clone(), keyOf(p.Addr())
-	if p.Bits() < 8*n.depth+8 {
-		i := n.endIndex(k, p.Bits())
-		at := n.ends.rank(i)
-		n.routes = slices.Delete(n.routes, at, at+1)
-		n.ends.del(i)
+	n := t.node.clone()
+	n.n--
+	if n.endsHere(prefixBits) {
+		i := n.index(k, prefixBits)
+		n.setEnds(n.ends&^(1<<i), slices.Delete(slices.Clone(n.row()), n.at(i), n.at(i)+1))
 	} else {
-		octet := k.octet(n.depth)
-		at := n.nexts.rank(octet)
-		if n.trees[at] = n.trees[at].remove(p); n.trees[at] == (tree{}) {
-			n.trees = slices.Delete(n.trees, at, at+1)
-			n.nexts.del(octet)
+		nibble := k.nibble(int(n.depth))
+		n.set(nibble, n.tree(nibble).remove(k, prefixBits))
+	}
+	t = tree{node: n}
+	if n.n <= fewMax {
+		few := make([]entry, 0, n.n)
+		t.all(func(e entry) bool {
+			few = append(few, e)
+			return true
+		})
+		slices.SortFunc(few, entry.order)
+		return tree{few: newRow(few, n.four)}
+	}
+	if n.ends == 0 {
+		for i := range uint(16) {
+			if only := n.tree(i); only.len() == int(n.n) {
+				return only
+			}
 		}
 	}
-	switch {
-	case len(n.routes) == 1 && len(n.trees) == 0:
-		return tree{leaf: n.routes[0]}
-	case len(n.routes) == 0 && len(n.trees) == 1:
-		return n.trees[0]
-	}
-	return tree{node: n}
+	return t
 }
 
-// overlapping calls yield for each route whose prefix holds p or lies in it, until yield returns false. It reports
-// whether it came to the end.
-func (t tree) overlapping(p netip.Prefix, yield func(Route) bool) bool {
-	if t.node == nil {
-		return t.leaf == nil || !t.leaf.Prefix.Overlaps(p) || yield(*t.leaf)
-	}
-	n := t.node
-	if n.key.common(keyOf(p.Addr())) < min(8*n.depth, p.Bits()) {
-		return true
-	}
-	for _, r := range n.routes {
-		if r.Prefix.Overlaps(p) && !yield(*r) {
-			return false
+// overlapping calls yield for each entry whose prefix holds the given one or lies in it, until yield returns false. It
+// reports whether it came to the end.
+func (t tree) overlapping(k key, prefixBits uint8, yield func(entry) bool) bool {
+	if n := t.node; n != nil {
+		if n.key.common(k) < min(4*int(n.depth), int(prefixBits)) {
+			return true
+		}
+		for i := range uint(16) {
+			if !n.tree(i).overlapping(k, prefixBits, yield) {
+				return false
+			}
 		}
 	}
-	for _, sub := range n.trees {
-		if !sub.overlapping(p, yield) {
+	for _, e := range t.entries() {
+		if k.common(e.key) >= int(min(e.bits, prefixBits)) && !yield(e) {
 			return false
 		}
 	}
 	return true
 }
 
-// all calls yield for each route, in no order, until yield returns false. It reports whether it came to the end.
-func (t tree) all(yield func(Route) bool) bool {
-	if t.node == nil {
-		return t.leaf == nil || yield(*t.leaf)
-	}
-	for _, r := range t.node.routes {
-		if !yield(*r) {
-			return false
+// all calls yield for each entry, in no order, until yield returns false. It reports whether it came to the end.
+func (t tree) all(yield func(entry) bool) bool {
+	if t.node != nil {
+		for i := range uint(16) {
+			if !t.node.tree(i).all(yield) {
+				return false
+			}
 		}
 	}
-	for _, sub := range t.node.trees {
-		if !sub.all(yield) {
+	for _, e := range t.entries() {
+		if !yield(e) {
 			return false
 		}
 	}
