@@ -153,8 +153,11 @@ func isAddr(s string) bool {
 	return err == nil
 }
 
+// anyPort stands for a flow without a port, which every rule that has ports at all permits.
+const anyPort = 0
+
 func holds(ports []Ports, port uint16) bool {
-	return slices.ContainsFunc(ports, func(p Ports) bool { return p.First <= port && port <= p.Last })
+	return port == anyPort && len(ports) > 0 || slices.ContainsFunc(ports, func(p Ports) bool { return p.First <= port && port <= p.Last })
 }
 
 // Len returns the number of rules. Zero permits nothing.
@@ -208,9 +211,20 @@ func (a *Allow) Host(v vnet.ID, name string, to netip.AddrPort) bool {
 	return a.permits(v, name, to)
 }
 
+// Echo reports whether a flow of network v may ping this address, for which a rule's ports do not count. name is the host
+// name that resolved to it, in canonical form, or empty.
+func (a *Allow) Echo(v vnet.ID, name string, to netip.Addr) bool {
+	return a.reaches(v, name, netip.AddrPortFrom(to, anyPort))
+}
+
 func (a *Allow) permits(v vnet.ID, name string, to netip.AddrPort) bool {
+	return to.Port() != anyPort && a.reaches(v, name, to)
+}
+
+// reaches is permits, but with anyPort rules count whatever their ports are.
+func (a *Allow) reaches(v vnet.ID, name string, to netip.AddrPort) bool {
 	addr := to.Addr()
-	if !addr.IsValid() || addr.Zone() != "" || to.Port() == 0 {
+	if !addr.IsValid() || addr.Zone() != "" {
 		return false
 	}
 	addr = addr.Unmap()
@@ -225,6 +239,11 @@ func (a *Allow) permits(v vnet.ID, name string, to netip.AddrPort) bool {
 
 // Resolvable reports whether any address of the host name could be permitted, so that it makes sense to resolve it.
 func (a *Allow) Resolvable(v vnet.ID, name string, port uint16) bool {
+	return port != anyPort && a.resolvable(v, name, port)
+}
+
+// resolvable is Resolvable, but with anyPort rules count whatever their ports are.
+func (a *Allow) resolvable(v vnet.ID, name string, port uint16) bool {
 	for _, s := range a.sets(v) {
 		if s.hasName(name, port) {
 			return true

@@ -55,6 +55,11 @@ type Config struct {
 	// Resolvers are the name servers of single virtual networks, for their flows to host names. Networks that are not in
 	// it use Resolver.
 	Resolvers map[vnet.ID][]netip.AddrPort
+	// ServeDNS lets edges ask the site's name servers: those of Resolvers, or for other networks those of the host's
+	// /etc/resolv.conf. See ResolverHost.
+	ServeDNS bool
+	// UDPIdle is how long a flow of packets may carry nothing. If zero, 5m.
+	UDPIdle time.Duration
 	// EdgesFile keeps the addresses of edges that edges told, for the next start. If empty, they are forgotten.
 	EdgesFile string
 	// DialTimeout bounds how long a destination may take to be resolved and connected. If zero, 10s.
@@ -79,6 +84,7 @@ type Connector struct {
 	dialer   dialer
 	allow    atomic.Pointer[Allow]
 	flows    flowSet
+	udp      udpTable
 	denied   throttle
 	refusals refusals
 	edges    edgeSet
@@ -118,7 +124,7 @@ func (cfg *Config) check() error {
 		}
 		seen[key] = true
 	}
-	for _, d := range []*time.Duration{&cfg.DialTimeout, &cfg.DrainTimeout} {
+	for _, d := range []*time.Duration{&cfg.DialTimeout, &cfg.DrainTimeout, &cfg.UDPIdle} {
 		if *d < 0 {
 			return errors.New("connector: a timeout is negative")
 		}
@@ -142,6 +148,9 @@ func (cfg *Config) check() error {
 	if cfg.DrainTimeout == 0 {
 		cfg.DrainTimeout = 30 * time.Second
 	}
+	if cfg.UDPIdle == 0 {
+		cfg.UDPIdle = defaultUDPIdle
+	}
 	if cfg.Resolver == nil {
 		cfg.Resolver = &net.Resolver{PreferGo: true}
 	}
@@ -158,7 +167,7 @@ func New(cfg Config) (*Connector, error) {
 	}
 	c := &Connector{
 		cfg: cfg, log: cfg.Logger, metrics: newMetrics(), live: map[session]struct{}{}, host: thisHost,
-		dialer: dialer{resolver: cfg.Resolver},
+		dialer: dialer{resolver: cfg.Resolver, names: newNameServers(cfg)},
 		edges:  edgeSet{seeds: slices.Clone(cfg.Edges), told: map[string][]string{}, missing: map[string]time.Time{}, changed: make(chan struct{}, 1)},
 		dial: func(ctx context.Context, d tunnel.DialConfig) (session, error) {
 			s, err := tunnel.Dial(ctx, d)
@@ -192,6 +201,7 @@ func (c *Connector) Run(ctx context.Context) error {
 	base := context.WithoutCancel(ctx)
 	lives, cut := context.WithCancel(base)
 	defer cut()
+	c.warnEcho()
 	var wg sync.WaitGroup
 	wg.Go(func() { c.keepEdges(ctx, lives) })
 	wg.Go(func() { c.watch(ctx) })
@@ -204,6 +214,7 @@ func (c *Connector) Run(ctx context.Context) error {
 	c.drain(base)
 	cut()
 	c.running.Wait()
+	c.udp.close()
 	return nil
 }
 

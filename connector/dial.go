@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"syscall"
 	"time"
 
@@ -32,6 +33,7 @@ var errDenied = errors.New("not permitted by the allow-list")
 // dialer connects flows to their destinations.
 type dialer struct {
 	resolver Resolver
+	names    *nameServers // of single networks; nil: none
 	net      net.Dialer
 }
 
@@ -41,9 +43,18 @@ type target struct {
 	addr netip.Addr // valid: no name
 	name string
 	port uint16
+	echo bool // an ICMP flow; port is anyPort
+
+	servers []netip.AddrPort // of a flow to ResolverHost, which configuration permits
 }
 
 func (t target) permitted(allow *Allow, to netip.AddrPort) bool {
+	if t.echo {
+		return allow.Echo(t.vnet, t.name, to.Addr())
+	}
+	if len(t.servers) > 0 {
+		return slices.Contains(t.servers, to)
+	}
 	if t.name != "" {
 		return allow.Host(t.vnet, t.name, to)
 	}
@@ -73,17 +84,29 @@ func parseTarget(f tunnel.Flow) (target, error) {
 
 // dial resolves t where needed and connects to one of the addresses that allow permits, exactly as it was checked.
 func (d *dialer) dial(ctx context.Context, allow *Allow, t target) (*net.TCPConn, error) {
+	addrs, err := d.locate(ctx, allow, t)
+	if err != nil {
+		return nil, err
+	}
+	return d.connect(ctx, addrs)
+}
+
+// locate resolves t where needed and returns the addresses that allow permits, in the order in which to try them.
+func (d *dialer) locate(ctx context.Context, allow *Allow, t target) ([]netip.AddrPort, error) {
+	if len(t.servers) > 0 {
+		return t.servers, nil
+	}
 	if t.name == "" {
 		to := netip.AddrPortFrom(t.addr, t.port)
 		if !t.permitted(allow, to) {
 			return nil, errDenied
 		}
-		return d.connect(ctx, []netip.AddrPort{to})
+		return []netip.AddrPort{to}, nil
 	}
-	if !allow.Resolvable(t.vnet, t.name, t.port) {
+	if !allow.resolvable(t.vnet, t.name, t.port) {
 		return nil, errDenied
 	}
-	addrs, err := d.resolver.LookupNetIP(ctx, "ip", t.name)
+	addrs, err := d.resolverOf(t.vnet).LookupNetIP(ctx, "ip", t.name)
 	if err != nil {
 		return nil, fmt.Errorf("resolve: %w", err)
 	}
@@ -99,7 +122,15 @@ func (d *dialer) dial(ctx context.Context, allow *Allow, t target) (*net.TCPConn
 		}
 		return nil, fmt.Errorf("none of the %d addresses of the name: %w", len(addrs), errDenied)
 	}
-	return d.connect(ctx, interleave(permitted))
+	return interleave(permitted), nil
+}
+
+// resolverOf is what resolves the names of a network's flows.
+func (d *dialer) resolverOf(v vnet.ID) Resolver {
+	if r, ok := d.names.resolver(v); ok {
+		return r
+	}
+	return d.resolver
 }
 
 // interleave alternates the address families, beginning with the one that the resolver put first (RFC 8305, section 4),
@@ -182,6 +213,12 @@ func resultOf(err error) tunnel.Result {
 	}
 	if errors.Is(err, errDenied) {
 		return tunnel.ResultDenied
+	}
+	if errors.Is(err, errEchoForbidden) {
+		return tunnel.ResultForbidden
+	}
+	if errors.Is(err, errNoResolver) {
+		return tunnel.ResultNoRoute
 	}
 	if dns, ok := errors.AsType[*net.DNSError](err); ok && dns.IsNotFound {
 		return tunnel.ResultNameNotFound

@@ -81,6 +81,7 @@ type incoming interface {
 	Flow() tunnel.Flow
 	Cancelled() <-chan struct{}
 	Accept() (tunnel.Conn, error)
+	AcceptPacket() (tunnel.PacketConn, error)
 	Reject(tunnel.Result) error
 }
 
@@ -100,6 +101,10 @@ func (c *Connector) handle(ctx context.Context, in incoming) {
 		err = c.serveTCP(ctx, in, start)
 	case tunnel.KindIngress:
 		err = c.serveIngress(ctx, in, start)
+	case tunnel.KindUDP:
+		err = c.serveUDP(ctx, in, start)
+	case tunnel.KindICMP:
+		err = c.serveEcho(ctx, in, start)
 	default:
 		err = errKind
 	}
@@ -141,7 +146,7 @@ func (c *Connector) serveTCP(ctx context.Context, in incoming, start time.Time) 
 // open reads the destination and connects to it, within the time that the flow has and while the edge waits.
 func (c *Connector) open(ctx context.Context, in incoming) (*net.TCPConn, target, error) {
 	f := in.Flow()
-	t, err := parseTarget(f)
+	t, err := c.target(f)
 	if err != nil {
 		return nil, t, err
 	}

@@ -19,6 +19,8 @@ type metrics struct {
 	bytes      *prometheus.CounterVec
 
 	toOrigin, fromOrigin prometheus.Counter
+
+	*packetMetrics
 }
 
 func newMetrics() *metrics {
@@ -39,6 +41,7 @@ func newMetrics() *metrics {
 			Help: "Bytes carried, by direction (to_origin, from_origin)."}, []string{"direction"}),
 	}
 	m.toOrigin, m.fromOrigin = m.bytes.WithLabelValues("to_origin"), m.bytes.WithLabelValues("from_origin")
+	m.packetMetrics = newPacketMetrics(m.toOrigin, m.fromOrigin)
 	return m
 }
 
@@ -65,12 +68,12 @@ func (m *metrics) reconnected(edge, why string) { m.reconnects.WithLabelValues(e
 func (c *Connector) register(r prometheus.Registerer) error {
 	m := c.metrics
 	var errs []error
-	for _, col := range []prometheus.Collector{
+	for _, col := range append(m.packetMetrics.collectors(),
 		m.sessions, m.attempts, m.reconnects, m.results, m.dial, m.bytes, view{c},
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "keyhaven_connector_certificate_not_after_seconds",
 			Help: "When the connector's certificate runs out, as Unix time."},
 			func() float64 { return float64(c.cfg.Identity.NotAfter().Unix()) }),
-	} {
+	) {
 		errs = append(errs, r.Register(col))
 	}
 	return errors.Join(errs...)
@@ -150,6 +153,8 @@ func label(r tunnel.Result) string {
 		return "limit"
 	case tunnel.ResultUnsupported:
 		return "unsupported"
+	case tunnel.ResultForbidden:
+		return "forbidden"
 	}
 	return "internal"
 }

@@ -461,7 +461,7 @@ func (e *endpoint) dial(ctx context.Context, addrs []string, from int, cfg tunne
 	c := e.c
 	ctx, cancel := context.WithTimeout(ctx, tryTimeout)
 	defer cancel()
-	cfg.Identity, cfg.Logger, cfg.Proxy = c.cfg.Identity, c.log, c.cfg.Proxy
+	cfg.Identity, cfg.Logger, cfg.Proxy, cfg.Drops = c.cfg.Identity, c.log, c.cfg.Proxy, &c.metrics.drops
 	cfg.Handle = func(ctx context.Context, in *tunnel.Incoming) { c.handle(ctx, in) }
 	order := e.order(addrs, from)
 	var errs []error

@@ -34,6 +34,9 @@ const (
 	ResultUnsupported Result = 0x09
 	// ResultMalformed: the connector could not read the flow's header. Nothing was dialled.
 	ResultMalformed Result = 0x0a
+	// ResultForbidden: the connector's host does not let it do that; its log says how to permit it. For echoes it is
+	// net.ipv4.ping_group_range.
+	ResultForbidden Result = 0x0b
 )
 
 // Codes that cut an open flow.
@@ -61,6 +64,7 @@ var resultNames = map[Result]string{
 	ResultInternal:     "the connector failed",
 	ResultUnsupported:  "flow kind or version not supported by the connector",
 	ResultMalformed:    "malformed flow header",
+	ResultForbidden:    "the connector's host forbids it (for pings: net.ipv4.ping_group_range; see the connector's log)",
 	ResultReset:        "the flow was cut by a failure at its far end",
 	ResultCancelled:    "the flow was cancelled",
 	ResultClosed:       "the peer closed the flow",
@@ -97,6 +101,7 @@ var (
 	ErrInternal     = &FlowError{Result: ResultInternal}
 	ErrUnsupported  = &FlowError{Result: ResultUnsupported}
 	ErrMalformed    = &FlowError{Result: ResultMalformed}
+	ErrForbidden    = &FlowError{Result: ResultForbidden}
 	ErrReset        = &FlowError{Result: ResultReset}
 	ErrCancelled    = &FlowError{Result: ResultCancelled}
 	ErrClosed       = &FlowError{Result: ResultClosed}
@@ -294,8 +299,11 @@ type SessionError struct {
 // ErrPeerLost is the cause of a session's end if the peer stopped answering or forgot the session.
 var ErrPeerLost = errors.New("the peer is gone")
 
-// ErrNoAnswer says that nothing answered at the edge's address: wrong address, edge down, or UDP blocked on the way.
-var ErrNoAnswer = errors.New("no answer: is the address right, the edge up, and UDP allowed on the way?")
+// ErrNoAnswer says that nothing answered at the edge's address: wrong address, edge down, or the port blocked on the way.
+var ErrNoAnswer = errors.New("no answer: is the address right, the edge up, and its port allowed on the way?")
+
+// ErrProxy says that the HTTP proxy did not let a connection through; what it wraps says why and what to do.
+var ErrProxy = errors.New("HTTP proxy")
 
 // Error implements error.
 func (e *SessionError) Error() string {
