@@ -45,6 +45,9 @@ func (s *Session) Draining() bool {
 	}
 }
 
+// Retired is closed when the session takes no new flows, for whatever reason: a drain of either side, or Retire.
+func (s *Session) Retired() <-chan struct{} { return s.drainCh }
+
 // Retire lets no new flow begin and does not tell the connector: for a session that most likely is dead already, such as
 // that of a process whose successor has registered. Flows that are open go on. See [Drainer].
 func (s *Session) Retire() {

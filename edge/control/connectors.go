@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"crypto/x509"
+	"errors"
 	"fmt"
 	"slices"
 
@@ -26,15 +27,19 @@ const statusRevoked = "revoked"
 // Admit decides whether a connector with a valid certificate gets a session: it must be enrolled, not revoked, its
 // tunnel must be there, and the certificate must come from the present enrolment. It is made for
 // [tunnel.ListenConfig].
-func (c *Control) Admit(_ context.Context, peer mtls.Identity, cert *x509.Certificate, reg tunnel.Registration) error {
+func (c *Control) Admit(ctx context.Context, peer mtls.Identity, cert *x509.Certificate, _ tunnel.Registration) error {
 	k, err := c.admitted(peer)
+	if errors.Is(err, tunnel.ErrUnknown) || errors.Is(err, tunnel.ErrRevoked) { // enrolled through another edge just now?
+		c.catchUp(ctx)
+		k, err = c.admitted(peer)
+	}
 	if err != nil {
 		return err
 	}
 	if cert.NotBefore.Before(k.ValidFrom) {
 		return fmt.Errorf("control: the certificate of %s is from an earlier enrolment: %w", peer, tunnel.ErrRevoked)
 	}
-	if n := c.reg.countOf(k.Tunnel, k.ID); n >= maxSessionsPerConnector {
+	if n := c.reg.countOf(k.Name); n >= maxSessionsPerConnector {
 		return fmt.Errorf("control: %s has %d sessions, which is the limit: %w", peer, n, tunnel.ErrBusy)
 	}
 	return nil
@@ -107,53 +112,40 @@ func (c *Control) Connectors(ref string) ([]ConnectorView, error) {
 
 func (c *Control) connectorViewsLocked(names set) []ConnectorView {
 	list := make([]ConnectorView, 0, len(names))
+	works := map[string]work{} // by tunnel
 	for name := range names {
-		list = append(list, c.connectorViewLocked(c.model.connectors[name]))
+		k := c.model.connectors[name]
+		w, ok := works[k.Tunnel]
+		if !ok {
+			w = c.workOf(k.Tunnel)
+			works[k.Tunnel] = w
+		}
+		list = append(list, c.connectorViewOfLocked(k, w))
 	}
 	slices.SortFunc(list, func(a, b ConnectorView) int { return cmp.Compare(a.Name, b.Name) })
 	return list
 }
 
 func (c *Control) connectorViewLocked(k Connector) ConnectorView {
-	v := ConnectorView{Connector: k, TunnelName: c.model.tunnels[k.Tunnel].Name, Status: Inactive,
-		Sessions: c.reg.viewsOf(k.Tunnel, k.ID)}
+	return c.connectorViewOfLocked(k, c.workOf(k.Tunnel))
+}
+
+func (c *Control) connectorViewOfLocked(k Connector, w work) ConnectorView {
+	v := ConnectorView{Connector: k, TunnelName: c.model.tunnels[k.Tunnel].Name, Status: Inactive, Sessions: c.reg.viewsOf(k)}
 	if s, ok := c.model.seen[k.Name]; ok && !s.Last.Before(k.Created) {
 		v.Status, v.LastSeen, v.Origin, v.Version, v.Hostname = Down, s.Last, s.Origin, s.Version, s.Hostname
 	}
-	if len(v.Sessions) > 0 {
-		v.Status, v.LastSeen = Degraded, c.now()
-		if complete(v.Sessions) {
-			v.Status = Healthy
-		}
-		last := v.Sessions[len(v.Sessions)-1]
-		v.Origin, v.Version = last.Remote, last.Version
+	if status, up := w.status(k.Name); up {
+		v.Status, v.LastSeen, v.Elsewhere = status, c.now(), w.elsewhereOf(k.Name)
 	}
+	if n := len(v.Sessions); n > 0 {
+		v.Origin, v.Version = v.Sessions[n-1].Remote, v.Sessions[n-1].Version
+	}
+	v.Config = c.configs.view(k.ID)
 	if !k.Revoked.IsZero() {
 		v.Status = statusRevoked
 	}
 	return v
-}
-
-// complete reports whether every process among the sessions has all of its connections to each edge that it knows here,
-// none of them draining.
-func complete(sessions []SessionView) bool {
-	type group struct {
-		instance string
-		edge     int
-	}
-	have := map[group]int{}
-	for _, s := range sessions {
-		if s.Draining {
-			return false
-		}
-		have[group{s.Instance, s.Index / sessionsPerEdge}] |= 1 << (s.Index % sessionsPerEdge)
-	}
-	for _, bits := range have {
-		if bits != 1<<sessionsPerEdge-1 {
-			return false
-		}
-	}
-	return true
 }
 
 // RevokeConnector refuses the connector name from now on: its sessions end, new ones and renewals are refused. A name

@@ -17,6 +17,7 @@ import (
 
 	"github.com/keyhaven/keyhaven/mtls"
 	"github.com/keyhaven/keyhaven/state"
+	"github.com/keyhaven/keyhaven/vnet"
 )
 
 // Config is what a [Control] works with.
@@ -28,6 +29,14 @@ type Config struct {
 	// Edges are the host:port addresses that join tokens and enrolled connectors are told to dial. Without any, no
 	// token can be made.
 	Edges []string
+	// Name is this edge's among those that share the store, and Identity its certificate towards them. Without a name the
+	// edge is alone: it tells nobody of itself, and forwards nothing.
+	Name     string
+	Identity *mtls.Source
+	// Listen and Version are what other edges show of this one.
+	Listen, Version string
+	// BulkCarrier is what bulk flows take where there is a choice: BulkAuto, BulkQUIC or BulkTCP. If empty, BulkAuto.
+	BulkCarrier string
 	// ConnectorLifetime is the validity of connectors' certificates. If zero, 24h.
 	ConnectorLifetime time.Duration
 	// DialTimeout bounds a flow's opening if the caller's context has no deadline. If zero, 10s.
@@ -51,8 +60,12 @@ type Control struct {
 	model   *model
 	reg     *registry
 	flows   flows
+	bulk    *bulk
+	peers   *peers
+	status  *statuses
 	started time.Time
 	publish publisher
+	configs pusher
 	local   atomic.Pointer[Local]
 
 	changing chan struct{} // holds a value while a change is being made
@@ -66,8 +79,8 @@ type Control struct {
 // Open reads the store, creates the default network if there is none, and keeps the picture of the store up to date
 // until Close. A record that cannot be read makes Open fail.
 func Open(ctx context.Context, cfg Config) (*Control, error) {
-	if cfg.Store == nil || cfg.Authority == nil {
-		return nil, errors.New("control: open: a store and an authority are required")
+	if cfg.Store == nil || cfg.Authority == nil || cfg.Name != "" && cfg.Identity == nil {
+		return nil, errors.New("control: open: a store and an authority are required, and an identity where the edge has a name")
 	}
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
@@ -79,7 +92,8 @@ func Open(ctx context.Context, cfg Config) (*Control, error) {
 		cfg.DialTimeout = defaultDialTimeout
 	}
 	c := &Control{cfg: cfg, log: cfg.Logger, model: newModel(), reg: newRegistry(), started: time.Now(),
-		changing: make(chan struct{}, 1), sightLog: newSightings(), dials: newDials(), publish: newPublisher()}
+		changing: make(chan struct{}, 1), sightLog: newSightings(), dials: newDials(), publish: newPublisher(), configs: newPusher()}
+	c.bulk, c.status, c.peers = newBulk(cfg.BulkCarrier, c.reg), newStatuses(), newPeers(c)
 	if err := c.found(ctx); err != nil {
 		return nil, err
 	}
@@ -89,6 +103,7 @@ func Open(ctx context.Context, cfg Config) (*Control, error) {
 	c.done.Go(func() { c.follow(run, ready) })
 	c.done.Go(func() { c.recordSightings(run) })
 	c.done.Go(func() { c.runPublisher(run) })
+	c.done.Go(func() { c.runConfigs(run) })
 	var err error
 	select {
 	case err = <-ready:
@@ -100,6 +115,7 @@ func Open(ctx context.Context, cfg Config) (*Control, error) {
 		c.done.Wait()
 		return nil, fmt.Errorf("control: open: %w", err)
 	}
+	c.done.Go(func() { c.peers.run(run) })
 	if cfg.Registry != nil {
 		for _, m := range []prometheus.Collector{collector{c}, c.dials} {
 			if err := cfg.Registry.Register(m); err != nil {
@@ -110,8 +126,9 @@ func Open(ctx context.Context, cfg Config) (*Control, error) {
 	return c, nil
 }
 
-// Close ends the live sessions, stops and waits. The store stays open.
+// Close ends the live sessions, those with other edges too, stops and waits. The store stays open.
 func (c *Control) Close() error {
+	c.peers.close()
 	for _, l := range c.reg.all() {
 		l.end(endShutdown)
 	}
@@ -176,9 +193,12 @@ func (f *follower) reset(entries []state.Entry, _ state.Revision) error {
 	f.pending = nil
 	bad := f.c.model.load(entries)
 	f.c.complain(bad)
-	f.c.sweep()
-	f.c.reroute()
+	f.c.peers.reset(entries)
+	f.c.status.markAll()
+	f.c.sweep(f.c.reg.all())
+	f.c.reroute("")
 	f.c.publish.mark()
+	f.c.configs.mark()
 	select {
 	case f.ready <- errors.Join(bad...):
 	default:
@@ -196,32 +216,55 @@ func (f *follower) apply(e state.Event) error {
 	switch {
 	case e.Key == keyGeneration:
 		f.c.complain(f.c.model.apply(f.pending, e.Revision))
-		if slices.ContainsFunc(f.pending, permits) {
-			f.c.sweep()
-		}
-		if slices.ContainsFunc(f.pending, routes) {
-			f.c.reroute()
-		}
+		f.c.follows(f.pending)
 		if slices.ContainsFunc(f.pending, publishes) {
 			f.c.publish.mark()
+		}
+		if slices.ContainsFunc(f.pending, configures) {
+			f.c.configs.mark()
 		}
 		f.pending = nil
 	case strings.HasPrefix(e.Key, prefixSeen):
 		f.c.complain(f.c.model.apply([]delta{d}, 0))
+		f.c.status.markConnector(strings.TrimPrefix(e.Key, prefixSeen))
+	case strings.HasPrefix(e.Key, prefixEdge), strings.HasPrefix(e.Key, prefixPresent):
+		f.c.peers.apply(d)
 	case ours(e.Key):
 		f.pending = append(f.pending, d)
 	}
 	return nil
 }
 
-// permits reports whether a record decides on who may come in.
-func permits(d delta) bool {
-	return strings.HasPrefix(d.key, prefixConn) || strings.HasPrefix(d.key, prefixTunnel)
-}
-
-// routes reports whether a record decides on where flows go.
-func routes(d delta) bool {
-	return strings.HasPrefix(d.key, prefixRoute) || strings.HasPrefix(d.key, prefixVNet) || d.key == keyDefaultVNet
+// follows does what a transaction asks for, once it is in the picture: sessions end whose permission is gone, and flows are
+// asked to leave that have another way now.
+func (c *Control) follows(deltas []delta) {
+	all := false
+	networks := map[vnet.ID]struct{}{}
+	for _, d := range deltas {
+		kind, rest, _ := strings.Cut(d.key, "/")
+		switch kind + "/" {
+		case prefixConn:
+			c.status.markConnector(rest)
+			c.sweep(c.reg.ofConnector("", rest))
+		case prefixTunnel:
+			c.status.mark(rest)
+			c.sweep(c.reg.of(rest))
+		case prefixRoute:
+			id, _, _ := strings.Cut(rest, "/")
+			networks[vnet.ID(id)] = struct{}{}
+		case prefixVNet:
+			networks[vnet.ID(rest)] = struct{}{}
+		default:
+			all = all || d.key == keyDefaultVNet
+		}
+	}
+	if all {
+		c.reroute("")
+		return
+	}
+	for id := range networks {
+		c.reroute(id)
+	}
 }
 
 func (c *Control) complain(bad []error) {
@@ -249,7 +292,7 @@ func (c *Control) change(ctx context.Context, decide func(m *model) ([]state.Op,
 	for range maxTries {
 		e, err := c.cfg.Store.Get(ctx, keyGeneration)
 		if err != nil {
-			return fmt.Errorf("control: read the state: %w", err)
+			return storeError("read", err)
 		}
 		if err := c.await(ctx, e.Revision); err != nil {
 			return err
@@ -267,11 +310,34 @@ func (c *Control) change(ctx context.Context, decide func(m *model) ([]state.Op,
 			continue
 		}
 		if err != nil {
-			return fmt.Errorf("control: write the state: %w", err)
+			return storeError("write", err)
 		}
 		return c.await(ctx, rev)
 	}
 	return refusal(CodeConflict, "try again", "others kept changing the state")
+}
+
+// storeError is err of reading or writing the state, for people where the store is away.
+func storeError(op string, err error) error {
+	if errors.Is(err, state.ErrUnavailable) {
+		return fmt.Errorf("%w (%w)", refusal(CodeUnavailable, "try again when it is back; what is running goes on", "the state cannot be changed: its store does not answer"), err)
+	}
+	return fmt.Errorf("control: %s the state: %w", op, err)
+}
+
+// catchUpTimeout bounds how long one that comes in waits for what another edge has decided on it a moment ago.
+const catchUpTimeout = 2 * time.Second
+
+// catchUp waits until the picture shows all that is in the store now. An edge that is alone made every change itself.
+func (c *Control) catchUp(ctx context.Context) {
+	if c.peers.alone() {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, catchUpTimeout)
+	defer cancel()
+	if e, err := c.cfg.Store.Get(ctx, keyGeneration); err == nil {
+		_ = c.await(ctx, e.Revision)
+	}
 }
 
 // await waits until the picture is at least as new as rev.

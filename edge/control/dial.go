@@ -12,82 +12,63 @@ import (
 	"github.com/keyhaven/keyhaven/vnet"
 )
 
-// maxAttempts bounds how many sessions one flow is tried on.
-const maxAttempts = 4
-
-// DialContext opens a TCP flow to host, an address or a name, and port, in the network ref (name or id; empty is the
-// default), for visitor, which may be zero. The flow goes over the session of the route's tunnel that has the fewest
-// flows; if it cannot be opened there before the connector has accepted it, over another. When the routes change, flows
-// that they would send elsewhere or nowhere go on, and are [tunnel.Drainer]s that ask to leave. Errors are [ErrNotFound] (no
-// such network), [ErrInvalid], [ErrNoRoute], [ErrTunnelDown], the context's, or a [*tunnel.FlowError]. The connection is
-// a [tunnel.Conn].
-func (c *Control) DialContext(ctx context.Context, ref, host string, port uint16, visitor netip.AddrPort) (net.Conn, error) {
-	conn, err := c.dial(ctx, ref, host, port, visitor)
-	c.dials.WithLabelValues(dialResult(err)).Inc()
-	return conn, err
+// A Query says where a flow shall go, and for whom. Either VNet, Host and Port name a destination, or Tunnel the ingress
+// of a tunnel, whose connectors then choose the service by Host and Port.
+type Query struct {
+	// VNet is the virtual network, by name or id; empty is the default one.
+	VNet string
+	// Host is an address or a name; with Tunnel, the name that the visitor asked for.
+	Host string
+	// Port is the destination's; with Tunnel, the one that the visitor came to.
+	Port uint16
+	// Visitor is on whose behalf the flow is opened. It may be zero.
+	Visitor netip.AddrPort
+	// Class says what the flow is like, for the choice of its carrier.
+	Class tunnel.FlowClass
+	// Carrier is the one to prefer where there is a choice. Empty: what Class asks for.
+	Carrier tunnel.Carrier
+	// Tunnel is a tunnel's name or id: the flow goes to its ingress and VNet has no meaning.
+	Tunnel string
+	// Service is "http" or "tcp", with Tunnel.
+	Service string
+	// Connector is the name of the only connector that may carry the flow; empty: any of the tunnel's.
+	Connector string
+	// Local keeps the flow from being forwarded to another edge, as when it came from one.
+	Local bool
 }
 
-func (c *Control) dial(ctx context.Context, ref, host string, port uint16, visitor netip.AddrPort) (net.Conn, error) {
-	v, tunnelID, host, err := c.resolve(ref, host)
+// A plan is what the routes answer to a query.
+type plan struct {
+	q      Query
+	flow   tunnel.Flow // what to open; the caller sets Kind where it is not TCP
+	tunnel string      // id
+}
+
+// plan finds the tunnel for q.
+func (c *Control) plan(q Query) (plan, error) {
+	p := plan{q: q, flow: tunnel.Flow{Kind: tunnel.KindTCP, Port: q.Port, Visitor: q.Visitor, Class: q.Class, Connector: q.Connector}}
+	if q.Tunnel == "" {
+		var err error
+		p.flow.VNet, p.tunnel, p.flow.Host, err = c.resolve(q.VNet, q.Host)
+		return p, err
+	}
+	c.model.mu.RLock()
+	t, err := c.model.tunnelLocked(q.Tunnel)
+	c.model.mu.RUnlock()
 	if err != nil {
-		return nil, err
+		return p, err
 	}
-	if _, has := ctx.Deadline(); !has {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, c.cfg.DialTimeout)
-		defer cancel()
-	}
-	var failed error
-	var tried [maxAttempts]*live
-	for n := range maxAttempts {
-		l := c.reg.pick(tunnelID, tried[:n])
-		if l == nil {
-			break
-		}
-		tried[n] = l
-		conn, err := c.open(ctx, l, v, host, port, visitor)
-		if err == nil {
-			f := c.flows.add(conn, ref, host, tunnelID)
-			if _, now, _, err := c.resolve(ref, host); err != nil || now != tunnelID { // changed before reroute could see it
-				f.expel()
-			}
-			return f, nil
-		}
-		failed = err
-		if !elsewhere(ctx, err) {
-			break
-		}
-		c.log.Debug("flow tried on another session", "peer", l.s.Peer().String(), "err", err)
-	}
-	if failed != nil {
-		return nil, fmt.Errorf("control: open a flow to %s port %d in %s: %w", host, port, v, failed)
-	}
-	return nil, c.down(tunnelID)
+	p.tunnel = t.ID
+	p.flow.Kind, p.flow.Host, p.flow.Service, p.flow.Tunnel = tunnel.KindIngress, q.Host, q.Service, t.ID
+	return p, nil
 }
 
-func (c *Control) open(ctx context.Context, l *live, v vnet.ID, host string, port uint16, visitor netip.AddrPort) (tunnel.Conn, error) {
-	f := tunnel.Flow{Kind: tunnel.KindTCP, VNet: v, Host: host, Port: port, Visitor: visitor}
-	if t, ok := ctx.Deadline(); ok {
-		f.Deadline = max(time.Until(t), time.Millisecond)
+// destination names where the flow goes, for people.
+func (p plan) destination() string {
+	if p.q.Tunnel != "" {
+		return fmt.Sprintf("%s port %d at the ingress of tunnel %s", p.flow.Host, p.flow.Port, p.q.Tunnel)
 	}
-	conn, err := l.s.Open(ctx, f)
-	if err != nil {
-		return nil, err // not conn, which would be an interface that holds nil
-	}
-	return conn, nil
-}
-
-// elsewhere reports whether a flow that failed with err may be tried on another session: the session failed, and the
-// destination has not answered.
-func elsewhere(ctx context.Context, err error) bool {
-	if ctx.Err() != nil {
-		return false
-	}
-	e, ok := errors.AsType[*tunnel.FlowError](err)
-	if !ok {
-		return true
-	}
-	return e.Retriable() || e.Result == tunnel.ResultSessionLost || e.Result == tunnel.ResultInternal
+	return fmt.Sprintf("%s port %d in %s", p.flow.Host, p.flow.Port, p.flow.VNet)
 }
 
 // resolve finds the network, the tunnel that has host there, and the form of host to ask the connector for.
@@ -116,12 +97,119 @@ func (c *Control) resolve(ref, host string) (v vnet.ID, tunnelID, canonical stri
 	return network.ID, r.Tunnel, canonical, nil
 }
 
-// down says why no session of the tunnel could be used.
-func (c *Control) down(tunnelID string) error {
+// DialContext is [Control.Dial] of a TCP flow to host and port in the network ref.
+func (c *Control) DialContext(ctx context.Context, ref, host string, port uint16, visitor netip.AddrPort) (net.Conn, error) {
+	return c.Dial(ctx, Query{VNet: ref, Host: host, Port: port, Visitor: visitor})
+}
+
+// Dial opens a flow of bytes to where q says. It goes over a session of the route's tunnel here, and if there is none, over
+// another edge that has one. If it cannot be opened there before the connector has accepted it, or the session does not
+// answer for a while, it is tried over others too. When the routes change, flows that they would send elsewhere or
+// nowhere go on, and are [tunnel.Drainer]s that ask to leave. Errors are [ErrNotFound] (no such network or tunnel),
+// [ErrInvalid], [ErrNoRoute], [ErrTunnelDown], [ErrLimit], the context's, or a [*tunnel.FlowError]. The connection is a
+// [tunnel.Conn], a [tunnel.Resetter] and a [Suspecter].
+func (c *Control) Dial(ctx context.Context, q Query) (net.Conn, error) {
+	f, err := c.dial(ctx, q)
+	c.dials.WithLabelValues(dialResult(err)).Inc()
+	if err != nil {
+		return nil, err // not f, which would be an interface that holds nil
+	}
+	return f, nil
+}
+
+func (c *Control) dial(ctx context.Context, q Query) (*flow, error) {
+	ctx, cancel := c.withTimeout(ctx)
+	defer cancel()
+	p, list, err := c.candidates(q)
+	if err != nil {
+		return nil, err
+	}
+	if len(list) == 0 {
+		return nil, c.down(p)
+	}
+	r, err := c.reserve(p)
+	if err != nil {
+		return nil, err
+	}
+	conn, via, err := race(ctx, list, func(ctx context.Context, k candidate) (tunnel.Conn, error) {
+		return c.open(ctx, k, p)
+	}, cut)
+	if err != nil {
+		r.forget()
+		return nil, p.failed(err)
+	}
+	return &flow{Conn: conn, record: c.begin(r, via, conn)}, nil
+}
+
+// withTimeout bounds ctx by the default if it has no bound.
+func (c *Control) withTimeout(ctx context.Context) (context.Context, context.CancelFunc) {
+	if _, has := ctx.Deadline(); has {
+		return ctx, func() {}
+	}
+	return context.WithTimeout(ctx, c.cfg.DialTimeout)
+}
+
+func (c *Control) open(ctx context.Context, k candidate, p plan) (tunnel.Conn, error) {
+	s, err := k.session(ctx)
+	if err != nil {
+		return nil, err
+	}
+	conn, err := s.Open(ctx, p.flowNow(ctx))
+	if err != nil {
+		return nil, err
+	}
+	return conn, nil
+}
+
+// flowNow is p's flow with the time that ctx leaves for it.
+func (p plan) flowNow(ctx context.Context) tunnel.Flow {
+	f := p.flow
+	if t, ok := ctx.Deadline(); ok {
+		f.Deadline = max(time.Until(t), time.Millisecond)
+	}
+	return f
+}
+
+// cut gives up a flow that nobody wants any more.
+func cut(conn tunnel.Conn) {
+	if r, ok := conn.(tunnel.Resetter); ok {
+		r.Reset(tunnel.ResultCancelled)
+		return
+	}
+	conn.Close() //nolint:errcheck // nothing to save
+}
+
+// failed says that p's flow could not be opened because of err.
+func (p plan) failed(err error) error {
+	return fmt.Errorf("control: open a flow to %s: %w", p.destination(), err)
+}
+
+// elsewhere reports whether a flow that failed with err may be tried on another session: the session failed, and the
+// destination has not answered.
+func elsewhere(ctx context.Context, err error) bool {
+	if ctx.Err() != nil {
+		return false
+	}
+	e, ok := errors.AsType[*tunnel.FlowError](err)
+	if !ok {
+		return true
+	}
+	switch e.Result {
+	case tunnel.ResultSessionLost, tunnel.ResultInternal, tunnel.ResultUnsupported:
+		return true
+	}
+	return e.Retriable()
+}
+
+// down says why no session of the plan's tunnel could be used.
+func (c *Control) down(p plan) error {
 	c.model.mu.RLock()
-	name := c.model.tunnels[tunnelID].Name
+	name := c.model.tunnels[p.tunnel].Name
 	c.model.mu.RUnlock()
-	if len(c.reg.of(tunnelID)) > 0 {
+	if p.q.Connector != "" {
+		return refusal(CodeTunnelDown, "start it", "connector %q of tunnel %q has no session that takes flows", p.q.Connector, name)
+	}
+	if len(c.reg.of(p.tunnel)) > 0 {
 		return refusal(CodeTunnelDown, "try again shortly", "every session of tunnel %q is draining", name)
 	}
 	return refusal(CodeTunnelDown, "start its connector", "tunnel %q has no session", name)

@@ -51,7 +51,7 @@ func TestRouteChangesReachOpenFlows(t *testing.T) {
 	}
 	far.Close()
 	near.Close()
-	if n := len(e.flows.all()); n != 0 {
+	if n := e.flows.count(); n != 0 {
 		t.Errorf("%d closed flows are remembered", n)
 	}
 }

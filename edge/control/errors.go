@@ -8,7 +8,7 @@ import (
 // A Code classifies an [Error]. Codes are part of the admin API and are only ever added to.
 type Code string
 
-// The codes. None of them is worth retrying without a change, except CodeConflict and CodeTunnelDown.
+// The codes. None of them is worth retrying without a change, except CodeConflict, CodeTunnelDown and CodeUnavailable.
 const (
 	CodeInvalid      Code = "invalid"       // the request says something impossible
 	CodeNotFound     Code = "not_found"     // no such record
@@ -24,6 +24,7 @@ const (
 	CodeLimit        Code = "limit"         // a named bound has been reached
 	CodeConflict     Code = "conflict"      // others kept changing the same records
 	CodeStale        Code = "stale"         // the record has a newer revision than the change was made from
+	CodeUnavailable  Code = "unavailable"   // the store that edges share does not answer
 )
 
 // An Error is a refusal: what was wrong, and what to do about it. Two errors match by [errors.Is] if their codes do.
@@ -74,6 +75,7 @@ var (
 	ErrLimit        = &Error{Code: CodeLimit, Message: "limit reached"}
 	ErrConflict     = &Error{Code: CodeConflict, Message: "conflict"}
 	ErrStale        = &Error{Code: CodeStale, Message: "stale"}
+	ErrUnavailable  = &Error{Code: CodeUnavailable, Message: "store unavailable"}
 )
 
 func refusal(c Code, remedy, format string, args ...any) *Error {

@@ -18,34 +18,32 @@ var (
 	descRoutes  = prometheus.NewDesc("keyhaven_edge_routes", "Routes over all virtual networks.", nil, nil)
 	descConns   = prometheus.NewDesc("keyhaven_edge_connectors", "Connectors that are enrolled and not revoked.", nil, nil)
 	descLive    = prometheus.NewDesc("keyhaven_edge_sessions", "Live sessions of connectors.", nil, nil)
+	descEdges   = prometheus.NewDesc("keyhaven_edge_edges", "Edges of the installation that live, this one included.", nil, nil)
 	descFlows   = prometheus.NewDesc("keyhaven_edge_flows", "Open flows over all sessions.", nil, nil)
 )
 
 // Describe implements prometheus.Collector.
 func (k collector) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{descTunnels, descVNets, descRoutes, descConns, descLive, descFlows} {
+	for _, d := range []*prometheus.Desc{descTunnels, descVNets, descRoutes, descConns, descLive, descFlows, descEdges} {
 		ch <- d
 	}
 }
 
 // Collect implements prometheus.Collector.
 func (k collector) Collect(ch chan<- prometheus.Metric) {
-	s := k.c.Status()
+	s := k.c.counts()
 	gauge := func(d *prometheus.Desc, v int, labels ...string) {
 		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, float64(v), labels...)
 	}
-	by := map[string]int{Healthy: 0, Degraded: 0, Down: 0, Inactive: 0}
-	for _, t := range s.Tunnels {
-		by[t.Status]++
-	}
-	for status, n := range by {
+	for status, n := range s.byStatus {
 		gauge(descTunnels, n, status)
 	}
-	gauge(descVNets, s.VNets)
-	gauge(descRoutes, s.Routes)
-	gauge(descConns, s.Connectors)
-	gauge(descLive, s.Sessions)
-	gauge(descFlows, s.Flows)
+	gauge(descVNets, s.vnets)
+	gauge(descRoutes, s.routes)
+	gauge(descConns, s.connectors)
+	gauge(descLive, s.sessions)
+	gauge(descFlows, s.flows)
+	gauge(descEdges, s.edges)
 }
 
 func newDials() *prometheus.CounterVec {

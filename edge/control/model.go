@@ -26,6 +26,7 @@ const (
 	prefixPool     = "pools/"               // + name
 	prefixPort     = "ports/"               // + name
 	prefixZone     = "zones/"               // + name
+	prefixConfig   = "configs/"             // + tunnel id
 )
 
 // schema is the value of the generation record. A store with another one was written by a version that this one
@@ -59,6 +60,7 @@ type model struct {
 	pools       map[string]Pool  // by name, as ports and zones
 	ports       map[string]Port
 	zones       map[string]Zone
+	configs     map[string]TunnelConfig // by tunnel id
 
 	routesOfVNet       map[vnet.ID]set // route keys
 	routesOfTunnel     map[string]set  // route keys
@@ -81,6 +83,7 @@ func (m *model) clearLocked() {
 	m.tokens = map[string]mtls.JoinRecord{}
 	m.seen = map[string]seen{}
 	m.routes = map[string]Route{}
+	m.configs = map[string]TunnelConfig{}
 	m.pools, m.ports, m.zones = map[string]Pool{}, map[string]Port{}, map[string]Zone{}
 	m.routesOfVNet, m.routesOfTunnel, m.connectorsOfTunnel = map[vnet.ID]set{}, map[string]set{}, map[string]set{}
 }
@@ -209,6 +212,8 @@ func (m *model) applyLocked(d delta) error {
 		return applyStored(m.ports, rest, d)
 	case prefixZone:
 		return applyStored(m.zones, rest, d)
+	case prefixConfig:
+		return applyPlain(m.configs, rest, d)
 	}
 	return nil
 }

@@ -125,7 +125,11 @@ type ConnectorView struct {
 	Origin     string        `json:"origin,omitempty"`
 	Version    string        `json:"version,omitempty"`
 	Hostname   string        `json:"hostname,omitempty"`
-	Sessions   []SessionView `json:"sessions"`
+	Sessions   []SessionView `json:"sessions"` // on this edge
+	// Elsewhere is what the other edges have of it.
+	Elsewhere []ElsewhereView `json:"elsewhere,omitempty"`
+	// Config is how it took the configurations of its tunnel, as far as this edge knows. Nil without a session here.
+	Config *ConnectorConfig `json:"config,omitempty"`
 }
 
 // SessionView is one live connection of a connector.
@@ -138,6 +142,17 @@ type SessionView struct {
 	Draining bool      `json:"draining"`
 	Version  string    `json:"version,omitempty"`
 	Expires  time.Time `json:"expires"` // of the certificate
+	Carrier  string    `json:"carrier"` // quic or tcp
+	Role     string    `json:"role"`    // main or bulk
+	RTT      float64   `json:"rtt"`     // seconds; 0: not measured
+	Suspect  bool      `json:"suspect"` // it owes an answer and nothing was heard for a while
+}
+
+// ElsewhereView is what another edge has of a connector.
+type ElsewhereView struct {
+	Edge     string `json:"edge"`
+	Sessions int    `json:"sessions"` // main sessions that take flows
+	Complete bool   `json:"complete"` // all that the connector announced for that edge
 }
 
 // RouteAnswer is the answer to "who has this host?".

@@ -3,9 +3,9 @@ package control
 import (
 	"cmp"
 	"context"
-	"math/rand/v2"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/keyhaven/keyhaven/tunnel"
@@ -22,60 +22,102 @@ const (
 type live struct {
 	s         *tunnel.Session
 	connector Connector // as it was when the session was admitted
+	role      tunnel.Role
 	since     time.Time
+
+	due chan struct{} // holds a value when the connector is to be told something; see Control.keep
+	ask atomic.Int32  // bulk sessions wanted, plus one; 0: nothing to say
+}
+
+// tell sees to it that the connector is told what is new. It never blocks.
+func (l *live) tell() {
+	select {
+	case l.due <- struct{}{}:
+	default:
+	}
 }
 
 func (l *live) end(why tunnel.CloseReason) { l.s.Close(why) }
 
-// A registry holds the live sessions. Slices in byTunnel are never changed in place, so that a reader may go on with
-// one after it has let go of mu.
+// A registry holds the live sessions. Slices in byTunnel and byName are never changed in place, so that a reader may go on
+// with one after it has let go of mu.
 type registry struct {
 	mu       sync.RWMutex
 	byTunnel map[string][]*live
+	byName   map[string][]*live   // by the connector's name
+	upSince  map[string]time.Time // of tunnels that have a main session; see Control.add
+	count    int
 }
 
 func newRegistry() *registry {
-	return &registry{byTunnel: map[string][]*live{}}
+	return &registry{byTunnel: map[string][]*live{}, byName: map[string][]*live{}, upSince: map[string]time.Time{}}
 }
 
-// add enters l. It returns the session whose place it takes, if any: the same process's with the same index. Sessions of
-// the connector's other processes get no new flows from then on: a connector is one process, so they are most likely
-// those of one that was killed, and would otherwise attract flows until they time out.
-func (r *registry) add(l *live) (old *live) {
+// add enters l; a tunnel that had no main session is up since the given time. It returns the session whose place it
+// takes, if any: the same process's with the same index. Sessions of the connector's other processes get no new flows
+// from then on: a connector is one process, so they are most likely those of one that was killed, and would otherwise
+// attract flows until they time out.
+func (r *registry) add(l *live, since time.Time) (old *live) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	id, reg := l.connector.Tunnel, l.s.Registration()
-	next := make([]*live, 0, len(r.byTunnel[id])+1)
-	for _, o := range r.byTunnel[id] {
+	reg := l.s.Registration()
+	for _, o := range r.byName[l.connector.Name] {
 		or := o.s.Registration()
-		if o.connector.ID == l.connector.ID && or.Instance == reg.Instance && or.Index == reg.Index {
-			old = o
-			continue
-		}
-		if o.connector.ID == l.connector.ID && or.Instance != reg.Instance {
+		switch {
+		case o.connector.ID != l.connector.ID:
+		case or.Instance != reg.Instance:
 			o.s.Retire()
+		case or.Index == reg.Index && o.role == l.role:
+			old = o
 		}
-		next = append(next, o)
 	}
-	r.byTunnel[id] = append(next, l)
+	if old != nil {
+		r.removeLocked(old)
+	}
+	id := l.connector.Tunnel
+	r.byTunnel[id] = with(r.byTunnel[id], l)
+	r.byName[l.connector.Name] = with(r.byName[l.connector.Name], l)
+	r.count++
+	if _, up := r.upSince[id]; !up && l.role == tunnel.RoleMain {
+		r.upSince[id] = since
+	}
 	return old
 }
 
-// remove takes l out.
+// remove takes l out, if it is in.
 func (r *registry) remove(l *live) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	id := l.connector.Tunnel
-	next := make([]*live, 0, len(r.byTunnel[id]))
-	for _, o := range r.byTunnel[id] {
+	if !slices.Contains(r.byName[l.connector.Name], l) {
+		return
+	}
+	r.removeLocked(l)
+	if !slices.ContainsFunc(r.byTunnel[l.connector.Tunnel], func(o *live) bool { return o.role == tunnel.RoleMain }) {
+		delete(r.upSince, l.connector.Tunnel)
+	}
+}
+
+func (r *registry) removeLocked(l *live) {
+	without(r.byTunnel, l.connector.Tunnel, l)
+	without(r.byName, l.connector.Name, l)
+	r.count--
+}
+
+func with(list []*live, l *live) []*live {
+	return append(list[:len(list):len(list)], l)
+}
+
+func without(m map[string][]*live, key string, l *live) {
+	next := make([]*live, 0, len(m[key]))
+	for _, o := range m[key] {
 		if o != l {
 			next = append(next, o)
 		}
 	}
 	if len(next) == 0 {
-		delete(r.byTunnel, id)
+		delete(m, key)
 	} else {
-		r.byTunnel[id] = next
+		m[key] = next
 	}
 }
 
@@ -85,59 +127,60 @@ func (r *registry) of(tunnelID string) []*live {
 	return r.byTunnel[tunnelID]
 }
 
+// ofConnector returns the sessions of the connector name, if it serves the tunnel; with an empty id, whichever it serves.
+func (r *registry) ofConnector(tunnelID, name string) []*live {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	ls := r.byName[name]
+	if tunnelID == "" || !slices.ContainsFunc(ls, func(l *live) bool { return l.connector.Tunnel != tunnelID }) {
+		return ls
+	}
+	return slices.DeleteFunc(slices.Clone(ls), func(l *live) bool { return l.connector.Tunnel != tunnelID })
+}
+
+// up returns since when the tunnel has had a main session here, and the sessions.
+func (r *registry) up(tunnelID string) (time.Time, []*live) {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	return r.upSince[tunnelID], r.byTunnel[tunnelID]
+}
+
 func (r *registry) all() []*live {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
-	var list []*live
+	list := make([]*live, 0, r.count)
 	for _, ls := range r.byTunnel {
 		list = append(list, ls...)
 	}
 	return list
 }
 
-func (r *registry) countOf(tunnelID, connectorID string) (n int) {
-	for _, l := range r.of(tunnelID) {
-		if l.connector.ID == connectorID {
-			n++
-		}
-	}
-	return n
+func (r *registry) sessions() int {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	return r.count
 }
 
-// viewsOf returns a connector's sessions, oldest first.
-func (r *registry) viewsOf(tunnelID, connectorID string) []SessionView {
+func (r *registry) countOf(connector string) int {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	return len(r.byName[connector])
+}
+
+// viewsOf returns the sessions of the connector k, oldest first.
+func (r *registry) viewsOf(k Connector) []SessionView {
 	views := []SessionView{}
-	for _, l := range r.of(tunnelID) {
-		if l.connector.ID != connectorID {
+	for _, l := range r.ofConnector(k.Tunnel, k.Name) {
+		if l.connector.ID != k.ID {
 			continue
 		}
 		reg := l.s.Registration()
 		views = append(views, SessionView{Index: reg.Index, Instance: plain(reg.Instance), Remote: l.s.RemoteAddr().String(), Since: l.since,
-			Flows: l.s.Flows(), Draining: l.s.Draining(), Version: plain(reg.Version), Expires: l.s.Cert().NotAfter})
+			Flows: l.s.Flows(), Draining: l.s.Draining(), Version: plain(reg.Version), Expires: l.s.Cert().NotAfter,
+			Carrier: string(l.s.Carrier()), Role: l.role.String(), RTT: l.s.RTT().Seconds(), Suspect: l.s.Suspect()})
 	}
 	slices.SortFunc(views, func(a, b SessionView) int { return cmp.Or(a.Since.Compare(b.Since), cmp.Compare(a.Index, b.Index)) })
 	return views
-}
-
-// pick returns the session of the tunnel that has the least flows, takes new ones and was not tried, or nil. Among
-// equals, any.
-func (r *registry) pick(tunnelID string, tried []*live) *live {
-	ls := r.of(tunnelID)
-	if len(ls) == 0 {
-		return nil
-	}
-	var best *live
-	var least int
-	for i, start := 0, rand.IntN(len(ls)); i < len(ls); i++ {
-		l := ls[(start+i)%len(ls)]
-		if l.s.Draining() || slices.Contains(tried, l) {
-			continue
-		}
-		if n := l.s.Flows(); best == nil || n < least {
-			best, least = l, n
-		}
-	}
-	return best
 }
 
 // Handle keeps an admitted session in the registry while it lives. It is made for [tunnel.ListenConfig].
@@ -147,18 +190,59 @@ func (c *Control) Handle(_ context.Context, s *tunnel.Session) {
 		s.Close(endRevoked)
 		return
 	}
-	l := &live{s: s, connector: k, since: c.now()}
-	if old := c.reg.add(l); old != nil {
+	l := &live{s: s, connector: k, role: s.Registration().Role, since: c.now(), due: make(chan struct{}, 1)}
+	if old := c.reg.add(l, c.peers.upSince(k.Tunnel, l.since)); old != nil {
 		old.end(endReplaced)
 	}
 	// From here on sweep finds the session; what happened before is looked at once more.
 	if !c.stillGood(l) {
 		l.end(endRevoked)
 	}
-	c.sighted(l)
-	<-s.Done()
+	c.changed(l)
+	if l.role == tunnel.RoleMain {
+		c.bulk.up(l)
+		l.tell()
+		c.sessionUp(l)
+	}
+	c.keep(l)
 	c.reg.remove(l)
+	c.changed(l)
+}
+
+// keep tells the connector what there is to tell, and asks flows to leave when the session drains, until it has ended.
+func (c *Control) keep(l *live) {
+	retired := l.s.Retired()
+	var told []string
+	for {
+		select {
+		case <-l.due:
+			if addrs := c.addrs(); l.role == tunnel.RoleMain && !slices.Equal(addrs, told) {
+				l.s.TellEdges(addrs)
+				told = addrs
+			}
+			if n := l.ask.Swap(0); n > 0 {
+				l.s.AskBulk(int(n - 1))
+			}
+		case <-retired:
+			retired = nil
+			c.flows.expelWhere(func(r *record) bool { k := r.via.Load(); return k != nil && k.l == l })
+			c.touch(l.connector.Tunnel)
+		case <-l.s.Done():
+			return
+		}
+	}
+}
+
+// changed notes that l came or went.
+func (c *Control) changed(l *live) {
 	c.sighted(l)
+	c.touch(l.connector.Tunnel)
+}
+
+// touch notes that something about a tunnel's sessions here changed.
+func (c *Control) touch(tunnelID string) {
+	c.status.mark(tunnelID)
+	c.peers.mark(tunnelID)
 }
 
 // stillGood reports whether the connector of l is enrolled as it was when l was admitted.
@@ -167,9 +251,9 @@ func (c *Control) stillGood(l *live) bool {
 	return err == nil && k.ID == l.connector.ID && k.Tunnel == l.connector.Tunnel && !l.s.Cert().NotBefore.Before(k.ValidFrom)
 }
 
-// sweep ends the sessions of connectors that lost their permission.
-func (c *Control) sweep() {
-	for _, l := range c.reg.all() {
+// sweep ends those of the sessions whose connectors lost their permission.
+func (c *Control) sweep(ls []*live) {
+	for _, l := range ls {
 		if !c.stillGood(l) {
 			c.log.Info("session ended, its connector is no longer enrolled", "peer", l.s.Peer().String())
 			l.end(endRevoked)

@@ -70,8 +70,7 @@ func (c *Control) Tunnels() []TunnelView {
 	defer m.mu.RUnlock()
 	list := make([]TunnelView, 0, len(m.tunnels))
 	for _, t := range m.tunnels {
-		v, _ := c.tunnelViewLocked(t)
-		list = append(list, v)
+		list = append(list, c.tunnelSummaryLocked(t))
 	}
 	slices.SortFunc(list, func(a, b TunnelView) int { return cmp.Compare(a.Name, b.Name) })
 	return list
@@ -90,38 +89,9 @@ func (c *Control) Tunnel(ref string) (TunnelDetail, error) {
 	return TunnelDetail{TunnelView: v, ConnectorList: cs, RouteList: m.routeViewsLocked(m.routesOfTunnel[t.ID])}, nil
 }
 
-// tunnelViewLocked sums up the connectors of t.
+// tunnelViewLocked sums up t and its connectors.
 func (c *Control) tunnelViewLocked(t Tunnel) (TunnelView, []ConnectorView) {
-	v := TunnelView{Tunnel: t, Status: Inactive, Routes: len(c.model.routesOfTunnel[t.ID])}
-	cs := c.connectorViewsLocked(c.model.connectorsOfTunnel[t.ID])
-	healthy, everSeen := true, false
-	for _, k := range cs {
-		everSeen = everSeen || k.Status != Inactive && (k.Status != statusRevoked || !k.LastSeen.IsZero())
-		if k.LastSeen.After(v.LastSeen) {
-			v.LastSeen = k.LastSeen
-		}
-		if k.Status == statusRevoked {
-			continue
-		}
-		v.Connectors++
-		healthy = healthy && k.Status == Healthy
-		v.Sessions += len(k.Sessions)
-		for _, s := range k.Sessions {
-			v.Flows += s.Flows
-			if v.Since.IsZero() || s.Since.Before(v.Since) {
-				v.Since = s.Since
-			}
-		}
-	}
-	switch {
-	case v.Sessions > 0 && healthy:
-		v.Status = Healthy
-	case v.Sessions > 0:
-		v.Status = Degraded
-	case everSeen:
-		v.Status = Down
-	}
-	return v, cs
+	return c.tunnelSummaryLocked(t), c.connectorViewsLocked(c.model.connectorsOfTunnel[t.ID])
 }
 
 // DeleteTunnel deletes the tunnel ref, a name or id. A tunnel in use is refused with [ErrInUse] unless force, which
@@ -177,6 +147,9 @@ func (m *model) tunnelUsersLocked(t Tunnel, now time.Time) (users []string, ops 
 			open++
 		}
 		ops = append(ops, state.Delete(prefixToken+id))
+	}
+	if _, ok := m.configs[t.ID]; ok {
+		ops = append(ops, state.Delete(prefixConfig+t.ID))
 	}
 	if open > 0 {
 		users = append(users, strconv.Itoa(open)+" join token(s) that can still be used")

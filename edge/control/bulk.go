@@ -1,0 +1,213 @@
+package control
+
+import (
+	"math/rand/v2"
+	"sync"
+	"time"
+
+	"github.com/keyhaven/keyhaven/tunnel"
+)
+
+// Which carrier bulk flows take.
+const (
+	BulkAuto = "auto" // the one that measures better
+	BulkQUIC = "quic"
+	BulkTCP  = "tcp"
+)
+
+const (
+	// measuredFrom is how many bytes a flow must have carried for its throughput to count.
+	measuredFrom = 1 << 20
+	// exploreEvery is how often a bulk flow takes the carrier that measured worse, to measure it again.
+	exploreEvery = 20
+	// switchAbove is how much better a carrier must measure to be taken instead.
+	switchAbove = 1.25
+	// measureWeight is that of the latest flow in the average.
+	measureWeight = 0.3
+	// maxBulkSessions bounds the bulk sessions that are asked of one connector.
+	maxBulkSessions = 8
+	// bulkRest is how long a connector keeps bulk sessions that nothing needed.
+	bulkRest = time.Minute
+)
+
+// bulk chooses what carries flows of many bytes.
+type bulk struct {
+	mode string
+	reg  *registry
+
+	mu sync.Mutex
+	by map[string]*bulkState // by connector name, for those that had such flows
+}
+
+// A bulkState is what is known of one connector's carriers and wanted of it.
+type bulkState struct {
+	rate   map[tunnel.Carrier]float64 // bytes a second, of carriers that were measured
+	choice tunnel.Carrier
+	open   int       // bulk flows over TCP now
+	asked  int       // bulk sessions that the connector was last asked for
+	needed time.Time // when so many were needed last
+}
+
+func newBulk(mode string, reg *registry) *bulk {
+	if mode == "" {
+		mode = BulkAuto
+	}
+	return &bulk{mode: mode, reg: reg, by: map[string]*bulkState{}}
+}
+
+// A preference is what a flow would like to be carried by.
+type preference struct {
+	carrier tunnel.Carrier
+	own     bool // a session of its own, where there is a spare one
+}
+
+// explore reports whether p's flow shall take the carrier that measured worse.
+func (b *bulk) explore(p plan) bool {
+	return p.q.Class == tunnel.ClassBulk && p.q.Carrier == "" && b.mode == BulkAuto && rand.IntN(exploreEvery) == 0
+}
+
+// prefer returns what p's flow would like of the connector of l.
+func (b *bulk) prefer(p plan, l *live, explore bool) preference {
+	carrier := p.q.Carrier
+	switch {
+	case carrier != "":
+	case p.q.Class != tunnel.ClassBulk:
+		return preference{carrier: tunnel.CarrierQUIC}
+	case b.mode != BulkAuto:
+		carrier = tunnel.Carrier(b.mode)
+	default:
+		carrier = b.choice(l.connector.Name)
+		if explore && carrier == tunnel.CarrierTCP {
+			carrier = tunnel.CarrierQUIC
+		} else if explore {
+			carrier = tunnel.CarrierTCP
+		}
+	}
+	return preference{carrier, p.q.Class == tunnel.ClassBulk && carrier == tunnel.CarrierTCP}
+}
+
+func (b *bulk) choice(connector string) tunnel.Carrier {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if s := b.by[connector]; s != nil {
+		return s.choice
+	}
+	return tunnel.CarrierTCP
+}
+
+func (b *bulk) stateLocked(connector string) *bulkState {
+	s := b.by[connector]
+	if s == nil {
+		s = &bulkState{rate: map[tunnel.Carrier]float64{}, choice: tunnel.CarrierTCP}
+		b.by[connector] = s
+	}
+	return s
+}
+
+// wants reports whether r is a flow for which bulk sessions are asked.
+func (b *bulk) wants(r *record, k candidate) bool {
+	if k.l == nil || r.plan.q.Class != tunnel.ClassBulk {
+		return false
+	}
+	return b.prefer(r.plan, k.l, false).own
+}
+
+// begun counts a flow in, and asks its connector for more bulk sessions if it has fewer than such flows.
+func (b *bulk) begun(r *record, k candidate) {
+	if !b.wants(r, k) {
+		return
+	}
+	r.bulky = true
+	name := k.l.connector.Name
+	b.mu.Lock()
+	s := b.stateLocked(name)
+	s.open++
+	need := min(s.open, maxBulkSessions)
+	more := need > s.asked
+	if need >= s.asked {
+		s.asked, s.needed = need, time.Now()
+	}
+	b.mu.Unlock()
+	if more {
+		b.ask(name, k.l.connector.Tunnel, need)
+	}
+}
+
+// over counts a flow out and takes its throughput into account.
+func (b *bulk) over(r *record, k candidate) {
+	if k.l == nil {
+		return
+	}
+	moved, busy := r.in.Load()+r.out.Load(), time.Duration(r.busy.Load())
+	measured := moved >= measuredFrom && busy > 0
+	if !measured && !r.bulky {
+		return
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	s := b.stateLocked(k.l.connector.Name)
+	if r.bulky {
+		s.open--
+	}
+	if measured {
+		s.observe(k.l.s.Carrier(), float64(moved)/busy.Seconds())
+	}
+}
+
+func (s *bulkState) observe(c tunnel.Carrier, rate float64) {
+	if old, ok := s.rate[c]; ok {
+		rate = old + measureWeight*(rate-old)
+	}
+	s.rate[c] = rate
+	for other, r := range s.rate {
+		if mine, ok := s.rate[s.choice]; ok && other != s.choice && r > switchAbove*mine {
+			s.choice = other
+			return
+		}
+	}
+}
+
+// ask tells one session of the connector how many bulk sessions are wanted.
+func (b *bulk) ask(connector, tunnelID string, n int) {
+	for _, l := range b.reg.ofConnector(tunnelID, connector) {
+		if l.role == tunnel.RoleMain && !l.s.Draining() {
+			l.wantBulk(n)
+			return
+		}
+	}
+}
+
+// up tells a new main session what its connector was asked for.
+func (b *bulk) up(l *live) {
+	b.mu.Lock()
+	n := 0
+	if s := b.by[l.connector.Name]; s != nil {
+		n = s.asked
+	}
+	b.mu.Unlock()
+	if n > 0 {
+		l.wantBulk(n)
+	}
+}
+
+// wantBulk has the connector told how many bulk sessions are wanted.
+func (l *live) wantBulk(n int) {
+	l.ask.Store(int32(n) + 1)
+	l.tell()
+}
+
+// rest lets connectors close the bulk sessions that were not needed for a while.
+func (b *bulk) rest(now time.Time) {
+	lower := map[string]int{}
+	b.mu.Lock()
+	for name, s := range b.by {
+		if need := min(s.open, maxBulkSessions); need < s.asked && now.Sub(s.needed) > bulkRest {
+			s.asked, s.needed = need, now
+			lower[name] = need
+		}
+	}
+	b.mu.Unlock()
+	for name, n := range lower {
+		b.ask(name, "", n)
+	}
+}

@@ -1,0 +1,596 @@
+package control
+
+import (
+	"cmp"
+	"context"
+	"crypto/rand"
+	"fmt"
+	"log/slog"
+	mrand "math/rand/v2"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/keyhaven/keyhaven/mtls"
+	"github.com/keyhaven/keyhaven/state"
+	"github.com/keyhaven/keyhaven/tunnel"
+)
+
+// Keys of what edges tell one another. They change without anybody's decision, and so without the generation.
+const (
+	prefixEdge    = "edges/"   // + name
+	prefixPresent = "present/" // + tunnel id + "/" + edge name
+)
+
+const (
+	// beatEvery is how often an edge says that it lives, and goneAfter how long the others believe it.
+	beatEvery = 2 * time.Second
+	goneAfter = 8 * time.Second
+	// forgetAfter is how long connectors are still told the addresses of an edge that is gone, which most often is being
+	// restarted.
+	forgetAfter = time.Minute
+	// presencePause collects changes for one transaction.
+	presencePause = 50 * time.Millisecond
+)
+
+// An edgeRecord is what an edge says of itself.
+type edgeRecord struct {
+	Instance  string    `json:"instance"` // random, of the process
+	Advertise []string  `json:"advertise"`
+	Listen    string    `json:"listen,omitempty"`
+	Version   string    `json:"version,omitempty"`
+	Started   time.Time `json:"started"`
+	Beat      uint64    `json:"beat"`
+}
+
+// A presence is what an edge has of a tunnel's sessions.
+type presence struct {
+	Since     time.Time        `json:"since"` // since when the installation has had a session, as far as the edge knows
+	Processes []presentProcess `json:"processes"`
+}
+
+// A presentProcess is a connector's process with its main sessions to one edge.
+type presentProcess struct {
+	Connector string `json:"connector"`
+	Instance  string `json:"instance"`
+	Sessions  int    `json:"sessions"`           // that take flows
+	Draining  int    `json:"draining,omitempty"` // that do not
+	Want      int    `json:"want"`               // sessions that it announced for this edge
+	Complete  bool   `json:"complete"`           // it has them
+}
+
+// peers is what this edge knows of the others, and tells them. Without a name it is alone and tells nothing.
+type peers struct {
+	name     string
+	instance string
+	identity *mtls.Source
+	own      edgeRecord
+	log      *slog.Logger
+	c        *Control
+
+	wake chan struct{} // holds a value while dirty is not empty
+
+	running context.Context // sessions with other edges end with it
+	stop    context.CancelFunc
+	tasks   sync.WaitGroup
+
+	mu      sync.RWMutex // guards the fields below
+	stopped bool
+	leaving bool
+	clock   time.Duration // runs only while the store delivers: what counts the silence of others
+	beatAt  time.Time     // when the own beat was seen last
+	edges   map[string]*knownEdge
+	present map[string]map[string]presence // by tunnel id and edge name
+	dirty   set                            // tunnels whose presence here is to be written
+	told    []string                       // addresses that connectors were told last
+}
+
+// A knownEdge is an edge of the store, this one included.
+type knownEdge struct {
+	peerEdge
+	rec    edgeRecord
+	seen   time.Duration // by the clock, when its beat last changed
+	alive  bool
+	goneAt time.Time // if not alive
+}
+
+func newPeers(c *Control) *peers {
+	p := &peers{name: c.cfg.Name, instance: rand.Text(), identity: c.cfg.Identity, log: c.log, c: c, wake: make(chan struct{}, 1),
+		edges: map[string]*knownEdge{}, present: map[string]map[string]presence{}, dirty: set{}}
+	p.own = edgeRecord{Instance: p.instance, Advertise: c.cfg.Edges, Listen: c.cfg.Listen, Version: c.cfg.Version, Started: c.now()}
+	p.running, p.stop = context.WithCancel(context.Background())
+	return p
+}
+
+func (p *peers) alone() bool { return p.name == "" }
+
+// spawn runs f unless the edge is stopping.
+func (p *peers) spawn(f func(context.Context)) bool {
+	p.mu.RLock()
+	defer p.mu.RUnlock()
+	if p.stopped {
+		return false
+	}
+	p.tasks.Go(func() { f(p.running) })
+	return true
+}
+
+// close ends the sessions with other edges and waits for them.
+func (p *peers) close() {
+	p.mu.Lock()
+	p.stopped = true
+	p.mu.Unlock()
+	p.stop()
+	p.tasks.Wait()
+}
+
+// reset takes over a whole listing of the store.
+func (p *peers) reset(entries []state.Entry) {
+	if p.alone() {
+		return
+	}
+	p.mu.Lock()
+	had := p.edges
+	p.edges, p.present = map[string]*knownEdge{}, map[string]map[string]presence{}
+	var bad []error
+	for _, e := range entries {
+		if name, ok := strings.CutPrefix(e.Key, prefixEdge); ok && had[name] != nil {
+			p.edges[name] = had[name] // keeps its sessions
+		}
+		bad = append(bad, p.applyLocked(delta{key: e.Key, value: e.Value}))
+	}
+	for id, by := range p.present {
+		if _, ok := by[p.name]; ok { // of an earlier life, perhaps
+			p.markLocked(id)
+		}
+	}
+	p.mu.Unlock()
+	p.c.complain(slices.DeleteFunc(bad, func(err error) bool { return err == nil }))
+	p.judge()
+}
+
+// apply takes one change.
+func (p *peers) apply(d delta) {
+	if p.alone() {
+		return
+	}
+	p.mu.Lock()
+	err := p.applyLocked(d)
+	p.mu.Unlock()
+	if err != nil {
+		p.c.complain([]error{err})
+	}
+	if strings.HasPrefix(d.key, prefixEdge) {
+		p.judge()
+	}
+}
+
+func (p *peers) applyLocked(d delta) error {
+	if name, ok := strings.CutPrefix(d.key, prefixEdge); ok {
+		return p.applyEdgeLocked(name, d)
+	}
+	rest, ok := strings.CutPrefix(d.key, prefixPresent)
+	if !ok {
+		return nil
+	}
+	id, edge, _ := strings.Cut(rest, "/")
+	p.c.status.mark(id)
+	delete(p.present[id], edge)
+	if len(p.present[id]) == 0 {
+		delete(p.present, id)
+	}
+	if d.value == nil {
+		return nil
+	}
+	v, err := decode[presence](d)
+	if err != nil {
+		return err
+	}
+	if p.present[id] == nil {
+		p.present[id] = map[string]presence{}
+	}
+	p.present[id][edge] = v
+	return nil
+}
+
+func (p *peers) applyEdgeLocked(name string, d delta) error {
+	e := p.edges[name]
+	if d.value == nil {
+		if e != nil {
+			e.seen = -goneAfter - 1 // it said good-bye; its address is kept for a while
+		}
+		return nil
+	}
+	rec, err := decode[edgeRecord](d)
+	if err != nil {
+		return err
+	}
+	if e == nil {
+		e = &knownEdge{peerEdge: peerEdge{name: name, peers: p}, seen: p.clock}
+		p.edges[name] = e
+	}
+	if rec.Beat != e.rec.Beat || rec.Instance != e.rec.Instance {
+		e.seen = p.clock
+	}
+	e.rec = rec
+	e.setAddrs(rec.Advertise, rec.Instance)
+	if name == p.name {
+		p.tickLocked(rec)
+		e.seen = p.clock
+	}
+	return nil
+}
+
+// setAddrs notes where the edge is; an edge that was started anew is tried at once.
+func (e *peerEdge) setAddrs(addrs []string, instance string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.instance != instance {
+		e.instance, e.failures, e.restedAt = instance, 0, time.Time{}
+	}
+	e.addrs = addrs
+}
+
+// tickLocked lets the clock run on: the store has delivered this edge's own beat. While it delivers nothing, nobody is
+// taken for gone.
+func (p *peers) tickLocked(rec edgeRecord) {
+	if rec.Instance != p.instance {
+		if rec.Beat > 1 && !p.leaving {
+			p.log.Error("another process has the identity of this edge; give each edge its own", "edge", p.name)
+		}
+		return
+	}
+	now := time.Now()
+	if !p.beatAt.IsZero() {
+		p.clock += min(now.Sub(p.beatAt), beatEvery+beatEvery/2)
+	}
+	p.beatAt = now
+}
+
+// judge looks who is gone and who has come, and tells the connectors.
+func (p *peers) judge() {
+	p.mu.Lock()
+	now := time.Now()
+	var moved set
+	for name, e := range p.edges {
+		alive := name == p.name || p.clock-e.seen <= goneAfter
+		if alive == e.alive {
+			if !alive && now.Sub(e.goneAt) > forgetAfter && e.seen < 0 {
+				delete(p.edges, name)
+			}
+			continue
+		}
+		e.alive, e.goneAt = alive, now
+		p.log.Info("edge "+map[bool]string{true: "up", false: "gone"}[alive], "edge", name)
+		for id, by := range p.present {
+			if _, ok := by[name]; ok {
+				if moved == nil {
+					moved = set{}
+				}
+				moved[id] = struct{}{}
+			}
+		}
+	}
+	addrs := p.addrsLocked(now)
+	tell := p.told != nil && !slices.Equal(addrs, p.told)
+	p.told = addrs
+	p.mu.Unlock()
+	for id := range moved {
+		p.c.status.mark(id)
+	}
+	if tell {
+		p.c.status.markAll()
+		for _, l := range p.c.reg.all() {
+			l.tell()
+		}
+	}
+}
+
+// addrsLocked are the addresses of all edges: this one's first, then the others' by name.
+func (p *peers) addrsLocked(now time.Time) []string {
+	addrs := slices.Clone(p.own.Advertise)
+	names := make([]string, 0, len(p.edges))
+	for name, e := range p.edges {
+		if name != p.name && (e.alive || now.Sub(e.goneAt) < forgetAfter) {
+			names = append(names, name)
+		}
+	}
+	slices.Sort(names)
+	for _, name := range names {
+		for _, a := range p.edges[name].rec.Advertise {
+			if !slices.Contains(addrs, a) {
+				addrs = append(addrs, a)
+			}
+		}
+	}
+	return addrs
+}
+
+// addrs are the addresses that connectors dial, of all edges.
+func (c *Control) addrs() []string {
+	if c.peers.alone() {
+		return c.cfg.Edges
+	}
+	c.peers.mu.RLock()
+	defer c.peers.mu.RUnlock()
+	return c.peers.addrsLocked(time.Now())
+}
+
+// mark notes that the presence of a tunnel here has changed.
+func (p *peers) mark(tunnelID string) {
+	if p.alone() {
+		return
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.markLocked(tunnelID)
+}
+
+func (p *peers) markLocked(tunnelID string) {
+	p.dirty[tunnelID] = struct{}{}
+	select {
+	case p.wake <- struct{}{}:
+	default:
+	}
+}
+
+// run tells the others of this edge until ctx ends.
+func (p *peers) run(ctx context.Context) {
+	beat := time.NewTicker(beatEvery)
+	defer beat.Stop()
+	for first := true; ; first = false {
+		if first {
+			p.beat(ctx)
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case now := <-beat.C:
+			p.c.bulk.rest(now)
+			if !p.alone() {
+				p.beat(ctx)
+				p.flush(ctx)
+			}
+		case <-p.wake:
+			sleep(ctx, presencePause)
+			p.flush(ctx)
+		}
+	}
+}
+
+// beat says that this edge lives.
+func (p *peers) beat(ctx context.Context) {
+	p.mu.Lock()
+	p.own.Beat++
+	rec, leaving := p.own, p.leaving
+	p.mu.Unlock()
+	if leaving || p.alone() {
+		return
+	}
+	if _, err := p.c.cfg.Store.Txn(ctx, nil, []state.Op{put(prefixEdge+p.name, rec)}); err != nil && ctx.Err() == nil {
+		p.log.Warn("the other edges are not told that this one lives", "err", err)
+	}
+}
+
+// flush writes the presence of the tunnels that changed; what cannot be written stays for the next time.
+func (p *peers) flush(ctx context.Context) {
+	for {
+		p.mu.Lock()
+		ids := make([]string, 0, min(len(p.dirty), maxOps))
+		for id := range p.dirty {
+			if len(ids) == maxOps {
+				break
+			}
+			ids = append(ids, id)
+			delete(p.dirty, id)
+		}
+		leaving := p.leaving
+		p.mu.Unlock()
+		if len(ids) == 0 {
+			return
+		}
+		ops := make([]state.Op, 0, len(ids))
+		for _, id := range ids {
+			key := prefixPresent + id + "/" + p.name
+			if v := p.c.here(id); len(v.Processes) > 0 && !leaving {
+				ops = append(ops, put(key, v))
+			} else {
+				ops = append(ops, state.Delete(key))
+			}
+		}
+		if _, err := p.c.cfg.Store.Txn(ctx, nil, ops); err != nil {
+			p.mu.Lock()
+			for _, id := range ids {
+				p.dirty[id] = struct{}{}
+			}
+			p.mu.Unlock()
+			if ctx.Err() == nil {
+				p.log.Warn("the other edges are not told of sessions", "err", err)
+			}
+			return
+		}
+	}
+}
+
+// Leave takes this edge out of the others' sight, before it drains: they forward nothing more to it, and connectors are
+// told to look elsewhere. It is for an edge that is about to stop.
+func (c *Control) Leave(ctx context.Context) error {
+	p := c.peers
+	if p.alone() {
+		return nil
+	}
+	p.mu.Lock()
+	p.leaving = true
+	for id, by := range p.present {
+		if _, ok := by[p.name]; ok {
+			p.dirty[id] = struct{}{}
+		}
+	}
+	p.mu.Unlock()
+	if _, err := c.cfg.Store.Txn(ctx, nil, []state.Op{state.Delete(prefixEdge + p.name)}); err != nil {
+		return fmt.Errorf("control: take leave of the other edges: %w", err)
+	}
+	p.flush(ctx)
+	return nil
+}
+
+// here is the presence of a tunnel on this edge.
+func (c *Control) here(tunnelID string) presence {
+	since, ls := c.reg.up(tunnelID)
+	return presence{Since: since, Processes: processesOf(ls)}
+}
+
+// processesOf sums up sessions by process, sorted.
+func processesOf(ls []*live) []presentProcess {
+	type group struct{ bits, want int } // of the sessions to one address of the edge
+	type sum struct {
+		presentProcess
+		groups map[int]*group
+	}
+	by := map[[2]string]*sum{}
+	for _, l := range ls {
+		if l.role != tunnel.RoleMain {
+			continue
+		}
+		reg := l.s.Registration()
+		key := [2]string{l.connector.Name, reg.Instance}
+		s := by[key]
+		if s == nil {
+			s = &sum{presentProcess: presentProcess{Connector: l.connector.Name, Instance: plain(reg.Instance)}, groups: map[int]*group{}}
+			by[key] = s
+		}
+		want := cmp.Or(reg.Connections, sessionsPerEdge)
+		s.Want = max(s.Want, want)
+		if l.s.Draining() {
+			s.Draining++
+			continue
+		}
+		s.Sessions++
+		g := s.groups[reg.Index/sessionsPerEdge]
+		if g == nil {
+			g = &group{}
+			s.groups[reg.Index/sessionsPerEdge] = g
+		}
+		g.bits++
+		g.want = max(g.want, min(want, sessionsPerEdge))
+	}
+	list := make([]presentProcess, 0, len(by))
+	for _, s := range by {
+		s.Complete = s.Sessions > 0 && s.Draining == 0
+		for _, g := range s.groups {
+			s.Complete = s.Complete && g.bits >= g.want
+		}
+		list = append(list, s.presentProcess)
+	}
+	slices.SortFunc(list, func(a, b presentProcess) int {
+		return cmp.Or(cmp.Compare(a.Connector, b.Connector), cmp.Compare(a.Instance, b.Instance))
+	})
+	return list
+}
+
+// with returns the other edges that have a session of the tunnel, and of the connector if one is named: at most
+// maxForwards, those that could not be reached a moment ago last.
+func (p *peers) with(tunnelID, connector string) []*peerEdge {
+	p.mu.RLock()
+	defer p.mu.RUnlock()
+	var ready, resting []*peerEdge
+	for name, v := range p.present[tunnelID] {
+		e := p.edges[name]
+		if name == p.name || e == nil || !e.alive || !v.serves(connector) {
+			continue
+		}
+		if e.resting() {
+			resting = append(resting, &e.peerEdge)
+		} else {
+			ready = append(ready, &e.peerEdge)
+		}
+	}
+	mrand.Shuffle(len(ready), func(i, j int) { ready[i], ready[j] = ready[j], ready[i] })
+	ready = append(ready, resting...)
+	return ready[:min(len(ready), maxForwards)]
+}
+
+func (v presence) serves(connector string) bool {
+	return slices.ContainsFunc(v.Processes, func(k presentProcess) bool { return k.Sessions > 0 && (connector == "" || k.Connector == connector) })
+}
+
+// elsewhere returns what the other edges that live have of a tunnel, by edge name.
+func (p *peers) elsewhere(tunnelID string) map[string]presence {
+	p.mu.RLock()
+	defer p.mu.RUnlock()
+	var by map[string]presence
+	for name, v := range p.present[tunnelID] {
+		if e := p.edges[name]; name != p.name && e != nil && e.alive {
+			if by == nil {
+				by = map[string]presence{}
+			}
+			by[name] = v
+		}
+	}
+	return by
+}
+
+// upSince is since when the tunnel counts as up, for an edge that gets its first session of it now.
+func (p *peers) upSince(tunnelID string, now time.Time) time.Time {
+	for _, v := range p.elsewhere(tunnelID) {
+		if !v.Since.IsZero() && v.Since.Before(now) {
+			now = v.Since
+		}
+	}
+	return now
+}
+
+func (p *peers) knows(name string) bool {
+	p.mu.RLock()
+	defer p.mu.RUnlock()
+	return p.edges[name] != nil
+}
+
+// living is the number of edges that live, this one included.
+func (p *peers) living() (n int) {
+	p.mu.RLock()
+	defer p.mu.RUnlock()
+	for _, e := range p.edges {
+		if e.alive && e.name != p.name {
+			n++
+		}
+	}
+	return n + 1
+}
+
+// EdgeView is an edge as shown.
+type EdgeView struct {
+	Name      string    `json:"name"`
+	Here      bool      `json:"here"` // the edge that answers
+	Alive     bool      `json:"alive"`
+	Advertise []string  `json:"advertise"`
+	Listen    string    `json:"listen,omitempty"`
+	Version   string    `json:"version,omitempty"`
+	Started   time.Time `json:"started"`
+	Sessions  int       `json:"sessions"` // main sessions of connectors
+}
+
+// Edges returns the edges of the installation, sorted by name.
+func (c *Control) Edges() []EdgeView {
+	p := c.peers
+	own := EdgeView{Name: cmp.Or(p.name, c.cfg.Name), Here: true, Alive: true, Advertise: p.own.Advertise, Listen: p.own.Listen,
+		Version: p.own.Version, Started: p.own.Started, Sessions: c.reg.sessions()}
+	views := []EdgeView{own}
+	p.mu.RLock()
+	defer p.mu.RUnlock()
+	for name, e := range p.edges {
+		if name == p.name {
+			continue
+		}
+		v := EdgeView{Name: name, Alive: e.alive, Advertise: e.rec.Advertise, Listen: e.rec.Listen, Version: e.rec.Version, Started: e.rec.Started}
+		for _, by := range p.present {
+			for _, k := range by[name].Processes {
+				v.Sessions += k.Sessions
+			}
+		}
+		views = append(views, v)
+	}
+	slices.SortFunc(views, func(a, b EdgeView) int { return cmp.Compare(a.Name, b.Name) })
+	return views
+}
