@@ -6,7 +6,6 @@ import (
 	"crypto/rand"
 	"fmt"
 	"log/slog"
-	mrand "math/rand/v2"
 	"slices"
 	"strings"
 	"sync"
@@ -317,6 +316,15 @@ func (c *Control) addrs() []string {
 	return c.peers.addrsLocked(time.Now())
 }
 
+// maxJoinAddrs is how many addresses a join token holds.
+const maxJoinAddrs = 8
+
+// joinAddrs are those of addrs that a join token and the answer to it hold.
+func (c *Control) joinAddrs() []string {
+	addrs := c.addrs()
+	return addrs[:min(len(addrs), maxJoinAddrs)]
+}
+
 // mark notes that the presence of a tunnel here has changed.
 func (p *peers) mark(tunnelID string) {
 	if p.alone() {
@@ -489,108 +497,3 @@ func processesOf(ls []*live) []presentProcess {
 	return list
 }
 
-// with returns the other edges that have a session of the tunnel, and of the connector if one is named: at most
-// maxForwards, those that could not be reached a moment ago last.
-func (p *peers) with(tunnelID, connector string) []*peerEdge {
-	p.mu.RLock()
-	defer p.mu.RUnlock()
-	var ready, resting []*peerEdge
-	for name, v := range p.present[tunnelID] {
-		e := p.edges[name]
-		if name == p.name || e == nil || !e.alive || !v.serves(connector) {
-			continue
-		}
-		if e.resting() {
-			resting = append(resting, &e.peerEdge)
-		} else {
-			ready = append(ready, &e.peerEdge)
-		}
-	}
-	mrand.Shuffle(len(ready), func(i, j int) { ready[i], ready[j] = ready[j], ready[i] })
-	ready = append(ready, resting...)
-	return ready[:min(len(ready), maxForwards)]
-}
-
-func (v presence) serves(connector string) bool {
-	return slices.ContainsFunc(v.Processes, func(k presentProcess) bool { return k.Sessions > 0 && (connector == "" || k.Connector == connector) })
-}
-
-// elsewhere returns what the other edges that live have of a tunnel, by edge name.
-func (p *peers) elsewhere(tunnelID string) map[string]presence {
-	p.mu.RLock()
-	defer p.mu.RUnlock()
-	var by map[string]presence
-	for name, v := range p.present[tunnelID] {
-		if e := p.edges[name]; name != p.name && e != nil && e.alive {
-			if by == nil {
-				by = map[string]presence{}
-			}
-			by[name] = v
-		}
-	}
-	return by
-}
-
-// upSince is since when the tunnel counts as up, for an edge that gets its first session of it now.
-func (p *peers) upSince(tunnelID string, now time.Time) time.Time {
-	for _, v := range p.elsewhere(tunnelID) {
-		if !v.Since.IsZero() && v.Since.Before(now) {
-			now = v.Since
-		}
-	}
-	return now
-}
-
-func (p *peers) knows(name string) bool {
-	p.mu.RLock()
-	defer p.mu.RUnlock()
-	return p.edges[name] != nil
-}
-
-// living is the number of edges that live, this one included.
-func (p *peers) living() (n int) {
-	p.mu.RLock()
-	defer p.mu.RUnlock()
-	for _, e := range p.edges {
-		if e.alive && e.name != p.name {
-			n++
-		}
-	}
-	return n + 1
-}
-
-// EdgeView is an edge as shown.
-type EdgeView struct {
-	Name      string    `json:"name"`
-	Here      bool      `json:"here"` // the edge that answers
-	Alive     bool      `json:"alive"`
-	Advertise []string  `json:"advertise"`
-	Listen    string    `json:"listen,omitempty"`
-	Version   string    `json:"version,omitempty"`
-	Started   time.Time `json:"started"`
-	Sessions  int       `json:"sessions"` // main sessions of connectors
-}
-
-// Edges returns the edges of the installation, sorted by name.
-func (c *Control) Edges() []EdgeView {
-	p := c.peers
-	own := EdgeView{Name: cmp.Or(p.name, c.cfg.Name), Here: true, Alive: true, Advertise: p.own.Advertise, Listen: p.own.Listen,
-		Version: p.own.Version, Started: p.own.Started, Sessions: c.reg.sessions()}
-	views := []EdgeView{own}
-	p.mu.RLock()
-	defer p.mu.RUnlock()
-	for name, e := range p.edges {
-		if name == p.name {
-			continue
-		}
-		v := EdgeView{Name: name, Alive: e.alive, Advertise: e.rec.Advertise, Listen: e.rec.Listen, Version: e.rec.Version, Started: e.rec.Started}
-		for _, by := range p.present {
-			for _, k := range by[name].Processes {
-				v.Sessions += k.Sessions
-			}
-		}
-		views = append(views, v)
-	}
-	slices.SortFunc(views, func(a, b EdgeView) int { return cmp.Compare(a.Name, b.Name) })
-	return views
-}

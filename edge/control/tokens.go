@@ -29,10 +29,11 @@ func (c *Control) CreateToken(ctx context.Context, ref string, ttl time.Duration
 	if ttl < minTokenTTL || ttl > MaxTokenTTL {
 		return JoinGrant{}, refusal(CodeInvalid, fmt.Sprintf("use %s to %s", minTokenTTL, MaxTokenTTL), "a join token cannot live for %s", ttl)
 	}
-	if len(c.cfg.Edges) == 0 {
+	addrs := c.joinAddrs()
+	if len(addrs) == 0 {
 		return JoinGrant{}, refusal(CodeInvalid, "set tunnel.advertise in the edge's configuration", "the edge does not know which address connectors dial")
 	}
-	tok, err := mtls.NewJoinToken(c.cfg.Authority.Pin(), c.cfg.Edges)
+	tok, err := mtls.NewJoinToken(c.cfg.Authority.Pin(), addrs)
 	if err != nil {
 		return JoinGrant{}, fmt.Errorf("control: make a join token: %w", err)
 	}
@@ -89,7 +90,7 @@ func joinRefusal(err error) *tunnel.RefusedError {
 		return tunnel.ErrBadRequest
 	case errors.Is(err, ErrExists), errors.Is(err, ErrNotFound):
 		return tunnel.ErrNotAllowed
-	case errors.Is(err, ErrLimit), errors.Is(err, ErrConflict):
+	case errors.Is(err, ErrLimit), errors.Is(err, ErrConflict), errors.Is(err, ErrUnavailable):
 		return tunnel.ErrBusy
 	}
 	return tunnel.ErrEdgeInternal
@@ -98,6 +99,10 @@ func joinRefusal(err error) *tunnel.RefusedError {
 func (c *Control) join(ctx context.Context, r tunnel.JoinRequest) (tunnel.JoinReply, error) {
 	// The token is looked at first: nobody without one makes this edge sign or write.
 	name, err := c.checkJoin(r)
+	if errors.Is(err, ErrTokenUnknown) { // made at another edge just now?
+		c.catchUp(ctx)
+		name, err = c.checkJoin(r)
+	}
 	if err != nil {
 		return tunnel.JoinReply{}, err
 	}
@@ -110,7 +115,7 @@ func (c *Control) join(ctx context.Context, r tunnel.JoinRequest) (tunnel.JoinRe
 		return tunnel.JoinReply{}, refusal(CodeInvalid, "", "the certificate request is not acceptable: %v", err)
 	}
 	k := Connector{ID: newID("cn"), Name: name, Created: c.now(), ValidFrom: leaf.NotBefore}
-	reply := tunnel.JoinReply{Chain: chain, Roots: c.cfg.Authority.RootPEM(), Identity: id, Edges: c.cfg.Edges}
+	reply := tunnel.JoinReply{Chain: chain, Roots: c.cfg.Authority.RootPEM(), Identity: id, Edges: c.joinAddrs()}
 	err = c.change(ctx, func(m *model) ([]state.Op, error) {
 		rec, t, err := m.redeemLocked(r, c.now())
 		if err != nil {
@@ -189,7 +194,7 @@ func (m *model) redeemLocked(r tunnel.JoinRequest, now time.Time) (mtls.JoinReco
 }
 
 func tokenRefusal(rec mtls.JoinRecord, err error) error {
-	const remedy = "make a new one with 'tunnel token NAME'"
+	const remedy = "make a new one with 'tunnel token create NAME'"
 	switch {
 	case errors.Is(err, mtls.ErrTokenUsed):
 		return refusal(CodeTokenUsed, remedy, "the join token enrolled connector %q at %s", rec.UsedBy, rec.UsedAt.Format(time.RFC3339))
