@@ -26,8 +26,10 @@ var ErrClosed = errors.New("keyless: client is closed")
 // stands for the default named beside it.
 type ClientConfig struct {
 	// Servers are the addresses (host:port) of servers that hold the same keys. All are equal: a request goes to the
-	// least loaded connection.
+	// least loaded connection. [Client.SetServers] changes them.
 	Servers []string
+	// MayBeEmpty permits no Servers, where they are set later.
+	MayBeEmpty bool
 	// Dial opens a byte stream to one address. If nil, TCP.
 	Dial func(ctx context.Context, addr string) (net.Conn, error)
 	// TLS returns the configuration for one address; it must authenticate the server and present a certificate.
@@ -71,17 +73,17 @@ type ServerStats struct {
 // A Client sends operations to a group of servers over pipelined connections that it keeps open. It is safe for
 // concurrent use. Close it.
 type Client struct {
-	cfg     ClientConfig
-	log     *slog.Logger
-	servers []*remote
-	ctx     context.Context // ends with Close
-	cancel  context.CancelFunc
-	links   sync.WaitGroup
-	timers  sync.Pool // stopped *time.Timers
+	cfg    ClientConfig
+	log    *slog.Logger
+	ctx    context.Context // ends with Close
+	cancel context.CancelFunc
+	links  sync.WaitGroup
+	timers sync.Pool // stopped *time.Timers
 
 	mu      sync.Mutex // guards the rest
-	live    []*link    // links with a usable connection
-	trying  int        // links in a first attempt, so that waiting for them is worth it
+	servers []*remote
+	live    []*link // links with a usable connection
+	trying  int     // links in a first attempt, so that waiting for them is worth it
 	changed chan struct{}
 	turn    int // where the next search in live begins
 }
@@ -92,6 +94,10 @@ type remote struct {
 	dials    atomic.Uint64
 	failures atomic.Uint64
 	ailing   atomic.Int64 // until when, in Unix nanoseconds, other servers are better
+	last     atomic.Bool  // every other server is better
+
+	ctx    context.Context // ends when the server is taken out, or with Close
+	cancel context.CancelFunc
 
 	mu      sync.Mutex // guards lastErr
 	lastErr error
@@ -107,7 +113,7 @@ type Drainer interface {
 // NewClient checks cfg and starts connecting in the background; it does not wait for a connection.
 func NewClient(cfg ClientConfig) (*Client, error) {
 	switch {
-	case len(cfg.Servers) == 0:
+	case len(cfg.Servers) == 0 && !cfg.MayBeEmpty:
 		return nil, errors.New("keyless: client has no Servers")
 	case cfg.TLS == nil:
 		return nil, errors.New("keyless: client has no TLS configuration")
@@ -130,16 +136,58 @@ func NewClient(cfg ClientConfig) (*Client, error) {
 	}
 	c := &Client{cfg: cfg, log: cfg.Logger, changed: make(chan struct{})}
 	c.ctx, c.cancel = context.WithCancel(context.Background())
-	for _, addr := range cfg.Servers {
-		c.servers = append(c.servers, &remote{addr: addr})
+	c.SetServers(cfg.Servers, nil)
+	return c, nil
+}
+
+// SetServers makes servers the ones in use, and those of them that are also in last the ones that are used only when no other
+// is left. Connections to servers that stay are kept. A server that is new is connected to in the background; one that is
+// taken out gets no more requests, and those in flight may end. After Close it does nothing.
+func (c *Client) SetServers(servers, last []string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.ctx.Err() != nil {
+		return
 	}
-	c.trying = len(c.servers) * cfg.ConnsPerServer
+	var next []*remote
+	for _, addr := range servers {
+		i := slices.IndexFunc(c.servers, func(r *remote) bool { return r.addr == addr })
+		switch {
+		case slices.ContainsFunc(next, func(r *remote) bool { return r.addr == addr }):
+			continue // twice
+		case i >= 0:
+			next = append(next, c.servers[i])
+		default:
+			next = append(next, c.addLocked(addr))
+		}
+		next[len(next)-1].last.Store(slices.Contains(last, addr))
+	}
 	for _, r := range c.servers {
-		for range cfg.ConnsPerServer {
-			c.links.Go((&link{client: c, remote: r}).run)
+		if !slices.Contains(next, r) {
+			r.cancel()
+			// From here on no request is given to it, though its links have not noticed yet.
+			c.live = slices.DeleteFunc(slices.Clone(c.live), func(l *link) bool { return l.remote == r })
 		}
 	}
-	return c, nil
+	c.servers = next
+}
+
+// addLocked starts the links to a server.
+func (c *Client) addLocked(addr string) *remote {
+	r := &remote{addr: addr}
+	r.ctx, r.cancel = context.WithCancel(c.ctx)
+	c.trying += c.cfg.ConnsPerServer
+	for range c.cfg.ConnsPerServer {
+		c.links.Go((&link{client: c, remote: r}).run)
+	}
+	return r
+}
+
+// alternatives is the number of servers.
+func (c *Client) alternatives() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return len(c.servers)
 }
 
 // serverIdle is after how long existing servers close an idle connection.
@@ -148,7 +196,9 @@ const serverIdle = 30 * time.Second
 // Close ends all connections; requests in flight fail with ErrClosed. It waits until nothing is left running, and may
 // be called more than once.
 func (c *Client) Close() error {
-	c.cancel()
+	c.mu.Lock()
+	c.cancel() // SetServers starts nothing from here on
+	c.mu.Unlock()
 	c.links.Wait()
 	return nil
 }
@@ -218,11 +268,11 @@ func (c *Client) attempts(ctx context.Context, timeout <-chan time.Time, op *Ope
 			again = repeatable(op)
 		case errors.Is(err, ErrInternal):
 			l.remote.ailing.Store(time.Now().Add(ailingTime).UnixNano())
-			again = repeatable(op) && len(c.servers) > 1
+			again = repeatable(op) && c.alternatives() > 1
 		case errors.Is(err, ErrKeyNotFound):
 			// A server whose token is away does not know the token's keys.
 			without++
-			again = repeatable(op) && without < len(c.servers)
+			again = repeatable(op) && without < c.alternatives()
 		}
 		if !again || res.Attempts >= maxAttempts {
 			return nil, c.describe(op, res, err)
@@ -325,6 +375,9 @@ func (l *link) rank(avoid *remote) int {
 	if l.session.suspect.Load() {
 		rank += 4
 	}
+	if l.remote.last.Load() {
+		rank += 8
+	}
 	return rank
 }
 
@@ -337,14 +390,14 @@ func (c *Client) Healthy() bool {
 
 // Stats returns a snapshot, servers in the order of the configuration.
 func (c *Client) Stats() Stats {
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	st := Stats{Servers: make([]ServerStats, len(c.servers))}
 	for i, r := range c.servers {
 		r.mu.Lock()
 		st.Servers[i] = ServerStats{Addr: r.addr, Dials: r.dials.Load(), Failures: r.failures.Load(), LastErr: r.lastErr}
 		r.mu.Unlock()
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
 	for _, l := range c.live {
 		i := slices.Index(c.servers, l.remote)
 		st.Servers[i].Conns++

@@ -29,22 +29,25 @@ type link struct {
 
 // run is the link's goroutine. The link starts counted in client.trying.
 func (l *link) run() {
-	c := l.client
+	c, ctx := l.client, l.remote.ctx
 	l.first = true
 	defer l.giveUp()
 	backoff := minBackoff
-	for c.ctx.Err() == nil {
+	for ctx.Err() == nil {
 		s, err := l.connect()
 		if err == nil {
 			born := time.Now()
 			l.up(s)
-			err = s.watch(c.ctx, c.cfg.Heartbeat, c.cfg.DialTimeout)
+			err = s.watch(ctx, c.cfg.Heartbeat, c.cfg.DialTimeout)
 			l.down()
-			if errors.Is(err, errDraining) {
+			if ctx.Err() != nil {
+				l.giveUp() // the server was taken out, or the client closed
+			}
+			if errors.Is(err, errDraining) || ctx.Err() != nil {
 				s.quiesce(c.ctx, c.cfg.Timeout)
 			}
 			s.end(err)
-			if c.ctx.Err() != nil {
+			if ctx.Err() != nil {
 				return
 			}
 			c.log.Info("key server connection ended", "peer", l.remote.addr, "err", err)
@@ -59,7 +62,7 @@ func (l *link) run() {
 				l.giveUp() // it comes and goes: not worth waiting for
 			}
 		} else {
-			if c.ctx.Err() != nil {
+			if ctx.Err() != nil {
 				return
 			}
 			l.remote.failed(err)
@@ -68,7 +71,7 @@ func (l *link) run() {
 			}
 			l.giveUp()
 		}
-		sleep(c.ctx, rand.N(backoff))
+		sleep(ctx, rand.N(backoff))
 		backoff = min(2*backoff, maxBackoff)
 	}
 }
@@ -78,7 +81,9 @@ func (l *link) up(s *session) {
 	l.client.log.Info("key server connected", "peer", l.remote.addr)
 	l.change(func(c *Client) {
 		l.session = s
-		c.live = append(c.live, l)
+		if l.remote.ctx.Err() == nil { // not taken out meanwhile
+			c.live = append(c.live, l)
+		}
 		if l.first {
 			c.trying--
 		}
@@ -125,7 +130,7 @@ func (l *link) change(f func(*Client)) {
 func (l *link) connect() (*session, error) {
 	cfg := &l.client.cfg
 	l.remote.dials.Add(1)
-	ctx, cancel := context.WithTimeout(l.client.ctx, cfg.DialTimeout)
+	ctx, cancel := context.WithTimeout(l.remote.ctx, cfg.DialTimeout)
 	defer cancel()
 	raw, err := cfg.Dial(ctx, l.remote.addr)
 	if err != nil {
