@@ -39,7 +39,7 @@ func benchDialers(b *testing.B, serve func(Conn)) map[string]func() Conn {
 		ln.Close()
 		wg.Wait()
 	})
-	_, _, s := pair(b, accept(serve))
+	_, _, s := pairOver(b, CarrierQUIC, accept(serve))
 	return map[string]func() Conn{
 		"tcp": func() Conn {
 			c, err := net.Dial("tcp", ln.Addr().String())
@@ -188,7 +188,7 @@ func BenchmarkDistant(b *testing.B) {
 		b.Run(fmt.Sprint(flows), func(b *testing.B) {
 			p := newPKI(b)
 			e := startEdge(b, ListenConfig{Identity: p.source(mtls.KindEdge, "e1", 0), Admit: admitAll})
-			dc := dialConfig(e, p.source(mtls.KindConnector, "c1", 0), accept(func(c Conn) { c.Write(make([]byte, size/flows)) }))
+			dc := dialOver(e, CarrierQUIC, p.source(mtls.KindConnector, "c1", 0), accept(func(c Conn) { c.Write(make([]byte, size/flows)) }))
 			dc.Addr = newRelay(b, e.ln.Addr().String(), delay).addr()
 			startConnector(b, dc)
 			s := e.session()

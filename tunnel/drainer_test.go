@@ -8,8 +8,10 @@ import (
 )
 
 // A flow that lies in a pool learns of the drain, which would otherwise wait for it.
-func TestFlowsLearnOfTheDrain(t *testing.T) {
-	_, c, s := pair(t, accept(echo))
+func TestFlowsLearnOfTheDrain(t *testing.T) { overBoth(t, testFlowsLearnOfTheDrain) }
+
+func testFlowsLearnOfTheDrain(t *testing.T, via Carrier) {
+	_, c, s := pairOver(t, via, accept(echo))
 	flow := open(t, s, testFlow)
 	select {
 	case <-flow.(Drainer).Draining():
@@ -29,8 +31,10 @@ func TestFlowsLearnOfTheDrain(t *testing.T) {
 	}
 }
 
-func TestRetire(t *testing.T) {
-	_, c, s := pair(t, accept(echo))
+func TestRetire(t *testing.T) { overBoth(t, testRetire) }
+
+func testRetire(t *testing.T, via Carrier) {
+	_, c, s := pairOver(t, via, accept(echo))
 	flow := open(t, s, testFlow)
 	s.Retire()
 	<-flow.(Drainer).Draining()

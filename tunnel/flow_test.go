@@ -31,10 +31,12 @@ func flowOf(k FlowKind, v vnet.ID, host string, port uint16, visitor string, dea
 	return Flow{Kind: k, VNet: v, Host: host, Port: port, Visitor: netip.MustParseAddrPort(visitor), Deadline: deadline}
 }
 
-func TestFlowMetadata(t *testing.T) {
+func TestFlowMetadata(t *testing.T) { overBoth(t, testFlowMetadata) }
+
+func testFlowMetadata(t *testing.T, via Carrier) {
 	got := make(chan Flow, 1)
 	addrs := make(chan [2]string, 1)
-	_, _, s := pair(t, func(_ context.Context, in *Incoming) {
+	_, _, s := pairOver(t, via, func(_ context.Context, in *Incoming) {
 		got <- in.Flow()
 		c, _ := in.Accept()
 		addrs <- [2]string{c.LocalAddr().String(), c.RemoteAddr().String()}
@@ -80,9 +82,11 @@ func TestFlowMetadata(t *testing.T) {
 	}
 }
 
-func TestDeadlineFromContext(t *testing.T) {
+func TestDeadlineFromContext(t *testing.T) { overBoth(t, testDeadlineFromContext) }
+
+func testDeadlineFromContext(t *testing.T, via Carrier) {
 	got := make(chan time.Duration, 1)
-	_, _, s := pair(t, func(_ context.Context, in *Incoming) {
+	_, _, s := pairOver(t, via, func(_ context.Context, in *Incoming) {
 		got <- in.Flow().Deadline
 		in.Reject(ResultDenied)
 	})
@@ -96,9 +100,11 @@ func TestDeadlineFromContext(t *testing.T) {
 	}
 }
 
-func TestResults(t *testing.T) {
+func TestResults(t *testing.T) { overBoth(t, testResults) }
+
+func testResults(t *testing.T, via Carrier) {
 	next := make(chan Result, 1)
-	_, c, s := pair(t, func(_ context.Context, in *Incoming) {
+	_, c, s := pairOver(t, via, func(_ context.Context, in *Incoming) {
 		if r := <-next; r != ResultOK {
 			if err := in.Reject(r); err != nil {
 				t.Errorf("Reject(%v): %v", r, err)
@@ -127,11 +133,13 @@ func TestResults(t *testing.T) {
 }
 
 // TestHalfClose: each direction ends by itself, in both orders.
-func TestHalfClose(t *testing.T) {
+func TestHalfClose(t *testing.T) { overBoth(t, testHalfClose) }
+
+func testHalfClose(t *testing.T, via Carrier) {
 	big := make([]byte, 1<<20)
 	rand.Read(big)
 	t.Run("opener first", func(t *testing.T) {
-		_, _, s := pair(t, accept(func(c Conn) {
+		_, _, s := pairOver(t, via, accept(func(c Conn) {
 			sum := sha256.New()
 			io.Copy(sum, c) // until the end of the request
 			c.Write(sum.Sum(nil))
@@ -155,7 +163,7 @@ func TestHalfClose(t *testing.T) {
 	})
 	t.Run("connector first", func(t *testing.T) {
 		got := make(chan []byte, 1)
-		_, _, s := pair(t, accept(func(c Conn) {
+		_, _, s := pairOver(t, via, accept(func(c Conn) {
 			c.Write([]byte("hello"))
 			c.CloseWrite()
 			b, err := io.ReadAll(c)
@@ -179,7 +187,9 @@ func TestHalfClose(t *testing.T) {
 }
 
 // TestTruncationShows: whatever cuts a flow in its middle, the reader gets an error and never io.EOF.
-func TestTruncationShows(t *testing.T) {
+func TestTruncationShows(t *testing.T) { overBoth(t, testTruncationShows) }
+
+func testTruncationShows(t *testing.T, via Carrier) {
 	t.Parallel()
 	for name, tt := range map[string]struct {
 		serve func(Conn)
@@ -189,7 +199,7 @@ func TestTruncationShows(t *testing.T) {
 		"handler returns": {nil, ErrReset},
 	} {
 		t.Run(name, func(t *testing.T) {
-			_, _, s := pair(t, func(_ context.Context, in *Incoming) {
+			_, _, s := pairOver(t, via, func(_ context.Context, in *Incoming) {
 				c, err := in.Accept()
 				if err != nil {
 					t.Error(err)
@@ -215,7 +225,7 @@ func TestTruncationShows(t *testing.T) {
 	}
 	t.Run("opener resets", func(t *testing.T) {
 		got := make(chan error, 1)
-		_, _, s := pair(t, accept(func(c Conn) {
+		_, _, s := pairOver(t, via, accept(func(c Conn) {
 			_, err := io.ReadAll(c)
 			got <- err
 		}))
@@ -232,7 +242,7 @@ func TestTruncationShows(t *testing.T) {
 	t.Run("closed during a write", func(t *testing.T) {
 		got := make(chan error, 1)
 		stuck := make(chan struct{})
-		_, _, s := pair(t, accept(func(c Conn) {
+		_, _, s := pairOver(t, via, accept(func(c Conn) {
 			<-stuck
 			_, err := io.ReadAll(c)
 			got <- err
@@ -255,9 +265,11 @@ func TestTruncationShows(t *testing.T) {
 	})
 }
 
-func TestOpenCancelled(t *testing.T) {
+func TestOpenCancelled(t *testing.T) { overBoth(t, testOpenCancelled) }
+
+func testOpenCancelled(t *testing.T, via Carrier) {
 	cancelled := make(chan struct{})
-	_, c, s := pair(t, func(ctx context.Context, in *Incoming) {
+	_, c, s := pairOver(t, via, func(ctx context.Context, in *Incoming) {
 		select {
 		case <-in.Cancelled():
 			close(cancelled)
@@ -284,8 +296,10 @@ func TestOpenCancelled(t *testing.T) {
 	}
 }
 
-func TestDeadlines(t *testing.T) {
-	_, _, s := pair(t, func(ctx context.Context, in *Incoming) {
+func TestDeadlines(t *testing.T) { overBoth(t, testDeadlines) }
+
+func testDeadlines(t *testing.T, via Carrier) {
+	_, _, s := pairOver(t, via, func(ctx context.Context, in *Incoming) {
 		in.Accept()
 		<-ctx.Done()
 	})
@@ -305,10 +319,12 @@ func TestDeadlines(t *testing.T) {
 	}
 }
 
-func TestFlowLimit(t *testing.T) {
+func TestFlowLimit(t *testing.T) { overBoth(t, testFlowLimit) }
+
+func testFlowLimit(t *testing.T, via Carrier) {
 	for _, side := range []string{"edge", "connector"} {
 		t.Run(side, func(t *testing.T) {
-			_, c, s := pair(t, accept(echo), func(lc *ListenConfig, dc *DialConfig) {
+			_, c, s := pairOver(t, via, accept(echo), func(lc *ListenConfig, dc *DialConfig) {
 				if side == "edge" {
 					lc.Limits.MaxFlows = 2
 				} else {
@@ -340,9 +356,11 @@ func TestFlowLimit(t *testing.T) {
 	}
 }
 
-func TestThousandsOfFlows(t *testing.T) {
+func TestThousandsOfFlows(t *testing.T) { overBoth(t, testThousandsOfFlows) }
+
+func testThousandsOfFlows(t *testing.T, via Carrier) {
 	const flows = 3000
-	_, c, s := pair(t, accept(echo))
+	_, c, s := pairOver(t, via, accept(echo))
 	conns := make([]Conn, flows)
 	var wg sync.WaitGroup
 	gate := make(chan struct{}, 200)
@@ -384,11 +402,13 @@ func TestThousandsOfFlows(t *testing.T) {
 }
 
 // TestSlowReaders leaves many flows full and unread, at either side; another flow must not feel it.
-func TestSlowReaders(t *testing.T) {
+func TestSlowReaders(t *testing.T) { overBoth(t, testSlowReaders) }
+
+func testSlowReaders(t *testing.T, via Carrier) {
 	t.Parallel()
 	const slow = 64
 	full := make(chan struct{}, slow)
-	_, _, s := pair(t, func(ctx context.Context, in *Incoming) {
+	_, _, s := pairOver(t, via, func(ctx context.Context, in *Incoming) {
 		c, err := in.Accept()
 		if err != nil {
 			return
@@ -426,7 +446,7 @@ func TestAllocations(t *testing.T) {
 		t.Log("the race detector allocates; only the transfer is tested")
 		runs = 100
 	}
-	_, _, s := pair(t, accept(echo))
+	_, _, s := pairOver(t, CarrierQUIC, accept(echo))
 	c := open(t, s, testFlow)
 	defer c.Close()
 	c.SetDeadline(time.Time{})

@@ -5,7 +5,6 @@ import (
 	"crypto/tls"
 	"errors"
 	"io"
-	"net/netip"
 	"testing"
 	"time"
 
@@ -13,18 +12,23 @@ import (
 )
 
 // rawDial opens a carrier and its first stream without speaking the protocol.
-func rawDial(tb testing.TB, e *edgeFixture, conf *tls.Config) (stream, carrier, func(), error) {
+func rawDial(tb testing.TB, via Carrier, e *edgeFixture, conf *tls.Config) (stream, carrier, func(), error) {
 	tb.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
-	l := Limits{}.withDefaults(defaultSessionWindow)
-	conn, shut, err := dialQUIC(ctx, e.ln.Addr().String(), netip.Addr{}, conf, connectorQUICConfig(l), testLogger(tb))
+	cfg := DialConfig{Addr: e.ln.Addr().String(), Logger: testLogger(tb), Handle: accept(echo), Limits: Limits{}.withDefaults(defaultSessionWindow)}
+	d := dialer{DialConfig: cfg, tls: conf}
+	connect := d.dialQUIC
+	if via == CarrierTCP {
+		connect = d.dialTCP
+	}
+	car, shut, err := connect(ctx)
 	if err != nil {
 		return nil, nil, nil, err
 	}
-	car := newQUICCarrier(conn)
 	st, err := car.openStream()
 	if err != nil {
+		car.close(CloseDone)
 		shut()
 		return nil, nil, nil, err
 	}
@@ -42,7 +46,9 @@ func rawFrame(t frameType, flags byte, p ...byte) []byte {
 }
 
 // TestHostileRegistration sends an edge what is no registration; it must refuse or close, and go on serving others.
-func TestHostileRegistration(t *testing.T) {
+func TestHostileRegistration(t *testing.T) { overBoth(t, testHostileRegistration) }
+
+func testHostileRegistration(t *testing.T, via Carrier) {
 	t.Parallel()
 	p := newPKI(t)
 	src := p.source(mtls.KindConnector, "c1", 0)
@@ -71,7 +77,7 @@ func TestHostileRegistration(t *testing.T) {
 		"version":       {wrongVersion, false, RefusalVersion},
 	} {
 		t.Run(name, func(t *testing.T) {
-			st, car, shut, err := rawDial(t, e, connectorTLS(src))
+			st, car, shut, err := rawDial(t, via, e, connectorTLS(src))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -92,7 +98,7 @@ func TestHostileRegistration(t *testing.T) {
 		})
 	}
 	t.Run("no stream", func(t *testing.T) {
-		_, car, shut, err := rawDial(t, e, connectorTLS(src)) // a stream without bytes does not exist for the edge
+		_, car, shut, err := rawDial(t, via, e, connectorTLS(src)) // a stream without bytes does not exist for the edge
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -107,12 +113,14 @@ func TestHostileRegistration(t *testing.T) {
 		}
 	})
 	eventually(t, "no connection pending", func() bool { return e.ln.pending.Load() == 0 })
-	startConnector(t, dialConfig(e, src, accept(echo)))
+	startConnector(t, dialOver(e, via, src, accept(echo)))
 	e.session()
 }
 
 // TestHostileControl sends an edge bad frames after a good registration.
-func TestHostileControl(t *testing.T) {
+func TestHostileControl(t *testing.T) { overBoth(t, testHostileControl) }
+
+func testHostileControl(t *testing.T, via Carrier) {
 	t.Parallel()
 	p := newPKI(t)
 	src := p.source(mtls.KindConnector, "c1", 0)
@@ -137,7 +145,7 @@ func TestHostileControl(t *testing.T) {
 		"goodbye, no drain":   {byteFrame(frameGoodbye, 0), false, false},
 	} {
 		t.Run(name, func(t *testing.T) {
-			st, car, shut, err := rawDial(t, e, connectorTLS(src))
+			st, car, shut, err := rawDial(t, via, e, connectorTLS(src))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -168,16 +176,18 @@ func TestHostileControl(t *testing.T) {
 }
 
 // rawPair is a connector whose edge's streams the test opens by hand.
-func rawPair(t *testing.T, limits Limits) (*Session, *connectorFixture) {
+func rawPair(t *testing.T, via Carrier, limits Limits) (*Session, *connectorFixture) {
 	t.Helper()
-	_, c, s := pair(t, accept(echo), func(_ *ListenConfig, dc *DialConfig) { dc.Limits = limits })
+	_, c, s := pairOver(t, via, accept(echo), func(_ *ListenConfig, dc *DialConfig) { dc.Limits = limits })
 	return s, c
 }
 
 // TestHostileHeaders sends a connector what is no flow header; it must answer and end the flow, and go on with others.
-func TestHostileHeaders(t *testing.T) {
+func TestHostileHeaders(t *testing.T) { overBoth(t, testHostileHeaders) }
+
+func testHostileHeaders(t *testing.T, via Carrier) {
 	t.Parallel()
-	s, c := rawPair(t, Limits{SetupTimeout: 300 * time.Millisecond})
+	s, c := rawPair(t, via, Limits{SetupTimeout: 300 * time.Millisecond})
 	good, err := appendFlow(nil, testFlow, false)
 	if err != nil {
 		t.Fatal(err)
@@ -243,7 +253,9 @@ func TestHostileHeaders(t *testing.T) {
 }
 
 // TestHostileAnswer lets an edge meet a connector that answers a flow with an end or a reset in place of a result.
-func TestHostileAnswer(t *testing.T) {
+func TestHostileAnswer(t *testing.T) { overBoth(t, testHostileAnswer) }
+
+func testHostileAnswer(t *testing.T, via Carrier) {
 	for name, tt := range map[string]struct {
 		answer func(stream)
 		want   error
@@ -252,7 +264,7 @@ func TestHostileAnswer(t *testing.T) {
 		"reset": {func(st stream) { st.abortWrite(ResultReset) }, ErrReset},
 	} {
 		t.Run(name, func(t *testing.T) {
-			_, _, s := pair(t, func(_ context.Context, in *Incoming) {
+			_, _, s := pairOver(t, via, func(_ context.Context, in *Incoming) {
 				in.answered.Store(true)
 				tt.answer(in.conn.stream)
 				in.conn.Close()

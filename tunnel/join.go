@@ -215,7 +215,7 @@ func joinRefusalOf(err error) RefusalCode {
 }
 
 func addrPortOf(a net.Addr) netip.AddrPort {
-	if u, ok := a.(*net.UDPAddr); ok {
+	if u, ok := a.(interface{ AddrPort() netip.AddrPort }); ok { // UDP and TCP
 		ap := u.AddrPort()
 		return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
 	}

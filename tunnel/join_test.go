@@ -76,7 +76,7 @@ func TestJoin(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	startConnector(t, dialConfig(e, src, accept(echo)))
+	startConnector(t, dialOver(e, CarrierQUIC, src, accept(echo)))
 
 	if _, err := Join(context.Background(), addr, tok, csr, "site-8"); !errors.Is(err, ErrTokenUsed) {
 		t.Errorf("second Join: %v, want ErrTokenUsed", err)
@@ -167,7 +167,7 @@ func TestJoinGivesNoSession(t *testing.T) {
 			return nil
 		}})
 	for _, alpn := range [][]string{{ALPN}, {JoinALPN, ALPN}, {ALPN, JoinALPN}, {"h3"}, {JoinALPN}} {
-		st, conn, shut, err := rawDial(t, e, mtls.PinnedClientConfig(p.ca.Pin(), alpn...))
+		st, conn, shut, err := rawDial(t, CarrierQUIC, e, mtls.PinnedClientConfig(p.ca.Pin(), alpn...))
 		if err != nil {
 			continue // refused in the handshake already
 		}

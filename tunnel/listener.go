@@ -40,7 +40,9 @@ const (
 type Listener struct {
 	cfg  ListenConfig
 	log  *slog.Logger
+	tls  *tls.Config
 	udp  *net.UDPConn
+	tcp  *net.TCPListener // nil if there is none
 	tr   *quic.Transport
 	ln   *quic.Listener
 	join chan struct{} // holds one element for each join under way
@@ -82,26 +84,23 @@ func Listen(cfg ListenConfig) (*Listener, error) {
 		sessions: make(map[*Session]struct{}),
 		peers:    make(map[*peerServer]struct{}),
 	}
-	addr, err := net.ResolveUDPAddr("udp", cfg.Addr)
-	if err != nil {
+	var err error
+	if l.udp, l.tcp, err = listenSockets(cfg); err != nil {
 		return nil, fmt.Errorf("tunnel: listen: %w", err)
 	}
-	if l.udp, err = net.ListenUDP("udp", addr); err != nil {
-		return nil, fmt.Errorf("tunnel: listen: %w", err)
-	}
-	tlsConf := l.tlsConfig()
+	l.tls = l.tlsConfig()
 	l.tr = newTransport(l.udp)
 	l.tr.ConnectionIDLength = connectionIDLen
 	l.tr.ConnContext = l.countPending
 	l.tr.VerifySourceAddress = func(net.Addr) bool { return l.pending.Load() > int64(cfg.MaxPending/4) }
-	l.tr.StatelessResetKey, err = resetKey(tlsConf)
+	l.tr.StatelessResetKey, err = resetKey(l.tls)
 	if err == nil {
 		conf := edgeQUICConfig(cfg.Limits)
 		conf.EnableDatagrams = !cfg.minor0
-		l.ln, err = l.tr.Listen(tlsConf, conf)
+		l.ln, err = l.tr.Listen(l.tls, conf)
 	}
 	if err != nil {
-		l.udp.Close() //nolint:errcheck // the error that matters is at hand
+		l.closeSockets()
 		return nil, fmt.Errorf("tunnel: listen on %s: %w", cfg.Addr, err)
 	}
 	reportBuffers(l.udp, l.log)
@@ -230,6 +229,9 @@ func (l *Listener) Serve(ctx context.Context) error {
 		return errors.New("tunnel: Serve called twice")
 	}
 	var wg sync.WaitGroup
+	if l.tcp != nil {
+		wg.Go(func() { l.serveTCP(ctx, &wg) })
+	}
 	var err error
 	for {
 		var conn *quic.Conn
@@ -244,15 +246,25 @@ func (l *Listener) Serve(ctx context.Context) error {
 		err = nil
 	}
 	l.ln.Close() //nolint:errcheck // never fails; stops new handshakes
+	if l.tcp != nil {
+		l.tcp.Close() //nolint:errcheck // nothing is left to lose
+	}
 	l.drain(ctx)
 	wg.Wait()
-	l.tr.Close()  //nolint:errcheck // every connection is closed
-	l.udp.Close() //nolint:errcheck // nothing is left to lose
+	l.tr.Close() //nolint:errcheck // every connection is closed
+	l.closeSockets()
 	l.watchers.Wait()
 	if err != nil {
 		return fmt.Errorf("tunnel: serve: %w", err)
 	}
 	return nil
+}
+
+func (l *Listener) closeSockets() {
+	l.udp.Close() //nolint:errcheck // nothing is left to lose
+	if l.tcp != nil {
+		l.tcp.Close() //nolint:errcheck // nothing is left to lose
+	}
 }
 
 func (l *Listener) drain(ctx context.Context) {

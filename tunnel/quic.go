@@ -193,6 +193,9 @@ func (s quicStream) abortWrite(code Result)     { s.CancelWrite(quic.StreamError
 func (s quicStream) writeOver() context.Context { return s.Context() }
 
 func streamErrorOf(err error) error {
+	if _, ok := errors.AsType[*FlowError](err); ok || err == net.ErrClosed {
+		return err
+	}
 	if se, ok := errors.AsType[*quic.StreamError](err); ok {
 		switch {
 		case !se.Remote:

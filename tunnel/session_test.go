@@ -16,8 +16,10 @@ import (
 	"github.com/keyhaven/keyhaven/mtls"
 )
 
-func TestRegistration(t *testing.T) {
-	_, c, s := pair(t, accept(echo))
+func TestRegistration(t *testing.T) { overBoth(t, testRegisters) }
+
+func testRegisters(t *testing.T, via Carrier) {
+	_, c, s := pairOver(t, via, accept(echo))
 	want := testRegistration
 	want.Connections, want.Minor = defaultConnections, protocolMinor
 	if got := s.Registration(); got != want {
@@ -43,7 +45,9 @@ func TestRegistration(t *testing.T) {
 	}
 }
 
-func TestRefusals(t *testing.T) {
+func TestRefusals(t *testing.T) { overBoth(t, testRefusals) }
+
+func testRefusals(t *testing.T, via Carrier) {
 	p, other := newPKI(t), newPKI(t)
 	edge := p.source(mtls.KindEdge, "e1", 0)
 	good := p.source(mtls.KindConnector, "c1", 0)
@@ -93,7 +97,7 @@ func TestRefusals(t *testing.T) {
 			e := startEdge(t, ListenConfig{Identity: edge, Admit: tt.admit})
 			ctx, cancel := context.WithTimeout(context.Background(), patience)
 			defer cancel()
-			_, err := Dial(ctx, dialConfig(e, tt.src, accept(echo)))
+			_, err := Dial(ctx, dialOver(e, via, tt.src, accept(echo)))
 			if err == nil {
 				t.Fatal("Dial succeeded")
 			}
@@ -133,7 +137,7 @@ func TestDialErrors(t *testing.T) {
 	t.Run("edge of another authority", func(t *testing.T) {
 		other := newPKI(t)
 		e := startEdge(t, ListenConfig{Identity: other.source(mtls.KindEdge, "e1", 0), Admit: admitAll})
-		_, err := Dial(context.Background(), dialConfig(e, src, accept(echo)))
+		_, err := Dial(context.Background(), dialOver(e, CarrierQUIC, src, accept(echo)))
 		if err == nil || errors.Is(err, ErrNoAnswer) || errors.Is(err, ErrCertificate) {
 			t.Errorf("Dial: %v, want the verification's own error", err)
 		}
@@ -153,7 +157,9 @@ func TestDialErrors(t *testing.T) {
 	})
 }
 
-func TestPendingBound(t *testing.T) {
+func TestPendingBound(t *testing.T) { overBoth(t, testPendingBound) }
+
+func testPendingBound(t *testing.T, via Carrier) {
 	p := newPKI(t)
 	release := make(chan struct{})
 	e := startEdge(t, ListenConfig{
@@ -166,14 +172,14 @@ func TestPendingBound(t *testing.T) {
 	src := p.source(mtls.KindConnector, "c1", 0)
 	first := make(chan *ClientSession, 1)
 	go func() {
-		c, err := Dial(context.Background(), dialConfig(e, src, accept(echo)))
+		c, err := Dial(context.Background(), dialOver(e, via, src, accept(echo)))
 		if err != nil {
 			t.Errorf("first Dial: %v", err)
 		}
 		first <- c
 	}()
 	eventually(t, "one connection pending", func() bool { return e.ln.pending.Load() == 1 })
-	if _, err := Dial(context.Background(), dialConfig(e, src, accept(echo))); err == nil {
+	if _, err := Dial(context.Background(), dialOver(e, via, src, accept(echo))); err == nil {
 		t.Error("a second connection got in beside a pending one")
 	}
 	close(release)
@@ -183,7 +189,7 @@ func TestPendingBound(t *testing.T) {
 	}
 	e.session()
 	eventually(t, "no connection pending", func() bool { return e.ln.pending.Load() == 0 })
-	startConnector(t, dialConfig(e, src, accept(echo)))
+	startConnector(t, dialOver(e, via, src, accept(echo)))
 	c.Close(CloseShutdown)
 }
 
@@ -194,7 +200,7 @@ func TestAddressValidation(t *testing.T) {
 	src := p.source(mtls.KindConnector, "c1", 0)
 	for _, pending := range []int64{0, 2} {
 		relay := newRelay(t, e.ln.Addr().String(), 0)
-		dc := dialConfig(e, src, accept(echo))
+		dc := dialOver(e, CarrierQUIC, src, accept(echo))
 		dc.Addr = relay.addr()
 		e.ln.pending.Add(pending)
 		startConnector(t, dc)
@@ -206,7 +212,9 @@ func TestAddressValidation(t *testing.T) {
 	}
 }
 
-func TestRenewal(t *testing.T) {
+func TestRenewal(t *testing.T) { overBoth(t, testRenewal) }
+
+func testRenewal(t *testing.T, via Carrier) {
 	p := newPKI(t)
 	asked := make(chan mtls.Identity, 2)
 	e := startEdge(t, ListenConfig{
@@ -217,7 +225,7 @@ func TestRenewal(t *testing.T) {
 		},
 	})
 	src := p.source(mtls.KindConnector, "c1", 0)
-	c := startConnector(t, dialConfig(e, src, accept(echo)))
+	c := startConnector(t, dialOver(e, via, src, accept(echo)))
 	before := src.Leaf().SerialNumber
 	for range 2 {
 		if err := src.Renew(context.Background(), c.Renew); err != nil {
@@ -231,10 +239,12 @@ func TestRenewal(t *testing.T) {
 		t.Errorf("renewal for %v, want %v", got, want)
 	}
 	// The new certificate must be good for a session.
-	startConnector(t, dialConfig(e, src, accept(echo)))
+	startConnector(t, dialOver(e, via, src, accept(echo)))
 }
 
-func TestRenewalRefused(t *testing.T) {
+func TestRenewalRefused(t *testing.T) { overBoth(t, testRenewalRefused) }
+
+func testRenewalRefused(t *testing.T, via Carrier) {
 	for name, tt := range map[string]struct {
 		renew func(context.Context, mtls.Identity, []byte) ([][]byte, error)
 		want  error
@@ -247,7 +257,7 @@ func TestRenewalRefused(t *testing.T) {
 		}, ErrEdgeInternal},
 	} {
 		t.Run(name, func(t *testing.T) {
-			_, c, _ := pair(t, accept(echo), func(lc *ListenConfig, _ *DialConfig) { lc.Renew = tt.renew })
+			_, c, _ := pairOver(t, via, accept(echo), func(lc *ListenConfig, _ *DialConfig) { lc.Renew = tt.renew })
 			_, csr, err := mtls.NewKeyCSR()
 			if err != nil {
 				t.Fatal(err)
@@ -263,10 +273,12 @@ func TestRenewalRefused(t *testing.T) {
 }
 
 // TestRenewalGivenUp leaves an answer to a caller that is gone, then renews again.
-func TestRenewalGivenUp(t *testing.T) {
+func TestRenewalGivenUp(t *testing.T) { overBoth(t, testRenewalGivenUp) }
+
+func testRenewalGivenUp(t *testing.T, via Carrier) {
 	hold := make(chan struct{})
 	var calls atomic.Int32
-	_, c, _ := pair(t, accept(echo), func(lc *ListenConfig, _ *DialConfig) {
+	_, c, _ := pairOver(t, via, accept(echo), func(lc *ListenConfig, _ *DialConfig) {
 		lc.Renew = func(context.Context, mtls.Identity, []byte) ([][]byte, error) {
 			if calls.Add(1) == 1 {
 				<-hold
@@ -290,8 +302,10 @@ func TestRenewalGivenUp(t *testing.T) {
 }
 
 // TestCertificateEnds: a session takes no new flows once its certificate is out of date, and lets the open ones end.
-func TestCertificateEnds(t *testing.T) {
-	_, c, s := pair(t, accept(echo))
+func TestCertificateEnds(t *testing.T) { overBoth(t, testCertificateEnds) }
+
+func testCertificateEnds(t *testing.T, via Carrier) {
+	_, c, s := pairOver(t, via, accept(echo))
 	flow := open(t, s, testFlow)
 	s.expiry.Reset(0)
 	select {
@@ -309,8 +323,10 @@ func TestCertificateEnds(t *testing.T) {
 	}
 }
 
-func TestDrainByConnector(t *testing.T) {
-	_, c, s := pair(t, accept(echo))
+func TestDrainByConnector(t *testing.T) { overBoth(t, testDrainByConnector) }
+
+func testDrainByConnector(t *testing.T, via Carrier) {
+	_, c, s := pairOver(t, via, accept(echo))
 	flow := open(t, s, testFlow)
 	drained := make(chan error, 1)
 	go func() { drained <- c.Drain(context.Background()) }()
@@ -338,10 +354,12 @@ func TestDrainByConnector(t *testing.T) {
 }
 
 // TestDrainLosesNothing drains while the last bytes of big answers are on their way to a reader that has not begun.
-func TestDrainLosesNothing(t *testing.T) {
+func TestDrainLosesNothing(t *testing.T) { overBoth(t, testDrainLosesNothing) }
+
+func testDrainLosesNothing(t *testing.T, via Carrier) {
 	const size = 3 << 20
 	written := make(chan struct{})
-	_, c, s := pair(t, accept(func(c Conn) {
+	_, c, s := pairOver(t, via, accept(func(c Conn) {
 		c.Write(make([]byte, size))
 		close(written)
 	}), func(lc *ListenConfig, _ *DialConfig) {
@@ -366,8 +384,10 @@ func TestDrainLosesNothing(t *testing.T) {
 	}
 }
 
-func TestDrainByEdge(t *testing.T) {
-	e, c, s := pair(t, accept(echo), func(lc *ListenConfig, _ *DialConfig) { lc.DrainTimeout = patience })
+func TestDrainByEdge(t *testing.T) { overBoth(t, testDrainByEdge) }
+
+func testDrainByEdge(t *testing.T, via Carrier) {
+	e, c, s := pairOver(t, via, accept(echo), func(lc *ListenConfig, _ *DialConfig) { lc.DrainTimeout = patience })
 	flow := open(t, s, testFlow)
 	stopped := make(chan error, 1)
 	go func() { stopped <- e.stop() }()
@@ -386,10 +406,12 @@ func TestDrainByEdge(t *testing.T) {
 	}
 }
 
-func TestDrainCut(t *testing.T) {
+func TestDrainCut(t *testing.T) { overBoth(t, testDrainCut) }
+
+func testDrainCut(t *testing.T, via Carrier) {
 	for _, side := range []string{"connector", "edge"} {
 		t.Run(side, func(t *testing.T) {
-			_, c, s := pair(t, accept(echo))
+			_, c, s := pairOver(t, via, accept(echo))
 			flow := open(t, s, testFlow)
 			ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
 			defer cancel()
@@ -414,8 +436,10 @@ func TestDrainCut(t *testing.T) {
 	}
 }
 
-func TestBothDrain(t *testing.T) {
-	_, c, s := pair(t, accept(echo))
+func TestBothDrain(t *testing.T) { overBoth(t, testBothDrain) }
+
+func testBothDrain(t *testing.T, via Carrier) {
+	_, c, s := pairOver(t, via, accept(echo))
 	errs := make(chan error, 2)
 	go func() { errs <- c.Drain(context.Background()) }()
 	go func() { errs <- s.Drain(context.Background()) }()
@@ -431,9 +455,11 @@ func TestBothDrain(t *testing.T) {
 	}
 }
 
-func TestRunContext(t *testing.T) {
+func TestRunContext(t *testing.T) { overBoth(t, testRunContext) }
+
+func testRunContext(t *testing.T, via Carrier) {
 	handlerDone := make(chan struct{})
-	_, c, s := pair(t, func(ctx context.Context, in *Incoming) {
+	_, c, s := pairOver(t, via, func(ctx context.Context, in *Incoming) {
 		defer close(handlerDone)
 		if _, err := in.Accept(); err != nil {
 			t.Error(err)
@@ -462,8 +488,10 @@ func TestRunContext(t *testing.T) {
 	}
 }
 
-func TestCloseReason(t *testing.T) {
-	_, c, s := pair(t, accept(echo))
+func TestCloseReason(t *testing.T) { overBoth(t, testCloseReason) }
+
+func testCloseReason(t *testing.T, via Carrier) {
+	_, c, s := pairOver(t, via, accept(echo))
 	s.Close(CloseRevoked)
 	if err := c.wait(t); !errors.Is(err, &SessionError{Reason: CloseRevoked, Remote: true}) {
 		t.Errorf("Run: %v, want revoked by the peer", err)
@@ -471,16 +499,22 @@ func TestCloseReason(t *testing.T) {
 }
 
 // TestPeerKilled takes the connector's socket away without a word.
-func TestPeerKilled(t *testing.T) {
+func TestPeerKilled(t *testing.T) { overBoth(t, testPeerKilled) }
+
+func testPeerKilled(t *testing.T, via Carrier) {
 	t.Parallel()
-	_, c, s := pair(t, accept(echo), func(lc *ListenConfig, dc *DialConfig) {
+	_, c, s := pairOver(t, via, accept(echo), func(lc *ListenConfig, dc *DialConfig) {
 		lc.Limits.IdleTimeout = time.Second
 		dc.Limits.KeepAlive = 200 * time.Millisecond
 	})
 	flow := open(t, s, testFlow)
 	time.Sleep(1500 * time.Millisecond) // idle for longer than the timeout: keep-alives must hold it
 	checkEcho(t, flow, "kept alive")
-	c.shut()
+	if m, ok := c.car.(*mux); ok {
+		m.raw.Close()
+	} else {
+		c.shut()
+	}
 	select {
 	case <-s.Done():
 	case <-time.After(patience):
@@ -502,7 +536,7 @@ func TestEdgeRestarted(t *testing.T) {
 	cfg := ListenConfig{Identity: p.source(mtls.KindEdge, "e1", 0), Admit: admitAll, Limits: Limits{IdleTimeout: time.Hour}}
 	e := startEdge(t, cfg)
 	cfg.Addr = e.ln.Addr().String()
-	dc := dialConfig(e, p.source(mtls.KindConnector, "c1", 0), accept(echo))
+	dc := dialOver(e, CarrierQUIC, p.source(mtls.KindConnector, "c1", 0), accept(echo))
 	dc.Limits = Limits{IdleTimeout: time.Hour, KeepAlive: 200 * time.Millisecond}
 	c := startConnector(t, dc)
 	flow := open(t, e.session(), testFlow)
@@ -525,7 +559,7 @@ func TestAnswersFromDialledAddress(t *testing.T) {
 			e := startEdge(t, ListenConfig{Addr: listen, Identity: p.source(mtls.KindEdge, "e1", 0), Admit: admitAll})
 			port := e.ln.Addr().(*net.UDPAddr).Port
 			relay := newRelay(t, fmt.Sprintf("127.0.0.2:%d", port), 0)
-			dc := dialConfig(e, p.source(mtls.KindConnector, "c1", 0), accept(echo))
+			dc := dialOver(e, CarrierQUIC, p.source(mtls.KindConnector, "c1", 0), accept(echo))
 			dc.Addr = relay.addr()
 			startConnector(t, dc)
 			flow := open(t, e.session(), testFlow)

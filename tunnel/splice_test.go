@@ -155,10 +155,12 @@ func TestSpliceContext(t *testing.T) {
 	}
 }
 
-func TestSpliceSessionLost(t *testing.T) {
+func TestSpliceSessionLost(t *testing.T) { overBoth(t, testSpliceSessionLost) }
+
+func testSpliceSessionLost(t *testing.T, via Carrier) {
 	near, origin := tcpPair(t)
 	defer origin.Close()
-	_, c, s := pair(t, func(ctx context.Context, in *Incoming) {
+	_, c, s := pairOver(t, via, func(ctx context.Context, in *Incoming) {
 		flow, err := in.Accept()
 		if err != nil {
 			return

@@ -75,7 +75,7 @@ type edgeFixture struct {
 // kill ends the edge without a word to anybody.
 func (e *edgeFixture) kill() {
 	e.killed = true
-	e.ln.udp.Close()
+	e.ln.closeSockets()
 	e.stop()
 }
 
@@ -140,8 +140,13 @@ type connectorFixture struct {
 
 var testRegistration = Registration{Instance: "0123456789abcdef", Index: 1, Version: "v0.0.1", Hostname: "site", Arch: "amd64"}
 
+func dialOver(e *edgeFixture, via Carrier, src *mtls.Source, handle func(context.Context, *Incoming)) DialConfig {
+	return DialConfig{Addr: e.ln.Addr().String(), Carrier: via, Identity: src, Registration: testRegistration, Handle: handle}
+}
+
+// dialConfig is dialOver QUIC.
 func dialConfig(e *edgeFixture, src *mtls.Source, handle func(context.Context, *Incoming)) DialConfig {
-	return DialConfig{Addr: e.ln.Addr().String(), Identity: src, Registration: testRegistration, Handle: handle}
+	return dialOver(e, CarrierQUIC, src, handle)
 }
 
 func startConnector(tb testing.TB, cfg DialConfig) *connectorFixture {
@@ -176,12 +181,18 @@ func (f *connectorFixture) wait(tb testing.TB) error {
 	}
 }
 
-// pair is an edge and one connector with a session between them.
+// pair is pairOver QUIC.
 func pair(tb testing.TB, handle func(context.Context, *Incoming), edit ...func(*ListenConfig, *DialConfig)) (*edgeFixture, *connectorFixture, *Session) {
+	tb.Helper()
+	return pairOver(tb, CarrierQUIC, handle, edit...)
+}
+
+// pairOver is an edge and one connector with a session between them.
+func pairOver(tb testing.TB, via Carrier, handle func(context.Context, *Incoming), edit ...func(*ListenConfig, *DialConfig)) (*edgeFixture, *connectorFixture, *Session) {
 	tb.Helper()
 	p := newPKI(tb)
 	lc := ListenConfig{Identity: p.source(mtls.KindEdge, "e1", 0), Admit: admitAll}
-	dc := DialConfig{Identity: p.source(mtls.KindConnector, "c1", 0), Registration: testRegistration, Handle: handle}
+	dc := DialConfig{Carrier: via, Identity: p.source(mtls.KindConnector, "c1", 0), Registration: testRegistration, Handle: handle}
 	for _, f := range edit {
 		f(&lc, &dc)
 	}
@@ -222,6 +233,13 @@ func open(tb testing.TB, s *Session, f Flow) Conn {
 	}
 	c.SetDeadline(time.Now().Add(2 * patience))
 	return c
+}
+
+// overBoth runs a test over each carrier.
+func overBoth(t *testing.T, test func(t *testing.T, via Carrier)) {
+	for _, via := range []Carrier{CarrierQUIC, CarrierTCP} {
+		t.Run(string(via), func(t *testing.T) { test(t, via) })
+	}
 }
 
 // eventually polls until ok.
