@@ -89,8 +89,6 @@ var (
 
 	descRTT = prometheus.NewDesc("keyhaven_connector_session_rtt_seconds", "Smoothed round-trip time to the edge, by session.", []string{"edge", "index", "carrier"}, nil)
 	descUp  = prometheus.NewDesc("keyhaven_connector_up_since_seconds", "Since when there has been at least one session, as Unix time; 0 if there is none.", nil, nil)
-
-	descVersion = prometheus.NewDesc("keyhaven_connector_config_version", "Version of the remote configuration in force; 0 if there is none.", nil, nil)
 )
 
 // view shows a connector's state as metrics.
@@ -98,7 +96,7 @@ type view struct{ c *Connector }
 
 // Describe implements prometheus.Collector.
 func (view) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{descFlows, descLimit, descVNetFlows, descVNetLimit, descRTT, descUp, descVersion} {
+	for _, d := range []*prometheus.Desc{descFlows, descLimit, descVNetFlows, descVNetLimit, descRTT, descUp} {
 		ch <- d
 	}
 }
@@ -125,7 +123,6 @@ func (v view) Collect(ch chan<- prometheus.Metric) {
 		up = float64(st.Up.Unix())
 	}
 	gauge(descUp, up)
-	gauge(descVersion, float64(st.ConfigVersion))
 }
 
 // observe counts the answer to a flow.

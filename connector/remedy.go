@@ -6,6 +6,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/keyhaven/keyhaven/connector/check"
 	"github.com/keyhaven/keyhaven/tunnel"
 )
 
@@ -21,16 +22,14 @@ func (c *Connector) remedy(err error) string {
 		return "this connector was revoked; if that was a mistake, " + rejoin
 	case errors.Is(err, tunnel.ErrUnknown):
 		return "the edge does not know this connector; " + rejoin
-	case errors.Is(err, tunnel.ErrCertificate):
-		return "the edge does not accept this connector's certificate; is this the right edge? If so, " + rejoin
 	case errors.Is(err, tunnel.ErrNotAllowed):
 		return "the edge does not admit this connector; ask its operator"
 	case errors.Is(err, tunnel.ErrVersion):
 		return "connector and edge speak different versions; update the older one"
 	case errors.Is(err, &tunnel.SessionError{Reason: tunnel.CloseReplaced, Remote: true}):
-		return "another process runs with the same identity; let each join with a token of its own"
+		return "another process runs with the same identity; stop one of them, or let each join with a token of its own into a directory of its own"
 	}
-	return ""
+	return check.Remedy(err)
 }
 
 // reporter logs failures of one line: the first of its kind and then ever fewer, so that an outage of a day does not

@@ -30,8 +30,23 @@ func TestCheck(t *testing.T) {
 		says []string
 	}{
 		{"good", head + "allow:\n  - to: 10.0.0.0/8\n    ports: [443, 8000-8010, \"*\"]\n", 0, []string{"ok", "1 rules", in.addr}},
-		{"nothing permitted", head + "allow: []\n", 0, []string{"warning", "every flow will be denied"}},
-		{"own edges", head + "edges: [edge.example]\nallow: []\n", 0, []string{"[edge.example]"}},
+		{"nothing permitted", head + "allow: []\n", 0, []string{"warn", "every flow will be denied"}},
+		{"own edges", head + "edges: [\"127.0.0.1:9\"]\nallow: []\n", 1, []string{"fail", "udp 127.0.0.1:9", "port 9", "remedy:"}},
+		{"QUIC alone", head + "transport:\n  carrier: quic\nallow: []\n", 0, []string{"udp " + in.addr}},
+		{"bad carrier", head + "transport:\n  carrier: udp\nallow: []\n", 3, []string{":4: ", "transport.carrier", "auto"}},
+		{"bulk sessions", head + "transport:\n  bulk_sessions: 9\nallow: []\n", 3, []string{"transport.bulk_sessions", "0 to 8"}},
+		{"a proxy", head + "transport:\n  carrier: tcp\n  proxy:\n    url: http://127.0.0.1:9\nallow: []\n", 1, []string{"TCP goes through http://127.0.0.1:9", "tcp " + in.addr}},
+		{"a proxy's password in its URL", head + "transport:\n  proxy:\n    url: http://u:canary@proxy:1\nallow: []\n", 3, []string{":5: ", "transport.proxy.url", "password_file"}},
+		{"a proxy that is none", head + "transport:\n  proxy:\n    url: socks5://proxy:1\nallow: []\n", 3, []string{"transport.proxy.url", "http://host:port"}},
+		{"half of a proxy's login", head + "transport:\n  proxy:\n    url: http://proxy:1\n    user: u\nallow: []\n", 3, []string{"transport.proxy", "both"}},
+		{"a login without a proxy", head + "transport:\n  proxy:\n    user: u\nallow: []\n", 3, []string{"transport.proxy.url", "missing"}},
+		{"a proxy over QUIC", head + "transport:\n  carrier: quic\n  proxy:\n    url: http://proxy:1\nallow: []\n", 3, []string{"proxies carry TCP alone"}},
+		{"a password that is not there", head + "transport:\n  carrier: tcp\n  proxy:\n    url: http://proxy:1\n    user: u\n    password_file: /nonexistent\nallow: []\n", 1, []string{"proxy", "/nonexistent"}},
+		{"limits of networks", head + "allow: []\nlimits:\n  per_vnet:\n    vn_aaaa: 10\n    default: 0\n", 0, []string{"ok"}},
+		{"a bad limit", head + "allow: []\nlimits:\n  per_vnet:\n    default: -1\n", 3, []string{":6: ", "limits.per_vnet.default", "-1"}},
+		{"resolvers", head + "allow: []\ndns:\n  resolvers:\n    default: [10.0.0.53, \"[2001:db8::53]:5353\"]\n", 0, []string{"ok"}},
+		{"a bad resolver", head + "allow: []\ndns:\n  resolvers:\n    default: [dns.example]\n", 3, []string{":6: ", "dns.resolvers.default[0]", "name server"}},
+		{"no resolver", head + "allow: []\ndns:\n  resolvers:\n    default: []\n", 3, []string{"dns.resolvers.default", "empty"}},
 		{"no allow", head, 3, []string{"allow: is missing", "allow: []"}},
 		{"no identity", "allow: []\n", 3, []string{"identity.dir", "join"}},
 		{"identity missing", "identity:\n  dir: /nonexistent\nallow: []\n", 3, []string{"/nonexistent", "keyhaven-connector join"}},
@@ -59,6 +74,9 @@ func TestCheck(t *testing.T) {
 			out, code := runProgram(t, "", "check", "--config", path)
 			if code != tt.code {
 				t.Errorf("exit code %d, want %d: %s", code, tt.code, out)
+			}
+			if strings.Contains(out, "canary") {
+				t.Errorf("the output shows a password: %s", out)
 			}
 			for _, want := range tt.says {
 				if !strings.Contains(out, want) {
@@ -90,7 +108,7 @@ func TestExamples(t *testing.T) {
 			}
 			text = strings.Replace(text, "  dir: "+placeholder, "  dir: "+dir+"\n\n", 1)
 			path := write(t, filepath.Join(t.TempDir(), "connector.yaml"), text)
-			if out, code := runProgram(t, "", "check", "--config", path); code != 0 {
+			if out, code := runProgram(t, "", "check", "--offline", "--config", path); code != 0 {
 				t.Errorf("exit code %d: %s", code, out)
 			}
 		})

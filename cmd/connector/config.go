@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"time"
@@ -21,14 +22,17 @@ import (
 	"github.com/keyhaven/keyhaven/vnet"
 )
 
-// config is the configuration file. Only allow, ingress, ingress_origin and limits.max_flows can change without a restart.
+// config is the configuration file. Only allow, ingress, ingress_origin and the flow limits can change without a restart.
 type config struct {
-	Identity identityConfig `mapstructure:"identity"`
-	Edges    []string       `mapstructure:"edges"`
-	Allow    []allowConfig  `mapstructure:"allow"`
-	Limits   limitsConfig   `mapstructure:"limits"`
-	Drain    drainConfig    `mapstructure:"drain"`
-	Ops      ops.Config     `mapstructure:"ops"`
+	Identity  identityConfig  `mapstructure:"identity"`
+	Edges     []string        `mapstructure:"edges"`
+	Transport transportConfig `mapstructure:"transport"`
+	Allow     []allowConfig   `mapstructure:"allow"`
+	Limits    limitsConfig    `mapstructure:"limits"`
+	DNS       dnsConfig       `mapstructure:"dns"`
+	Drain     drainConfig     `mapstructure:"drain"`
+	Control   string          `mapstructure:"control"` // path of the control socket; empty: none
+	Ops       ops.Config      `mapstructure:"ops"`
 
 	Ingress       []ingressconf.Rule        `mapstructure:"ingress"`
 	IngressOrigin ingressconf.OriginOptions `mapstructure:"ingress_origin"`
@@ -46,8 +50,9 @@ type allowConfig struct {
 }
 
 type limitsConfig struct {
-	MaxFlows    int           `mapstructure:"max_flows"`
-	DialTimeout time.Duration `mapstructure:"dial_timeout"`
+	MaxFlows    int            `mapstructure:"max_flows"`
+	PerVNet     map[string]int `mapstructure:"per_vnet"` // by id of the virtual network
+	DialTimeout time.Duration  `mapstructure:"dial_timeout"`
 }
 
 type drainConfig struct {
@@ -56,6 +61,8 @@ type drainConfig struct {
 
 func defaults() *config {
 	return &config{
+		Transport: transportConfig{Carrier: "auto", BulkSessions: 4},
+
 		Limits: limitsConfig{MaxFlows: 8192, DialTimeout: 10 * time.Second},
 		Drain:  drainConfig{Grace: 30 * time.Second},
 
@@ -79,6 +86,8 @@ type settings struct {
 	allow   *connector.Allow
 	ingress *ingressconf.Config
 	edges   []string
+
+	resolvers map[vnet.ID][]netip.AddrPort
 }
 
 // load reads and validates the configuration that the command's flags name. It touches nothing else.
@@ -124,9 +133,9 @@ func (s *settings) validate(file *conf.File) (errs conf.Errors) {
 		}
 		seen[at] = i
 	}
-	if s.Limits.MaxFlows < 1 {
-		fault("limits.max_flows", "must be at least 1, not %d", s.Limits.MaxFlows)
-	}
+	s.Transport.check(fault)
+	s.Limits.check(fault)
+	s.resolvers = s.DNS.compile(fault)
 	if s.Limits.DialTimeout <= 0 {
 		fault("limits.dial_timeout", "must be positive, not %s", s.Limits.DialTimeout)
 	}
