@@ -3,22 +3,19 @@ package etcd
 import (
 	"context"
 	"errors"
-	"fmt"
 	"net"
-	"net/http"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
 	"go.uber.org/goleak"
 
+	"github.com/keyhaven/keyhaven/internal/etcdtest"
 	"github.com/keyhaven/keyhaven/state"
 	"github.com/keyhaven/keyhaven/state/statetest"
 )
@@ -27,90 +24,6 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // patience bounds the wait for something that must happen.
 const patience = 30 * time.Second
-
-// A member is one etcd process of a cluster.
-type member struct {
-	url string
-	cmd *exec.Cmd
-}
-
-func ports(t testing.TB, n int) (list []int) {
-	t.Helper()
-	for range n {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer l.Close()
-		list = append(list, l.Addr().(*net.TCPAddr).Port)
-	}
-	return list
-}
-
-// cluster starts n members that end with the test.
-func cluster(t testing.TB, n int) []*member {
-	t.Helper()
-	path, err := exec.LookPath("etcd")
-	if err != nil {
-		t.Fatal("etcd is missing; run: make setup")
-	}
-	numbers := ports(t, 2*n)
-	url := func(i int) string { return "http://127.0.0.1:" + strconv.Itoa(numbers[i]) }
-	var peers []string
-	for i := range n {
-		peers = append(peers, fmt.Sprintf("m%d=%s", i, url(n+i)))
-	}
-	var members []*member
-	for i := range n {
-		m := &member{url: url(i)}
-		m.cmd = exec.Command(path, "--name", fmt.Sprintf("m%d", i), "--data-dir", filepath.Join(t.TempDir(), "data"),
-			"--listen-client-urls", m.url, "--advertise-client-urls", m.url, "--listen-peer-urls", url(n+i),
-			"--initial-advertise-peer-urls", url(n+i), "--initial-cluster", strings.Join(peers, ","),
-			"--unsafe-no-fsync", "--logger", "zap", "--log-level", "error")
-		m.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-		if err := m.cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(m.kill)
-		members = append(members, m)
-	}
-	for _, m := range members {
-		m.await(t)
-	}
-	return members
-}
-
-func (m *member) await(t testing.TB) {
-	t.Helper()
-	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
-		r, err := http.Get(m.url + "/health")
-		if err != nil {
-			continue
-		}
-		r.Body.Close()
-		http.DefaultClient.CloseIdleConnections()
-		if r.StatusCode == http.StatusOK {
-			return
-		}
-	}
-	t.Fatalf("etcd at %s is not healthy after %v", m.url, patience)
-}
-
-func (m *member) kill() {
-	if m.cmd.ProcessState == nil {
-		m.cmd.Process.Kill() //nolint:errcheck // it may have ended
-		m.cmd.Wait()         //nolint:errcheck // it was killed
-	}
-}
-
-func (m *member) signal(s os.Signal) { m.cmd.Process.Signal(s) } //nolint:errcheck // its own process
-
-func urls(ms []*member) (list []string) {
-	for _, m := range ms {
-		list = append(list, m.url)
-	}
-	return list
-}
 
 func mustOpen(t testing.TB, cfg Config) state.Store {
 	t.Helper()
@@ -127,9 +40,9 @@ func mustOpen(t testing.TB, cfg Config) state.Store {
 }
 
 func TestConformance(t *testing.T) {
-	ms := cluster(t, 1)
+	ms := etcdtest.Start(t, 1)
 	statetest.Run(t, statetest.Engine{Open: func(t testing.TB, dir string) state.Store {
-		s, err := Open(Config{Endpoints: urls(ms), Prefix: dir})
+		s, err := Open(Config{Endpoints: etcdtest.URLs(ms), Prefix: dir})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -139,14 +52,14 @@ func TestConformance(t *testing.T) {
 
 // Two installations share a cluster and see nothing of one another.
 func TestPrefix(t *testing.T) {
-	ms := cluster(t, 1)
-	a, b := mustOpen(t, Config{Endpoints: urls(ms), Prefix: "/a"}), mustOpen(t, Config{Endpoints: urls(ms), Prefix: "/a/b/"})
+	ms := etcdtest.Start(t, 1)
+	a, b := mustOpen(t, Config{Endpoints: etcdtest.URLs(ms), Prefix: "/a"}), mustOpen(t, Config{Endpoints: etcdtest.URLs(ms), Prefix: "/a/b/"})
 	ctx := t.Context()
 	first, err := state.Create(ctx, a, "x", []byte("1"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	other := mustOpen(t, Config{Endpoints: urls(ms), Prefix: "/ab"})
+	other := mustOpen(t, Config{Endpoints: etcdtest.URLs(ms), Prefix: "/ab"})
 	for range 5 {
 		if _, err := other.Txn(ctx, nil, []state.Op{state.Put("x", nil)}); err != nil {
 			t.Fatal(err)
@@ -170,8 +83,8 @@ func TestPrefix(t *testing.T) {
 
 // History that the cluster has dropped is compacted, for listings of old and for watches.
 func TestCompaction(t *testing.T) {
-	ms := cluster(t, 1)
-	s := mustOpen(t, Config{Endpoints: urls(ms)}).(*store)
+	ms := etcdtest.Start(t, 1)
+	s := mustOpen(t, Config{Endpoints: etcdtest.URLs(ms)}).(*store)
 	ctx := t.Context()
 	var rev state.Revision
 	var err error
@@ -200,8 +113,8 @@ func TestCompaction(t *testing.T) {
 
 // A watcher that does not read costs bounded memory and is told that it has missed something.
 func TestQueueBound(t *testing.T) {
-	ms := cluster(t, 1)
-	s, err := open(Config{Endpoints: urls(ms), Timeout: defaultTimeout}, 8, 1<<20)
+	ms := etcdtest.Start(t, 1)
+	s, err := open(Config{Endpoints: etcdtest.URLs(ms), Timeout: defaultTimeout}, 8, 1<<20)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -233,8 +146,8 @@ func TestQueueBound(t *testing.T) {
 
 // A cluster that does not answer is told from every other failure, in time, and is used again when it is back.
 func TestAway(t *testing.T) {
-	ms := cluster(t, 1)
-	s := mustOpen(t, Config{Endpoints: urls(ms), Timeout: time.Second})
+	ms := etcdtest.Start(t, 1)
+	s := mustOpen(t, Config{Endpoints: etcdtest.URLs(ms), Timeout: time.Second})
 	ctx := t.Context()
 	rev, err := state.Create(ctx, s, "x", []byte("1"))
 	if err != nil {
@@ -244,7 +157,7 @@ func TestAway(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ms[0].signal(syscall.SIGSTOP)
+	ms[0].Freeze()
 	if _, err := s.Get(ctx, "x"); !errors.Is(err, state.ErrUnavailable) {
 		t.Errorf("Get: %v, want ErrUnavailable", err)
 	}
@@ -254,7 +167,7 @@ func TestAway(t *testing.T) {
 	if _, err := s.Txn(ctx, nil, []state.Op{state.Put("y", nil)}); !errors.Is(err, state.ErrUnavailable) || !strings.Contains(err.Error(), "127.0.0.1:") {
 		t.Errorf("Txn: %v, want ErrUnavailable and the address", err)
 	}
-	ms[0].signal(syscall.SIGCONT)
+	ms[0].Thaw()
 	for end := time.Now().Add(patience); ; time.Sleep(50 * time.Millisecond) {
 		if _, err = s.Txn(ctx, nil, []state.Op{state.Put("z", []byte("2"))}); err == nil {
 			break
@@ -271,8 +184,19 @@ func TestAway(t *testing.T) {
 	t.Error("the watch ended without a word")
 }
 
+// unused is an address at which nobody listens.
+func unused(t testing.TB) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return l.Addr().String()
+}
+
 func TestOpenRefuses(t *testing.T) {
-	dead := "http://127.0.0.1:" + strconv.Itoa(ports(t, 1)[0])
+	dead := "http://" + unused(t)
 	if _, err := Open(Config{Endpoints: []string{dead}, Timeout: 500 * time.Millisecond}); !errors.Is(err, state.ErrUnavailable) {
 		t.Errorf("nobody there: %v, want ErrUnavailable", err)
 	}
@@ -304,8 +228,8 @@ func TestOpenRefuses(t *testing.T) {
 
 // One of three members is killed while many write and watch: nothing is lost, doubled or refused.
 func TestMemberKilled(t *testing.T) {
-	ms := cluster(t, 3)
-	s := mustOpen(t, Config{Endpoints: urls(ms), Timeout: 10 * time.Second})
+	ms := etcdtest.Start(t, 3)
+	s := mustOpen(t, Config{Endpoints: etcdtest.URLs(ms), Timeout: 10 * time.Second})
 	ctx := t.Context()
 	rev, err := state.Create(ctx, s, "n", []byte("0"))
 	if err != nil {
@@ -345,7 +269,7 @@ func TestMemberKilled(t *testing.T) {
 					return
 				}
 				if done.Add(1) == writers*each/3 {
-					kill.Do(ms[leader(t, ms)].kill)
+					kill.Do(ms[leader(t, ms)].Kill)
 				}
 			}
 		})
@@ -377,14 +301,14 @@ func increment(ctx context.Context, s state.Store) error {
 }
 
 // leader is the member that leads the cluster.
-func leader(t testing.TB, ms []*member) int {
+func leader(t testing.TB, ms []*etcdtest.Member) int {
 	t.Helper()
 	for i, m := range ms {
-		s, err := open(Config{Endpoints: []string{m.url}, Timeout: patience}, 1, 1)
+		s, err := open(Config{Endpoints: []string{m.URL}, Timeout: patience}, 1, 1)
 		if err != nil {
 			t.Fatal(err)
 		}
-		st, err := s.c.Status(t.Context(), m.url)
+		st, err := s.c.Status(t.Context(), m.URL)
 		s.Close()
 		if err != nil {
 			t.Fatal(err)

@@ -1,0 +1,123 @@
+// Package etcdtest starts real etcd clusters on loopback for tests.
+package etcdtest
+
+import (
+	"fmt"
+	"net"
+	"net/http"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// patience bounds the wait for a member to be healthy.
+const patience = 30 * time.Second
+
+// A Member is one etcd process of a cluster.
+type Member struct {
+	URL string // for clients
+	t   testing.TB
+	cmd *exec.Cmd
+	arg []string
+}
+
+// Start starts a cluster of n members, which ends with the test. Further arguments go to each of them.
+func Start(t testing.TB, n int, args ...string) []*Member {
+	t.Helper()
+	path, err := exec.LookPath("etcd")
+	if err != nil {
+		t.Fatal("etcd is missing; run: make setup")
+	}
+	numbers := ports(t, 2*n)
+	url := func(i int) string { return "http://127.0.0.1:" + strconv.Itoa(numbers[i]) }
+	var peers []string
+	for i := range n {
+		peers = append(peers, fmt.Sprintf("m%d=%s", i, url(n+i)))
+	}
+	var members []*Member
+	for i := range n {
+		m := &Member{URL: url(i), t: t}
+		m.arg = append([]string{path, "--name", fmt.Sprintf("m%d", i), "--data-dir", filepath.Join(t.TempDir(), "data"),
+			"--listen-client-urls", m.URL, "--advertise-client-urls", m.URL, "--listen-peer-urls", url(n + i),
+			"--initial-advertise-peer-urls", url(n + i), "--initial-cluster", strings.Join(peers, ","),
+			"--unsafe-no-fsync", "--logger", "zap", "--log-level", "error"}, args...)
+		m.start()
+		t.Cleanup(m.Kill)
+		members = append(members, m)
+	}
+	for _, m := range members {
+		m.await()
+	}
+	return members
+}
+
+func ports(t testing.TB, n int) (list []int) {
+	t.Helper()
+	for range n {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close()
+		list = append(list, l.Addr().(*net.TCPAddr).Port)
+	}
+	return list
+}
+
+func (m *Member) start() {
+	m.t.Helper()
+	m.cmd = exec.Command(m.arg[0], m.arg[1:]...)
+	m.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := m.cmd.Start(); err != nil {
+		m.t.Fatal(err)
+	}
+}
+
+func (m *Member) await() {
+	m.t.Helper()
+	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+		r, err := http.Get(m.URL + "/health")
+		if err != nil {
+			continue
+		}
+		r.Body.Close()
+		http.DefaultClient.CloseIdleConnections()
+		if r.StatusCode == http.StatusOK {
+			return
+		}
+	}
+	m.t.Fatalf("etcd at %s is not healthy after %v", m.URL, patience)
+}
+
+// Kill ends the member's process at once; it may have ended already.
+func (m *Member) Kill() {
+	if m.cmd.ProcessState == nil {
+		m.cmd.Process.Kill() //nolint:errcheck // it may have ended
+		m.cmd.Wait()         //nolint:errcheck // it was killed
+	}
+}
+
+// Restart starts a member that was killed again, with its data, and waits until it is healthy.
+func (m *Member) Restart() {
+	m.t.Helper()
+	m.start()
+	m.await()
+}
+
+// Freeze stops the member's process without ending it.
+func (m *Member) Freeze() { m.cmd.Process.Signal(syscall.SIGSTOP) } //nolint:errcheck // its own process
+
+// Thaw lets it go on.
+func (m *Member) Thaw() { m.cmd.Process.Signal(syscall.SIGCONT) } //nolint:errcheck // its own process
+
+// URLs are the members' client URLs.
+func URLs(ms []*Member) (list []string) {
+	for _, m := range ms {
+		list = append(list, m.URL)
+	}
+	return list
+}
