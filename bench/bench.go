@@ -42,7 +42,11 @@ type bench struct {
 	edgeID  *mtls.Source // towards key servers
 }
 
+// start makes the files of the installation, unless they are there.
 func (b *bench) start(ctx context.Context) (err error) {
+	if b.lab != nil {
+		return nil
+	}
 	ports, err := freePorts(6)
 	if err != nil {
 		return err
@@ -55,8 +59,12 @@ func (b *bench) start(ctx context.Context) (err error) {
 			Routes: []netip.Prefix{netip.MustParsePrefix("127.0.0.1/32")}}},
 		Zones: []lab.ZonePlan{{Host: hosts["P-256"], KeyType: "p256"}, {Host: hosts["RSA-2048"], KeyType: "rsa2048"}},
 	}
-	b.lab, err = lab.New(ctx, plan)
-	return err
+	l, err := lab.New(ctx, plan)
+	if err != nil {
+		return err
+	}
+	b.lab = l
+	return nil
 }
 
 // install starts the parts that a tunnel takes, unless they run.

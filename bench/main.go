@@ -26,6 +26,7 @@ type options struct {
 	out     string
 	only    []string
 	interop string
+	peers   string
 }
 
 func main() {
@@ -39,6 +40,7 @@ func main() {
 	root.Flags().StringVar(&o.out, "json", "", "file for the lines of JSON (default: standard output, after the table)")
 	root.Flags().StringSliceVar(&o.only, "only", nil, "measure these parts alone: "+strings.Join(partNames(), ", "))
 	root.Flags().StringVar(&o.interop, "interop", "interop/gokeyless", "directory of the module that builds the existing key server")
+	root.Flags().StringVar(&o.peers, "peers", "bench/peers", "directory of the module that builds the other tunnels")
 	code := cli.Execute(ctx, root, os.Stderr)
 	stop()
 	os.Exit(code)
@@ -62,9 +64,6 @@ func run(ctx context.Context, o options) (err error) {
 	b := &bench{options: o, report: r, dir: dir}
 	defer func() { err = errors.Join(err, b.close(), os.RemoveAll(dir)) }()
 	if b.bin, err = filepath.Abs(o.bin); err != nil {
-		return err
-	}
-	if err := b.start(ctx); err != nil {
 		return err
 	}
 	measured := b.parts(ctx)
@@ -92,20 +91,30 @@ func (b *bench) parts(ctx context.Context) error {
 
 // A part can be chosen with --only.
 type part struct {
-	name      string
-	do        func(*bench, context.Context) error
-	installed bool // takes the running key server and the tunnel
+	name  string
+	do    func(*bench, context.Context) error
+	needs need
 }
 
+// need is what a part takes of the bench's own installation.
+type need int
+
+const (
+	nothing   need = iota
+	files          // of the lab: token, keys, certificates
+	installed      // besides, the running key server and the tunnel
+)
+
 var parts = []part{
-	{"bare", (*bench).bare, false},
-	{"network-hsm", (*bench).slow, false},
-	{"boundary", (*bench).boundary, false},
-	{"fairness", (*bench).fairness, false},
-	{"recovery", (*bench).recovery, false},
-	{"signatures", (*bench).signatures, true},
-	{"handshakes", (*bench).handshakes, true},
-	{"tunnel", (*bench).flows, true},
+	{"bare", (*bench).bare, files},
+	{"network-hsm", (*bench).slow, files},
+	{"boundary", (*bench).boundary, files},
+	{"fairness", (*bench).fairness, files},
+	{"recovery", (*bench).recovery, files},
+	{"signatures", (*bench).signatures, installed},
+	{"handshakes", (*bench).handshakes, installed},
+	{"tunnel", (*bench).flows, installed},
+	{"tunnel-peers", (*bench).tunnelPeers, nothing},
 }
 
 func partNames() (names []string) {
@@ -116,7 +125,12 @@ func partNames() (names []string) {
 }
 
 func (b *bench) part(ctx context.Context, p part) error {
-	if p.installed {
+	if p.needs >= files {
+		if err := b.start(ctx); err != nil {
+			return err
+		}
+	}
+	if p.needs == installed {
 		if err := b.install(ctx); err != nil {
 			return err
 		}
