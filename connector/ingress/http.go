@@ -11,6 +11,7 @@ import (
 	"net/http/httputil"
 	"net/netip"
 	"net/url"
+	"strconv"
 	"strings"
 	"time"
 
@@ -88,7 +89,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			v.origin.closeIdle() // that of this request has become idle, or soon will
 		}
 	}()
-	v.origin.proxy.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), visitKey{}, v)))
+	v.origin.proxy.ServeHTTP(&promptWriter{ResponseWriter: w}, r.WithContext(context.WithValue(r.Context(), visitKey{}, v)))
 }
 
 // route finds the rule for a request, or why there is none. What it looks at is what is forwarded.
@@ -212,6 +213,35 @@ func collect(r *http.Request) error {
 		r.Body = http.NoBody
 	}
 	return nil
+}
+
+// A promptWriter passes on each write of a body of known length at once, except for the last, which leaves with the end of
+// the stream; httputil does so for bodies of unknown length. A response without a body must not be flushed: its header would
+// leave ahead of the end of the stream, and for gRPC a status in the header counts only if the two are one. net/http reaches
+// what is below through Unwrap.
+type promptWriter struct {
+	http.ResponseWriter
+	left int64 // bytes of a body of known length that are still to come
+}
+
+// Unwrap is what [http.ResponseController] looks for.
+func (w *promptWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+
+// WriteHeader implements [http.ResponseWriter].
+func (w *promptWriter) WriteHeader(status int) {
+	if n, err := strconv.ParseInt(w.Header().Get("Content-Length"), 10, 64); err == nil && status >= 200 {
+		w.left = n
+	}
+	w.ResponseWriter.WriteHeader(status)
+}
+
+// Write implements [http.ResponseWriter].
+func (w *promptWriter) Write(p []byte) (int, error) {
+	n, err := w.ResponseWriter.Write(p)
+	if w.left -= int64(n); w.left > 0 && err == nil {
+		err = http.NewResponseController(w.ResponseWriter).Flush()
+	}
+	return n, err
 }
 
 // responseCame looks at a response's header before it is passed on.

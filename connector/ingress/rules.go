@@ -178,7 +178,6 @@ func (h *Handler) newOrigin(key originKey, t *ingressconf.Target, pem []byte) (*
 	}
 	o.proxy = &httputil.ReverseProxy{
 		Transport:      o,
-		FlushInterval:  -1, // each write at once
 		Rewrite:        rewrite,
 		ModifyResponse: h.responseCame,
 		ErrorHandler:   h.roundTripFailed,
