@@ -2,6 +2,7 @@ package tunnel
 
 import (
 	"context"
+	"crypto/tls"
 	"fmt"
 	"io"
 	"net"
@@ -13,11 +14,37 @@ import (
 	"github.com/keyhaven/keyhaven/mtls"
 )
 
-// Each benchmark runs over plain TCP on loopback too, so that one run gives ratios. The tunnel's flows end at the
+// Each benchmark runs over plain TCP and TLS on loopback too, so that one run gives ratios. The tunnel's flows end at the
 // connector's handler; nothing else is in between.
 
-// benchDialer opens connections to a server that serves each with serve.
+// benchVias are the ways that benchmarks compare: raw connections, and flows over each carrier.
+var benchVias = []string{"rawtcp", "rawtls", "tcp", "quic"}
+
+// benchDialers opens connections to a server that serves each with serve.
 func benchDialers(b *testing.B, serve func(Conn)) map[string]func() Conn {
+	p := newPKI(b)
+	client := connectorTLS(p.source(mtls.KindConnector, "bench", 0))
+	server := p.source(mtls.KindEdge, "bench", 0).ServerConfig(mtls.ServerOptions{ALPN: []string{ALPN}, Accept: mtls.AcceptKinds(mtls.KindConnector)})
+	dialers := map[string]func() Conn{
+		"rawtcp": benchRaw(b, serve, func(c *net.TCPConn) Conn { return c }, func(c *net.TCPConn) Conn { return c }),
+		"rawtls": benchRaw(b, serve, func(c *net.TCPConn) Conn { return tls.Client(c, client) }, func(c *net.TCPConn) Conn { return tls.Server(c, server) }),
+	}
+	for _, via := range []Carrier{CarrierTCP, CarrierQUIC} {
+		_, _, s := pairOver(b, via, accept(serve))
+		dialers[string(via)] = func() Conn {
+			c, err := s.Open(context.Background(), testFlow)
+			if err != nil {
+				b.Error(err)
+				return nil
+			}
+			return c
+		}
+	}
+	return dialers
+}
+
+// benchRaw serves connections and returns how to make one.
+func benchRaw(b *testing.B, serve func(Conn), client, server func(*net.TCPConn) Conn) func() Conn {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		b.Fatal(err)
@@ -31,7 +58,7 @@ func benchDialers(b *testing.B, serve func(Conn)) map[string]func() Conn {
 			}
 			wg.Go(func() {
 				defer c.Close()
-				serve(c.(*net.TCPConn))
+				serve(server(c.(*net.TCPConn)))
 			})
 		}
 	})
@@ -39,24 +66,13 @@ func benchDialers(b *testing.B, serve func(Conn)) map[string]func() Conn {
 		ln.Close()
 		wg.Wait()
 	})
-	_, _, s := pairOver(b, CarrierQUIC, accept(serve))
-	return map[string]func() Conn{
-		"tcp": func() Conn {
-			c, err := net.Dial("tcp", ln.Addr().String())
-			if err != nil {
-				b.Error(err)
-				return nil
-			}
-			return c.(*net.TCPConn)
-		},
-		"tunnel": func() Conn {
-			c, err := s.Open(context.Background(), testFlow)
-			if err != nil {
-				b.Error(err)
-				return nil
-			}
-			return c
-		},
+	return func() Conn {
+		c, err := net.Dial("tcp", ln.Addr().String())
+		if err != nil {
+			b.Error(err)
+			return nil
+		}
+		return client(c.(*net.TCPConn))
 	}
 }
 
@@ -71,12 +87,13 @@ func BenchmarkBulk(b *testing.B) {
 			}
 		}
 	})
-	for _, via := range []string{"tcp", "tunnel"} {
+	for _, via := range benchVias {
 		for _, flows := range []int{1, 16} {
 			b.Run(fmt.Sprintf("%s/%d", via, flows), func(b *testing.B) {
 				conns := make([]Conn, flows)
 				for i := range conns {
 					conns[i] = dialers[via]()
+					conns[i].Write(nil) // TLS shakes hands
 				}
 				b.SetBytes(chunk)
 				b.ReportAllocs()
@@ -122,7 +139,7 @@ func BenchmarkSmall(b *testing.B) {
 		}
 	})
 	for _, kind := range []string{"held", "fresh"} {
-		for _, via := range []string{"tcp", "tunnel"} {
+		for _, via := range benchVias {
 			for _, callers := range []int{1, 64} {
 				b.Run(fmt.Sprintf("%s/%s/%d", kind, via, callers), func(b *testing.B) {
 					benchSmall(b, dialers[via], kind == "fresh", callers)

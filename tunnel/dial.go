@@ -65,11 +65,11 @@ func (c DialConfig) tlsConfig(alpn string) *tls.Config {
 // dialQUIC makes a QUIC connection to the first address that answers.
 func (d *dialer) dialQUIC(ctx context.Context) (carrier, func(), error) {
 	conf := connectorQUICConfig(d.Limits)
-	if d.SmallPackets {
-		conf.InitialPacketSize = smallPacket
-		conf.DisablePathMTUDiscovery = true
-	}
+	conf.DisablePathMTUDiscovery = d.SmallPackets
 	conf.EnableDatagrams = !d.minor0
+	if d.Handle == nil {
+		conf.MaxIncomingStreams = -1
+	}
 	conn, shut, err := dialQUIC(ctx, d.Addr, d.LocalAddr, d.tls, conf, d.Logger)
 	if err != nil {
 		return nil, nil, err

@@ -25,28 +25,49 @@ var joinLimits = Limits{SessionWindow: 64 << 10, FlowWindow: 64 << 10}
 // key. The error is a *RefusedError (wrapped) if the edge refuses the token, and ErrNoAnswer if nothing answers. A token
 // must not be tried again unless the error is one of ErrNoAnswer or a *RefusedError with Retriable.
 func Join(ctx context.Context, addr string, tok mtls.JoinToken, csrDER []byte, name string) (JoinReply, error) {
-	reply, err := join(ctx, addr, tok, csrDER, name)
+	return JoinWith(ctx, DialConfig{Addr: addr}, tok, csrDER, name)
+}
+
+// JoinWith is Join with a choice of the way: of cfg, Addr, LocalAddr, Carrier, RaceDelay, Proxy and SmallPackets count. As
+// [Dial] does, it races the carriers if cfg.Carrier is empty; the token is sent over one of them only.
+func JoinWith(ctx context.Context, cfg DialConfig, tok mtls.JoinToken, csrDER []byte, name string) (JoinReply, error) {
+	reply, err := join(ctx, cfg, tok, csrDER, name)
 	if err != nil {
-		return JoinReply{}, fmt.Errorf("tunnel: join %s: %w", addr, err)
+		return JoinReply{}, fmt.Errorf("tunnel: join %s: %w", cfg.Addr, err)
 	}
 	return reply, nil
 }
 
-func join(ctx context.Context, addr string, tok mtls.JoinToken, csrDER []byte, name string) (JoinReply, error) {
+func join(ctx context.Context, cfg DialConfig, tok mtls.JoinToken, csrDER []byte, name string) (JoinReply, error) {
 	request, err := appendJoin(nil, certItems{CSR: csrDER, TokenID: tok.ID, Secret: tok.Secret.Reveal(), Name: name})
 	if err != nil {
 		return JoinReply{}, err
 	}
-	l := joinLimits.withDefaults(0)
-	conf := connectorQUICConfig(l)
-	conf.MaxIncomingStreams = -1
-	conn, shut, err := dialQUIC(ctx, addr, netip.Addr{}, mtls.PinnedClientConfig(tok.Pin, JoinALPN), conf, slog.New(slog.DiscardHandler))
+	cfg.Handle, cfg.Logger = nil, slog.New(slog.DiscardHandler)
+	cfg.Limits = joinLimits.withDefaults(0)
+	setDefault(&cfg.RaceDelay, defaultRaceDelay)
+	var reply JoinReply
+	d := dialer{DialConfig: cfg, tls: mtls.PinnedClientConfig(tok.Pin, JoinALPN), register: func(ctx context.Context, car carrier) (err error) {
+		if reply, err = joinOver(ctx, car, request); err != nil {
+			return &joinError{err}
+		}
+		car.close(CloseDone)
+		return nil
+	}}
+	shut, err := d.dial(ctx)
 	if err != nil {
 		return JoinReply{}, err
 	}
-	defer shut()
-	car := newQUICCarrier(conn)
-	defer car.close(CloseDone)
+	shut()
+	return reply, checkJoined(reply, tok, csrDER)
+}
+
+// A joinError is that of a join whose token may have been sent: it must not be sent again.
+type joinError struct{ error }
+
+func (e *joinError) Unwrap() error { return e.error }
+
+func joinOver(ctx context.Context, car carrier, request []byte) (JoinReply, error) {
 	st, err := car.openStream()
 	if err != nil {
 		return JoinReply{}, err
@@ -59,10 +80,7 @@ func join(ctx context.Context, addr string, tok mtls.JoinToken, csrDER []byte, n
 	if !stop() {
 		return JoinReply{}, context.Cause(ctx)
 	}
-	if err != nil {
-		return JoinReply{}, err
-	}
-	return reply, checkJoined(reply, tok, csrDER)
+	return reply, err
 }
 
 func exchangeJoin(st stream, request []byte, timeout time.Duration) (JoinReply, error) {

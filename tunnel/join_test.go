@@ -50,7 +50,9 @@ func newEnrolment(t *testing.T, p *pki, expires time.Time) (*enrolment, mtls.Joi
 	return &enrolment{p: p, record: mtls.JoinRecord{ID: tok.ID, Hash: tok.Hash(), Tunnel: "t1", Expires: expires}}, tok
 }
 
-func TestJoin(t *testing.T) {
+func TestJoin(t *testing.T) { overBoth(t, testJoin) }
+
+func testJoin(t *testing.T, via Carrier) {
 	t.Parallel()
 	p := newPKI(t)
 	en, tok := newEnrolment(t, p, time.Now().Add(time.Hour))
@@ -60,7 +62,7 @@ func TestJoin(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	reply, err := Join(context.Background(), addr, tok, csr, "site-7")
+	reply, err := JoinWith(context.Background(), DialConfig{Addr: addr, Carrier: via}, tok, csr, "site-7")
 	if err != nil {
 		t.Fatalf("Join: %v", err)
 	}
@@ -76,9 +78,9 @@ func TestJoin(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	startConnector(t, dialOver(e, CarrierQUIC, src, accept(echo)))
+	startConnector(t, dialOver(e, via, src, accept(echo)))
 
-	if _, err := Join(context.Background(), addr, tok, csr, "site-8"); !errors.Is(err, ErrTokenUsed) {
+	if _, err := JoinWith(context.Background(), DialConfig{Addr: addr, Carrier: via}, tok, csr, "site-8"); !errors.Is(err, ErrTokenUsed) {
 		t.Errorf("second Join: %v, want ErrTokenUsed", err)
 	}
 	secret := string(tok.Secret.Reveal())
@@ -94,7 +96,9 @@ func TestJoin(t *testing.T) {
 	}
 }
 
-func TestJoinRefused(t *testing.T) {
+func TestJoinRefused(t *testing.T) { overBoth(t, testJoinRefused) }
+
+func testJoinRefused(t *testing.T, via Carrier) {
 	t.Parallel()
 	p := newPKI(t)
 	edge := p.source(mtls.KindEdge, "e1", 0)
@@ -105,7 +109,7 @@ func TestJoinRefused(t *testing.T) {
 	t.Run("expired", func(t *testing.T) {
 		en, tok := newEnrolment(t, p, time.Now().Add(-time.Second))
 		e := startEdge(t, ListenConfig{Identity: edge, Admit: admitAll, Join: en.join})
-		if _, err := Join(context.Background(), e.ln.Addr().String(), tok, csr, "c"); !errors.Is(err, ErrTokenExpired) {
+		if _, err := JoinWith(context.Background(), DialConfig{Addr: e.ln.Addr().String(), Carrier: via}, tok, csr, "c"); !errors.Is(err, ErrTokenExpired) {
 			t.Errorf("Join: %v, want ErrTokenExpired", err)
 		}
 	})
@@ -113,14 +117,14 @@ func TestJoinRefused(t *testing.T) {
 		en, _ := newEnrolment(t, p, time.Now().Add(time.Hour))
 		_, tok := newEnrolment(t, p, time.Now().Add(time.Hour))
 		e := startEdge(t, ListenConfig{Identity: edge, Admit: admitAll, Join: en.join})
-		if _, err := Join(context.Background(), e.ln.Addr().String(), tok, csr, "c"); !errors.Is(err, ErrTokenUnknown) {
+		if _, err := JoinWith(context.Background(), DialConfig{Addr: e.ln.Addr().String(), Carrier: via}, tok, csr, "c"); !errors.Is(err, ErrTokenUnknown) {
 			t.Errorf("Join: %v, want ErrTokenUnknown", err)
 		}
 	})
 	t.Run("no joining", func(t *testing.T) {
 		_, tok := newEnrolment(t, p, time.Now().Add(time.Hour))
 		e := startEdge(t, ListenConfig{Identity: edge, Admit: admitAll})
-		if _, err := Join(context.Background(), e.ln.Addr().String(), tok, csr, "c"); !errors.Is(err, ErrNotAllowed) {
+		if _, err := JoinWith(context.Background(), DialConfig{Addr: e.ln.Addr().String(), Carrier: via}, tok, csr, "c"); !errors.Is(err, ErrNotAllowed) {
 			t.Errorf("Join: %v, want ErrNotAllowed", err)
 		}
 	})
@@ -128,7 +132,7 @@ func TestJoinRefused(t *testing.T) {
 		en, tok := newEnrolment(t, p, time.Now().Add(time.Hour))
 		tok.Pin[0] ^= 1
 		e := startEdge(t, ListenConfig{Identity: edge, Admit: admitAll, Join: en.join})
-		if _, err := Join(context.Background(), e.ln.Addr().String(), tok, csr, "c"); err == nil || errors.Is(err, ErrNoAnswer) {
+		if _, err := JoinWith(context.Background(), DialConfig{Addr: e.ln.Addr().String(), Carrier: via}, tok, csr, "c"); err == nil || errors.Is(err, ErrNoAnswer) {
 			t.Errorf("Join: %v, want the pin's mismatch", err)
 		}
 		en.mu.Lock()
@@ -141,7 +145,7 @@ func TestJoinRefused(t *testing.T) {
 		en, tok := newEnrolment(t, p, time.Now().Add(-time.Second))
 		e := startEdge(t, ListenConfig{Identity: edge, Admit: admitAll, Join: en.join, JoinRate: 2})
 		for i, want := range []error{ErrTokenExpired, ErrTokenExpired, ErrBusy} {
-			if _, err := Join(context.Background(), e.ln.Addr().String(), tok, csr, "c"); !errors.Is(err, want) {
+			if _, err := JoinWith(context.Background(), DialConfig{Addr: e.ln.Addr().String(), Carrier: via}, tok, csr, "c"); !errors.Is(err, want) {
 				t.Errorf("Join %d: %v, want %v", i, err, want)
 			}
 		}
@@ -152,14 +156,16 @@ func TestJoinRefused(t *testing.T) {
 			_, r.CSR, _ = mtls.NewKeyCSR()
 			return en.join(ctx, r)
 		}})
-		if _, err := Join(context.Background(), e.ln.Addr().String(), tok, csr, "c"); err == nil {
+		if _, err := JoinWith(context.Background(), DialConfig{Addr: e.ln.Addr().String(), Carrier: via}, tok, csr, "c"); err == nil {
 			t.Error("Join took a certificate for another key")
 		}
 	})
 }
 
 // TestJoinGivesNoSession: who joins has shown no certificate and must get nothing else.
-func TestJoinGivesNoSession(t *testing.T) {
+func TestJoinGivesNoSession(t *testing.T) { overBoth(t, testJoinGivesNoSession) }
+
+func testJoinGivesNoSession(t *testing.T, via Carrier) {
 	p := newPKI(t)
 	e := startEdge(t, ListenConfig{Identity: p.source(mtls.KindEdge, "e1", 0),
 		Admit: func(context.Context, mtls.Identity, *x509.Certificate, Registration) error {
@@ -167,7 +173,7 @@ func TestJoinGivesNoSession(t *testing.T) {
 			return nil
 		}})
 	for _, alpn := range [][]string{{ALPN}, {JoinALPN, ALPN}, {ALPN, JoinALPN}, {"h3"}, {JoinALPN}} {
-		st, conn, shut, err := rawDial(t, CarrierQUIC, e, mtls.PinnedClientConfig(p.ca.Pin(), alpn...))
+		st, conn, shut, err := rawDial(t, via, e, mtls.PinnedClientConfig(p.ca.Pin(), alpn...))
 		if err != nil {
 			continue // refused in the handshake already
 		}

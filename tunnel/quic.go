@@ -33,7 +33,7 @@ const (
 	spareStreams = 256
 	// maxPeerFlows is how many flows one session between edges carries at a time.
 	maxPeerFlows = 4096
-	// smallPacket is the size of QUIC's packets if DialConfig.SmallPackets is set, the least that QUIC needs.
+	// smallPacket is the size of packets that each path for QUIC must carry. See RFC 9000, section 14.
 	smallPacket = 1200
 )
 
@@ -65,6 +65,7 @@ func quicConfig(l Limits) *quic.Config {
 		MaxConnectionReceiveWindow:     uint64(l.SessionWindow),
 		MaxIncomingUniStreams:          -1,
 		EnableDatagrams:                true,
+		InitialPacketSize:              smallPacket, // larger ones are tried once the session is there
 	}
 }
 

@@ -81,10 +81,12 @@ func (d *dialer) race(ctx context.Context, turn chan struct{}) (func(), error) {
 	return nil, joinCarrierErrors(errs)
 }
 
-// decisive reports whether the edge has answered, so that another carrier would get the same answer.
+// decisive reports whether the edge has answered, so that another carrier would get the same answer, or may have taken a
+// token.
 func decisive(err error) bool {
 	_, refused := errors.AsType[*RefusedError](err)
-	return refused
+	_, joined := errors.AsType[*joinError](err)
+	return refused || joined
 }
 
 // joinCarrierErrors leaves out what a decisive answer made end.
