@@ -45,6 +45,8 @@ type Config struct {
 	Registry prometheus.Registerer
 	// Logger gets what is decided. If nil, nothing is logged.
 	Logger *slog.Logger
+
+	beat time.Duration // between signs of life; tests shorten it
 }
 
 // Defaults of [Config].
@@ -90,6 +92,9 @@ func Open(ctx context.Context, cfg Config) (*Control, error) {
 	}
 	if cfg.DialTimeout == 0 {
 		cfg.DialTimeout = defaultDialTimeout
+	}
+	if cfg.beat == 0 {
+		cfg.beat = defaultBeat
 	}
 	c := &Control{cfg: cfg, log: cfg.Logger, model: newModel(), reg: newRegistry(), started: time.Now(),
 		changing: make(chan struct{}, 1), sightLog: newSightings(), dials: newDials(), publish: newPublisher(), configs: newPusher()}

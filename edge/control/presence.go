@@ -23,9 +23,9 @@ const (
 )
 
 const (
-	// beatEvery is how often an edge says that it lives, and goneAfter how long the others believe it.
-	beatEvery = 2 * time.Second
-	goneAfter = 8 * time.Second
+	// defaultBeat is how often an edge says that it lives; the others believe it for beatsMissed times as long.
+	defaultBeat = 2 * time.Second
+	beatsMissed = 4
 	// forgetAfter is how long connectors are still told the addresses of an edge that is gone, which most often is being
 	// restarted.
 	forgetAfter = time.Minute
@@ -67,6 +67,7 @@ type peers struct {
 	own      edgeRecord
 	log      *slog.Logger
 	c        *Control
+	every    time.Duration // between beats
 
 	wake chan struct{} // holds a value while dirty is not empty
 
@@ -95,7 +96,7 @@ type knownEdge struct {
 }
 
 func newPeers(c *Control) *peers {
-	p := &peers{name: c.cfg.Name, instance: rand.Text(), identity: c.cfg.Identity, log: c.log, c: c, wake: make(chan struct{}, 1),
+	p := &peers{name: c.cfg.Name, instance: rand.Text(), identity: c.cfg.Identity, log: c.log, c: c, every: c.cfg.beat, wake: make(chan struct{}, 1),
 		edges: map[string]*knownEdge{}, present: map[string]map[string]presence{}, dirty: set{}}
 	p.own = edgeRecord{Instance: p.instance, Advertise: c.cfg.Edges, Listen: c.cfg.Listen, Version: c.cfg.Version, Started: c.now()}
 	p.running, p.stop = context.WithCancel(context.Background())
@@ -197,7 +198,7 @@ func (p *peers) applyEdgeLocked(name string, d delta) error {
 	e := p.edges[name]
 	if d.value == nil {
 		if e != nil {
-			e.seen = -goneAfter - 1 // it said good-bye; its address is kept for a while
+			e.seen = -beatsMissed*p.every - 1 // it said good-bye; its address is kept for a while
 		}
 		return nil
 	}
@@ -242,7 +243,7 @@ func (p *peers) tickLocked(rec edgeRecord) {
 	}
 	now := time.Now()
 	if !p.beatAt.IsZero() {
-		p.clock += min(now.Sub(p.beatAt), beatEvery+beatEvery/2)
+		p.clock += min(now.Sub(p.beatAt), p.every+p.every/2)
 	}
 	p.beatAt = now
 }
@@ -253,7 +254,7 @@ func (p *peers) judge() {
 	now := time.Now()
 	var moved set
 	for name, e := range p.edges {
-		alive := name == p.name || p.clock-e.seen <= goneAfter
+		alive := name == p.name || p.clock-e.seen <= beatsMissed*p.every
 		if alive == e.alive {
 			if !alive && now.Sub(e.goneAt) > forgetAfter && e.seen < 0 {
 				delete(p.edges, name)
@@ -345,7 +346,7 @@ func (p *peers) markLocked(tunnelID string) {
 
 // run tells the others of this edge until ctx ends.
 func (p *peers) run(ctx context.Context) {
-	beat := time.NewTicker(beatEvery)
+	beat := time.NewTicker(p.every)
 	defer beat.Stop()
 	for first := true; ; first = false {
 		if first {
@@ -496,4 +497,3 @@ func processesOf(ls []*live) []presentProcess {
 	})
 	return list
 }
-
