@@ -198,8 +198,15 @@ type attempt struct {
 	s    *fakeSession
 }
 
-func (d *dials) dial(_ context.Context, c tunnel.DialConfig) (session, error) {
+// errHang has an attempt wait until it is given up, as it does when nothing answers.
+var errHang = errors.New("hang")
+
+func (d *dials) dial(ctx context.Context, c tunnel.DialConfig) (session, error) {
 	s, err := d.answer(c)
+	if errors.Is(err, errHang) {
+		<-ctx.Done()
+		err = fmt.Errorf("%w: %w", tunnel.ErrNoAnswer, context.Cause(ctx))
+	}
 	fake, _ := s.(*fakeSession)
 	if to, err := net.ResolveUDPAddr("udp", c.Addr); err == nil && fake != nil {
 		fake.remote = to
