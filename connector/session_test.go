@@ -202,6 +202,7 @@ type attempt struct {
 var errHang = errors.New("hang")
 
 func (d *dials) dial(ctx context.Context, c tunnel.DialConfig) (session, error) {
+	at := time.Now()
 	s, err := d.answer(c)
 	if errors.Is(err, errHang) {
 		<-ctx.Done()
@@ -212,7 +213,7 @@ func (d *dials) dial(ctx context.Context, c tunnel.DialConfig) (session, error) 
 		fake.remote = to
 	}
 	d.mu.Lock()
-	d.list = append(d.list, attempt{time.Now(), c, c.Addr, c.Registration, fake})
+	d.list = append(d.list, attempt{at, c, c.Addr, c.Registration, fake})
 	d.mu.Unlock()
 	return s, err
 }
