@@ -9,6 +9,8 @@ import (
 	"strings"
 	"time"
 
+	"github.com/keyhaven/keyhaven/edge/proxyproto"
+	"github.com/keyhaven/keyhaven/edge/spec"
 	"github.com/keyhaven/keyhaven/edge/zone"
 	"github.com/keyhaven/keyhaven/mtls"
 )
@@ -21,6 +23,9 @@ type Config struct {
 	Tickets    Tickets       `mapstructure:"tickets"`
 	KeyServers []KeyServer   `mapstructure:"key_servers"`
 	Zones      []zone.Config `mapstructure:"zones"`
+	// Pools and Ports stand beside those of the control plane; see [Server.Publish].
+	Pools []spec.PoolConfig `mapstructure:"pools"`
+	Ports []spec.PortConfig `mapstructure:"ports"`
 }
 
 // Listen says where visitors arrive. Changing it needs a restart.
@@ -34,6 +39,10 @@ type Listen struct {
 	// PublicPort is the port that visitors dial, for Alt-Svc and redirects, where it differs from the port of the
 	// listener (port forwarding). If zero, the port of the first TLS listener.
 	PublicPort int `mapstructure:"public_port"`
+	// ProxyProtocolFrom holds the prefixes of load balancers whose connections begin with a PROXY protocol header, which
+	// names the visitor. From them a connection without one is refused; from all others nothing is believed. HTTP/3 has no
+	// such header.
+	ProxyProtocolFrom []string `mapstructure:"proxy_protocol_from"`
 }
 
 // Limits bounds what one visitor can hold. Every field but OriginResponseTimeout must be positive.
@@ -72,6 +81,10 @@ type KeyServer struct {
 	VNet string `mapstructure:"vnet"`
 	// Servers holds host:port addresses.
 	Servers []string `mapstructure:"servers"`
+	// Pool names a pool whose endpoints are the servers, in place of Servers and VNet. Those that are down come last.
+	Pool string `mapstructure:"pool"`
+	// Monitor watches Servers. Those that are down come last.
+	Monitor *spec.Monitor `mapstructure:"monitor"`
 	// Expect holds the identities (URI SANs) that a server of the group may have. At least one.
 	Expect []string `mapstructure:"expect"`
 	// Connections is the number of connections to each server. If zero, 2.
@@ -144,7 +157,27 @@ func (c *Config) validate(errorf func(key, format string, args ...any)) (zones [
 	for i := range c.KeyServers {
 		c.KeyServers[i].validate(fmt.Sprintf("key_servers[%d]", i), groups, errorf)
 	}
+	for i, errs := range spec.CheckPools(c.Pools) {
+		report(errorf, fmt.Sprintf("pools[%d].", i), errs)
+	}
+	for i := range c.Ports {
+		report(errorf, fmt.Sprintf("ports[%d].", i), c.Ports[i].Validate())
+		if slices.ContainsFunc(c.Ports[:i], func(p spec.PortConfig) bool { return p.Name == c.Ports[i].Name }) {
+			errorf(fmt.Sprintf("ports[%d].name", i), "%q names two ports", c.Ports[i].Name)
+		}
+	}
 	return zone.Compile("zones", c.Zones, func(group string) bool { return groups[group] }, errorf)
+}
+
+// report passes on faults of a value at a key that ends with a dot.
+func report(errorf func(key, format string, args ...any), at string, errs []error) {
+	for _, err := range errs {
+		if f, ok := errors.AsType[*spec.FieldError](err); ok {
+			errorf(at+f.Field, "%s", f.Text)
+		} else {
+			errorf(strings.TrimSuffix(at, "."), "%v", err)
+		}
+	}
 }
 
 func (l *Listen) validate(errorf func(key, format string, args ...any)) {
@@ -162,6 +195,11 @@ func (l *Listen) validate(errorf func(key, format string, args ...any)) {
 			errorf(key, "%v", err)
 		} else if slices.Contains(l.TLS, a) && !strings.HasSuffix(a, ":0") {
 			errorf(key, "%s is a TLS listener already; plain HTTP needs a port of its own, such as \":80\"", a)
+		}
+	}
+	for i, a := range l.ProxyProtocolFrom {
+		if _, err := proxyproto.ParseTrust([]string{a}); err != nil {
+			errorf(fmt.Sprintf("listen.proxy_protocol_from[%d]", i), "%v", err)
 		}
 	}
 	if l.PublicPort < 0 || l.PublicPort > 65535 {
@@ -207,8 +245,19 @@ func (k *KeyServer) validate(at string, groups map[string]bool, errorf func(key,
 	default:
 		groups[k.Name] = true
 	}
-	if len(k.Servers) == 0 {
-		errorf(at+".servers", "no server; give at least one host:port")
+	switch {
+	case k.Pool != "" && (len(k.Servers) > 0 || k.VNet != "" || k.Monitor != nil):
+		errorf(at+".pool", "stands in place of servers, vnet and monitor; the pool has its own")
+	case k.Pool == "" && len(k.Servers) == 0:
+		errorf(at+".servers", "no server; give at least one host:port, or a pool")
+	}
+	if k.Monitor != nil && len(k.Servers) > 0 {
+		p := k.ownPool()
+		for _, err := range p.Validate() {
+			if f, ok := errors.AsType[*spec.FieldError](err); ok && strings.HasPrefix(f.Field, "monitor.") {
+				errorf(at+"."+f.Field, "%s", f.Text)
+			}
+		}
 	}
 	for i, s := range k.Servers {
 		if err := checkAddr(s, true); err != nil {

@@ -19,12 +19,12 @@ import (
 	"math/big"
 	"net"
 	"net/http"
-	"net/netip"
 	"os"
 	"path/filepath"
 	"strconv"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -35,10 +35,12 @@ import (
 
 	"go.opentelemetry.io/otel/trace"
 
+	"github.com/keyhaven/keyhaven/edge/control"
 	"github.com/keyhaven/keyhaven/edge/zone"
 	"github.com/keyhaven/keyhaven/keyless"
 	"github.com/keyhaven/keyhaven/mtls"
 	"github.com/keyhaven/keyhaven/state"
+	"github.com/keyhaven/keyhaven/tunnel"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -211,17 +213,28 @@ type loopback struct {
 	fail  map[string]error // by host:port
 	dials map[string]int   // by vnet/host:port
 	open  map[net.Conn]string
+
+	ingress map[string]string                          // by tunnel
+	asked   []control.Query                            // for an ingress
+	wrap    func(q control.Query, c net.Conn) net.Conn // if not nil, changes what Dial returns
 }
 
 func newLoopback() *loopback {
-	return &loopback{fail: map[string]error{}, dials: map[string]int{}, open: map[net.Conn]string{}}
+	return &loopback{fail: map[string]error{}, dials: map[string]int{}, open: map[net.Conn]string{}, ingress: map[string]string{}}
 }
 
-func (l *loopback) DialContext(ctx context.Context, vnet, host string, port uint16, _ netip.AddrPort) (net.Conn, error) {
-	addr := net.JoinHostPort(host, strconv.Itoa(int(port)))
+func (l *loopback) Dial(ctx context.Context, q control.Query) (net.Conn, error) {
+	addr := net.JoinHostPort(q.Host, strconv.Itoa(int(q.Port)))
+	if q.Tunnel != "" {
+		l.mu.Lock()
+		l.asked = append(l.asked, q)
+		addr = l.ingress[q.Tunnel]
+		l.mu.Unlock()
+	}
 	l.mu.Lock()
-	l.dials[vnet+"/"+addr]++
+	l.dials[q.VNet+"/"+addr]++
 	err := l.fail[addr]
+	wrap := l.wrap
 	l.mu.Unlock()
 	if err != nil {
 		return nil, err
@@ -233,8 +246,45 @@ func (l *loopback) DialContext(ctx context.Context, vnet, host string, port uint
 	l.mu.Lock()
 	l.open[c] = addr
 	l.mu.Unlock()
+	if wrap != nil {
+		return wrap(q, c), nil
+	}
 	return c, nil
 }
+
+func (l *loopback) Echo(context.Context, control.Query, tunnel.EchoRequest) (tunnel.EchoReply, error) {
+	return tunnel.EchoReply{}, errAway
+}
+
+// DialPacket sends packets to the address itself.
+func (l *loopback) DialPacket(ctx context.Context, q control.Query) (tunnel.PacketConn, error) {
+	c, err := new(net.Dialer).DialContext(ctx, "udp", net.JoinHostPort(q.Host, strconv.Itoa(int(q.Port))))
+	if err != nil {
+		return nil, err
+	}
+	return udpFlow{c.(*net.UDPConn)}, nil
+}
+
+// A udpFlow is a socket as a flow of packets.
+type udpFlow struct{ *net.UDPConn }
+
+func (u udpFlow) ReadPacket(p []byte) (int, error) {
+	n, err := u.Read(p)
+	if errors.Is(err, syscall.ECONNREFUSED) {
+		err = &tunnel.UnreachableError{Code: tunnel.UnreachablePort}
+	}
+	return n, err
+}
+
+func (u udpFlow) WritePacket(p []byte) error {
+	_, err := u.Write(p)
+	if errors.Is(err, syscall.ECONNREFUSED) {
+		return nil // it is for the reader
+	}
+	return err
+}
+
+func (udpFlow) Unreachable(byte) {}
 
 // cut makes dials to addr fail with err, and breaks what is open. A nil err heals it.
 func (l *loopback) cut(addr string, err error) {

@@ -8,12 +8,17 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"net/netip"
 	"reflect"
 	"strconv"
+	"sync"
+	"sync/atomic"
 
+	"github.com/keyhaven/keyhaven/edge/balance"
+	"github.com/keyhaven/keyhaven/edge/control"
+	"github.com/keyhaven/keyhaven/edge/spec"
 	"github.com/keyhaven/keyhaven/keyless"
 	"github.com/keyhaven/keyhaven/mtls"
+	"github.com/keyhaven/keyhaven/tunnel"
 )
 
 // A keyGroup is the client of one key server group, shared by the zones that refer to it, over reloads too as long as
@@ -22,6 +27,9 @@ type keyGroup struct {
 	cfg    KeyServer
 	client *keyless.Client
 	source *mtls.Source // the edge's identity towards the group
+
+	following sync.Mutex                               // held while the servers are made those of the pool
+	places    atomic.Pointer[map[string]spec.Endpoint] // by the address that the client knows; of a group with a pool
 
 	own    bool // source was opened for this group, and its files are reread at a reload
 	cancel context.CancelFunc
@@ -56,14 +64,9 @@ func (s *Server) openGroup(cfg KeyServer) (*keyGroup, error) {
 		timeout = defaultSignTimeout
 	}
 	client, err := keyless.NewClient(keyless.ClientConfig{
-		Servers: cfg.Servers,
-		Dial: func(ctx context.Context, addr string) (net.Conn, error) {
-			host, port, err := splitAddr(addr)
-			if err != nil {
-				return nil, err
-			}
-			return s.deps.Dialer.DialContext(ctx, cfg.VNet, host, port, netip.AddrPort{})
-		},
+		Servers:    cfg.Servers,
+		MayBeEmpty: cfg.Pool != "",
+		Dial:       func(ctx context.Context, addr string) (net.Conn, error) { return g.dial(ctx, s.deps.Dialer, addr) },
 		TLS: func(string) *tls.Config {
 			return g.source.ClientConfig(mtls.ClientOptions{Expect: mtls.AcceptIdentities(expect...)})
 		},
@@ -76,6 +79,65 @@ func (s *Server) openGroup(cfg KeyServer) (*keyGroup, error) {
 	}
 	g.client = client
 	return g, nil
+}
+
+// poolName is the pool whose endpoints are the group's servers, "" if there is none.
+func (k *KeyServer) poolName() string {
+	if k.Pool == "" && k.Monitor != nil {
+		return "key_server/" + k.Name
+	}
+	return k.Pool
+}
+
+// ownPool is the pool that a group with a monitor makes of its servers.
+func (k *KeyServer) ownPool() spec.PoolConfig {
+	p := spec.PoolConfig{Name: k.poolName(), Monitor: k.Monitor}
+	for _, addr := range k.Servers {
+		if host, port, err := splitAddr(addr); err == nil {
+			p.Endpoints = append(p.Endpoints, spec.Endpoint{VNet: k.VNet, Host: host, Port: port})
+		}
+	}
+	return p
+}
+
+// follow makes the servers be the endpoints of the group's pool, those that are down last.
+func (g *keyGroup) follow(b *balance.Balancer) {
+	name := g.cfg.poolName()
+	if name == "" {
+		return
+	}
+	g.following.Lock()
+	defer g.following.Unlock()
+	var all, last []string
+	places := map[string]spec.Endpoint{}
+	for _, p := range b.Places(name) {
+		addr := p.Addr()
+		if g.cfg.Pool != "" { // an address may stand there once for each virtual network and connector
+			addr = p.VNet + "|" + p.Connector + "|" + addr
+		}
+		all, places[addr] = append(all, addr), p.Endpoint
+		if p.Last {
+			last = append(last, addr)
+		}
+	}
+	g.places.Store(&places)
+	g.client.SetServers(all, last)
+}
+
+// dial reaches a server by the address that the client knows.
+func (g *keyGroup) dial(ctx context.Context, d Dialer, addr string) (net.Conn, error) {
+	q := control.Query{VNet: g.cfg.VNet, Class: tunnel.ClassInteractive}
+	if places := g.places.Load(); places != nil {
+		if e, ok := (*places)[addr]; ok {
+			q.VNet, q.Host, q.Port, q.Connector = e.VNet, e.Host, e.Port, e.Connector
+			return d.Dial(ctx, q)
+		}
+	}
+	var err error
+	if q.Host, q.Port, err = splitAddr(addr); err != nil {
+		return nil, err
+	}
+	return d.Dial(ctx, q)
 }
 
 // keepRenewed renews the group's own identity through the group. The identity of [Deps] is renewed by the first group

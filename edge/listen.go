@@ -10,6 +10,9 @@ import (
 	"net/netip"
 	"sync"
 	"time"
+
+	"github.com/keyhaven/keyhaven/edge/proxy"
+	"github.com/keyhaven/keyhaven/edge/proxyproto"
 )
 
 // listeners holds the sockets of a server.
@@ -124,7 +127,8 @@ type tlsListener struct {
 	net.Listener
 	config  *tls.Config
 	timeout time.Duration
-	conns   chan struct{} // one entry per open connection
+	trust   proxyproto.Trust // whose connections begin with a PROXY protocol header
+	conns   chan struct{}    // one entry per open connection
 	census  *census
 	log     *slog.Logger
 	opened  func(delta int)
@@ -171,23 +175,48 @@ func (l *tlsListener) run(ctx context.Context) error {
 			sleep(ctx, acceptPause)
 			continue
 		}
-		from := addrOf(raw.RemoteAddr())
-		if !l.census.enter(from) {
-			<-l.conns
-			_ = raw.Close()
+		if l.trust.Has(addrOf(raw.RemoteAddr())) {
+			wg.Go(func() { l.behind(ctx, raw) })
 			continue
 		}
-		l.opened(1)
-		conn := &countedConn{Conn: raw, closed: sync.OnceFunc(func() {
-			l.census.leave(from)
-			l.opened(-1)
-			<-l.conns
-		})}
-		wg.Go(func() { l.handshake(ctx, conn) })
+		if conn := l.count(raw); conn != nil {
+			wg.Go(func() { l.handshake(ctx, conn) })
+		}
 	}
 }
 
-func (l *tlsListener) handshake(ctx context.Context, raw net.Conn) {
+// count takes a connection in, or closes it and returns nil if its address has too many.
+func (l *tlsListener) count(raw net.Conn) *countedConn {
+	from := addrOf(raw.RemoteAddr())
+	if !l.census.enter(from) {
+		<-l.conns
+		_ = raw.Close()
+		return nil
+	}
+	l.opened(1)
+	return &countedConn{Conn: raw, closed: sync.OnceFunc(func() {
+		l.census.leave(from)
+		l.opened(-1)
+		<-l.conns
+	})}
+}
+
+// behind serves a connection from a load balancer: what counts is the visitor behind it.
+func (l *tlsListener) behind(ctx context.Context, raw net.Conn) {
+	stop := context.AfterFunc(ctx, func() { _ = raw.Close() })
+	conn, err := proxyproto.Accept(raw, l.timeout)
+	if !stop() || err != nil {
+		<-l.conns
+		_ = raw.Close()
+		l.log.Debug("connection of a load balancer refused", "err", err)
+		return
+	}
+	if conn := l.count(conn); conn != nil {
+		l.handshake(ctx, conn)
+	}
+}
+
+func (l *tlsListener) handshake(ctx context.Context, raw *countedConn) {
 	conn := tls.Server(raw, l.config)
 	hctx, cancel := context.WithTimeout(ctx, l.timeout)
 	hctx, h := withHandshake(hctx)
@@ -208,12 +237,14 @@ func (l *tlsListener) handshake(ctx context.Context, raw net.Conn) {
 // A countedConn gives back its place when it is closed.
 type countedConn struct {
 	net.Conn
-	closed func()
+	closed  func()
+	visitor proxy.Visitor // whose connection it is
 }
 
 func (c *countedConn) Close() error {
 	err := c.Conn.Close()
 	c.closed()
+	c.visitor.Close()
 	return err
 }
 
@@ -221,6 +252,7 @@ func (c *countedConn) Close() error {
 type limitedListener struct {
 	net.Listener
 	census *census
+	trust  proxyproto.Trust
 }
 
 // Accept returns the next connection within the limits.
@@ -231,6 +263,9 @@ func (l *limitedListener) Accept() (net.Conn, error) {
 			return nil, err
 		}
 		from := addrOf(conn.RemoteAddr())
+		if l.trust.Has(from) { // its visitors are many, and the header is read by whoever serves it
+			return proxyproto.Lazily(conn, redirectTimeout), nil
+		}
 		if l.census.enter(from) {
 			return &countedConn{Conn: conn, closed: sync.OnceFunc(func() { l.census.leave(from) })}, nil
 		}

@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/keyhaven/keyhaven/edge/control"
 	"github.com/keyhaven/keyhaven/mtls"
 	"github.com/keyhaven/keyhaven/tunnel"
 )
@@ -24,13 +25,13 @@ type overTunnel struct {
 	sessions chan *tunnel.Session // the newest
 }
 
-func (o *overTunnel) DialContext(ctx context.Context, vnet, host string, port uint16, visitor netip.AddrPort) (net.Conn, error) {
-	if vnet != "" {
-		return o.loopback.DialContext(ctx, vnet, host, port, visitor)
+func (o *overTunnel) Dial(ctx context.Context, q control.Query) (net.Conn, error) {
+	if q.VNet != "" {
+		return o.loopback.Dial(ctx, q)
 	}
 	s := <-o.sessions
 	o.sessions <- s
-	c, err := s.Open(ctx, tunnel.Flow{Kind: tunnel.KindTCP, VNet: "default", Host: host, Port: port})
+	c, err := s.Open(ctx, tunnel.Flow{Kind: tunnel.KindTCP, VNet: "default", Host: q.Host, Port: q.Port})
 	if err != nil {
 		return nil, err
 	}

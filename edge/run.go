@@ -15,6 +15,8 @@ import (
 	"github.com/quic-go/quic-go"
 	"github.com/quic-go/quic-go/http3"
 	"golang.org/x/sync/errgroup"
+
+	"github.com/keyhaven/keyhaven/edge/proxy"
 )
 
 const (
@@ -42,6 +44,8 @@ func (s *Server) Run(ctx context.Context) error {
 	defer abort()
 	g, failed := errgroup.WithContext(ctx)
 	g.Go(func() error { return s.tickets.Run(failed) })
+	g.Go(func() error { return s.forward.Run(failed, s.cfg.Limits.DrainTimeout) })
+	s.retired.Go(func() { _ = s.balancer.Run(s.ctx) }) // until everything has drained
 	if s.deps.KeyIdentity != nil {
 		g.Go(func() error {
 			_ = s.deps.KeyIdentity.KeepRenewed(failed, s.renewShared) // it logs its failures, and ends with the context
@@ -112,6 +116,7 @@ func (s *Server) serveTLS(ctx context.Context, g *errgroup.Group, base context.C
 			},
 		},
 		timeout: lim.HandshakeTimeout,
+		trust:   s.trust,
 		conns:   make(chan struct{}, lim.Connections),
 		census:  newCensus(lim.Connections, lim.ConnectionsPerAddress),
 		log:     s.log,
@@ -128,6 +133,7 @@ func (s *Server) serveTLS(ctx context.Context, g *errgroup.Group, base context.C
 		HTTP2:             &http.HTTP2Config{MaxConcurrentStreams: lim.Streams, WriteByteTimeout: lim.BodyIdleTimeout},
 		ErrorLog:          s.serverLog(),
 		BaseContext:       func(net.Listener) context.Context { return base },
+		ConnContext:       visitorContext,
 	}
 	actx, stop := context.WithCancel(ctx)
 	g.Go(func() error { return tl.run(actx) })
@@ -139,6 +145,16 @@ func (s *Server) serveTLS(ctx context.Context, g *errgroup.Group, base context.C
 			_ = srv.Close()
 		}
 	}
+}
+
+// visitorContext makes the requests of a TCP connection known as those of one visitor.
+func visitorContext(ctx context.Context, c net.Conn) context.Context {
+	if t, ok := c.(*tls.Conn); ok {
+		if conn, ok := t.NetConn().(*countedConn); ok {
+			return proxy.WithVisitor(ctx, &conn.visitor)
+		}
+	}
+	return ctx
 }
 
 // shaken records how a handshake over TCP ended.
@@ -207,8 +223,10 @@ func (s *Server) serveQUIC(g *errgroup.Group, conn net.PacketConn) (func(context
 			h := handshakeOf(ctx)
 			h.count()
 			s.metrics.handshake(h.zoneName(), "quic", resultOK, c.ConnectionState().TLS.DidResume)
+			visitor := new(proxy.Visitor)
+			context.AfterFunc(c.Context(), visitor.Close)
 			// httputil cuts a broken response only under a server that it knows.
-			return context.WithValue(ctx, http.ServerContextKey, &http.Server{})
+			return proxy.WithVisitor(context.WithValue(ctx, http.ServerContextKey, &http.Server{}), visitor)
 		},
 	}
 	g.Go(func() error { return ignoreServerClosed(srv.ServeListener(ln)) })
@@ -239,7 +257,7 @@ func (s *Server) serveRedirect(g *errgroup.Group, ln net.Listener) func(context.
 		ErrorLog:       s.serverLog(),
 	}
 	lim := s.cfg.Limits
-	few := &limitedListener{ln, newCensus(lim.Connections, lim.ConnectionsPerAddress)}
+	few := &limitedListener{ln, newCensus(lim.Connections, lim.ConnectionsPerAddress), s.trust}
 	g.Go(func() error { return ignoreServerClosed(srv.Serve(few)) })
 	return func(ctx context.Context) {
 		if srv.Shutdown(ctx) != nil {

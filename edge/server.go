@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"net/netip"
 	"reflect"
 	"sync"
 	"sync/atomic"
@@ -16,18 +15,43 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"go.opentelemetry.io/otel/trace"
 
+	"github.com/keyhaven/keyhaven/edge/balance"
+	"github.com/keyhaven/keyhaven/edge/control"
+	"github.com/keyhaven/keyhaven/edge/forward"
 	"github.com/keyhaven/keyhaven/edge/proxy"
+	"github.com/keyhaven/keyhaven/edge/proxyproto"
 	"github.com/keyhaven/keyhaven/edge/ticket"
 	"github.com/keyhaven/keyhaven/edge/zone"
 	"github.com/keyhaven/keyhaven/keyless"
 	"github.com/keyhaven/keyhaven/mtls"
 	"github.com/keyhaven/keyhaven/state"
+	"github.com/keyhaven/keyhaven/tunnel"
 )
 
-// A Dialer reaches addresses behind the tunnel. An empty vnet is the default network; visitor is the zero value where a
-// connection is not made for one visitor. Connections that can close their writing side have CloseWrite.
+// A Dialer reaches what lies behind the tunnel. Connections that can close their writing side have CloseWrite.
 type Dialer interface {
-	DialContext(ctx context.Context, vnet, host string, port uint16, visitor netip.AddrPort) (net.Conn, error)
+	Dial(ctx context.Context, q control.Query) (net.Conn, error)
+}
+
+// whole makes a dialer of one that may lack packets and echoes.
+type whole struct{ Dialer }
+
+func (w whole) DialPacket(ctx context.Context, q control.Query) (tunnel.PacketConn, error) {
+	if d, ok := w.Dialer.(interface {
+		DialPacket(ctx context.Context, q control.Query) (tunnel.PacketConn, error)
+	}); ok {
+		return d.DialPacket(ctx, q)
+	}
+	return nil, errors.ErrUnsupported
+}
+
+func (w whole) Echo(ctx context.Context, q control.Query, e tunnel.EchoRequest) (tunnel.EchoReply, error) {
+	if d, ok := w.Dialer.(interface {
+		Echo(ctx context.Context, q control.Query, e tunnel.EchoRequest) (tunnel.EchoReply, error)
+	}); ok {
+		return d.Echo(ctx, q, e)
+	}
+	return tunnel.EchoReply{}, errors.ErrUnsupported
 }
 
 // Deps is what a [Server] needs from the rest of the edge. Dialer and Store are required.
@@ -61,17 +85,25 @@ type Server struct {
 	tickets      *ticket.Keys
 	listeners    *listeners
 	signerFaults rate
+	balancer     *balance.Balancer
+	forward      *forward.Forwarder
+	trust        proxyproto.Trust // load balancers in front of the listeners
 
 	now      atomic.Pointer[snapshot]
 	requests tracker // in flight, hijacked connections included
 
-	reload  sync.Mutex           // held while a configuration is put in place, started or closed
-	groups  map[string]*keyGroup // guarded by reload
-	started bool                 // guarded by reload
-	closed  bool                 // guarded by reload
 	ctx     context.Context
 	stop    context.CancelFunc // ends what runs beside the requests
-	retired sync.WaitGroup     // what waits for the end of old snapshots
+	retired sync.WaitGroup     // what ends with ctx, such as what waits for the end of old snapshots
+
+	reload    sync.Mutex // held while a configuration is put in place, started or closed; guards the rest
+	groups    map[string]*keyGroup
+	file      Config       // the one in place
+	fileZones []*zone.Zone // its zones
+	published published
+	faults    []Fault
+	started   bool
+	closed    bool
 }
 
 // A snapshot is what one configuration compiles to. It is immutable.
@@ -98,6 +130,7 @@ func New(cfg Config, d Deps) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
+	s.trust, _ = proxyproto.ParseTrust(cfg.Listen.ProxyProtocolFrom) // checked above
 	s.ctx, s.stop = context.WithCancel(context.Background())
 	if err := s.open(cfg, zones); err != nil {
 		s.stop()
@@ -117,15 +150,46 @@ func (s *Server) open(cfg Config, zones []*zone.Zone) (err error) {
 	if s.metrics, err = newMetrics(s.deps.Registry, s.keyServersUp, s.expiries); err != nil {
 		return err
 	}
+	if err := s.openPools(ctx); err != nil {
+		return errors.Join(err, s.release())
+	}
 	if s.listeners, err = listen(cfg.Listen); err != nil {
-		s.metrics.unregister(s.deps.Registry)
-		return err
+		return errors.Join(err, s.release())
 	}
 	if err := s.install(cfg, zones); err != nil {
-		s.metrics.unregister(s.deps.Registry)
-		return errors.Join(err, s.listeners.close())
+		return errors.Join(err, s.release())
 	}
+	s.retired.Go(s.followPools)
 	return nil
+}
+
+// openPools makes what picks endpoints and what serves public ports.
+func (s *Server) openPools(ctx context.Context) error {
+	key, err := affinityKey(ctx, s.deps.Store)
+	if err != nil {
+		return err
+	}
+	s.balancer, err = balance.New(balance.Config{Dialer: whole{s.deps.Dialer}, Key: key, Logger: s.log, Registry: s.deps.Registry})
+	if err != nil {
+		return err
+	}
+	s.forward, err = forward.New(forward.Config{Dialer: whole{s.deps.Dialer}, Balancer: s.balancer, Logger: s.log, Registry: s.deps.Registry})
+	return err
+}
+
+// release gives back what open acquired, as far as it came.
+func (s *Server) release() (err error) {
+	if s.listeners != nil {
+		err = s.listeners.close()
+	}
+	if s.forward != nil {
+		s.forward.Close()
+	}
+	if s.balancer != nil {
+		s.balancer.Close()
+	}
+	s.metrics.unregister(s.deps.Registry)
+	return err
 }
 
 // compile checks a configuration as a whole.
@@ -141,7 +205,8 @@ func (s *Server) compile(cfg *Config) ([]*zone.Zone, error) {
 }
 
 // install puts a checked configuration in place and retires the one before.
-func (s *Server) install(cfg Config, zones []*zone.Zone) error {
+func (s *Server) install(cfg Config, file []*zone.Zone) error {
+	zones := s.withPublished(&cfg, file)
 	groups, fresh, err := openGroups(s.groups, cfg.KeyServers, s.openGroup)
 	if err != nil {
 		return err
@@ -158,17 +223,18 @@ func (s *Server) install(cfg Config, zones []*zone.Zone) error {
 			g.keepRenewed(s.ctx)
 		}
 	}
+	s.groups, s.file, s.fileZones = groups, cfg, file
+	s.applyPools(&cfg)
 	next := &snapshot{table: zone.NewTable(zones), groups: groups, requests: new(tracker)}
 	next.tcp = s.tlsFor("tcp", zones, keys, (*zone.Zone).Protocols, "h2", "http/1.1")
 	next.quic = s.tlsFor("quic", zones, keys, quicProtocols, "h3")
 	next.proxy = proxy.New(proxy.Config{
-		Zones: next.table, Dialer: s.deps.Dialer,
+		Zones: next.table, Dialer: s.deps.Dialer, Balancer: s.balancer,
 		ConnectTimeout: cfg.Limits.OriginConnectTimeout, ResponseTimeout: cfg.Limits.OriginResponseTimeout, BodyIdleTimeout: s.cfg.Limits.BodyIdleTimeout,
 		IdleConns: cfg.Limits.OriginConnections, AltSvc: s.listeners.altSvc(s.cfg.Listen),
 		Logger: s.log, OnRequest: s.metrics.request,
 	})
 	old := s.now.Swap(next)
-	s.groups = groups
 	if old != nil {
 		s.retire(old, next)
 	}
@@ -304,11 +370,10 @@ func (s *Server) closeLocked() error {
 	s.closed = true
 	s.stop()
 	s.retired.Wait()
-	err := errors.Join(s.listeners.close(), s.closeGroups())
+	err := errors.Join(s.closeGroups(), s.release())
 	if now := s.now.Load(); now != nil {
 		now.proxy.CloseIdle()
 	}
-	s.metrics.unregister(s.deps.Registry)
 	return err
 }
 

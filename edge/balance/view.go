@@ -78,7 +78,7 @@ func (e *endpoint) stateText() string {
 // A Place is an endpoint in the order in which it should be used.
 type Place struct {
 	spec.Endpoint
-	Down bool // its monitor says so
+	Last bool // it is down, drains, or has no weight: only where there is no other
 }
 
 // Places returns the endpoints of a pool and of those that it leads to which are not disabled, those that are up first,
@@ -96,7 +96,7 @@ func (b *Balancer) Places(name string) []Place {
 			case !e.keeps():
 				rows[2] = append(rows[2], Place{e.cfg, true})
 			case e.cfg.Drain || e.weight == 0:
-				rows[1] = append(rows[1], Place{e.cfg, false})
+				rows[1] = append(rows[1], Place{e.cfg, true})
 			default:
 				rows[0] = append(rows[0], Place{e.cfg, false})
 			}

@@ -21,24 +21,38 @@ type pooled struct {
 	tunnel.Conn
 	once   sync.Once
 	closed chan struct{}
+	done   func()
 }
 
-// leavingDrains returns conn such that it does not hold up a drain while it is idle in t's pool.
-func leavingDrains(conn net.Conn, t *http.Transport) net.Conn {
+// pool returns conn such that it does not hold up a drain while it is idle in t's pool. done is called when it is closed.
+func pool(conn net.Conn, t *http.Transport, done func()) net.Conn {
 	flow, ok := conn.(tunnel.Conn)
-	d, drains := conn.(tunnel.Drainer)
-	if !ok || !drains {
-		return conn
+	if !ok {
+		return &counted{Conn: conn, done: done}
 	}
-	p := &pooled{Conn: flow, closed: make(chan struct{})}
-	go p.watch(d.Draining(), t) // ends with the connection, which the transport closes
+	p := &pooled{Conn: flow, closed: make(chan struct{}), done: done}
+	if d, drains := conn.(tunnel.Drainer); drains {
+		go p.watch(d.Draining(), t) // ends with the connection, which the transport closes
+	}
 	return p
 }
 
 // Close implements [net.Conn].
 func (p *pooled) Close() error {
-	p.once.Do(func() { close(p.closed) })
+	p.once.Do(func() { close(p.closed); p.done() })
 	return p.Conn.Close()
+}
+
+// Suspect reports whether the session that carries the connection may be dead.
+func (p *pooled) Suspect() bool { return suspect(p.Conn) }
+
+// suspect looks below TLS.
+func suspect(conn net.Conn) bool {
+	if t, ok := conn.(interface{ NetConn() net.Conn }); ok {
+		conn = t.NetConn()
+	}
+	s, ok := conn.(interface{ Suspect() bool })
+	return ok && s.Suspect()
 }
 
 func (p *pooled) watch(draining <-chan struct{}, t *http.Transport) {
@@ -56,4 +70,17 @@ func (p *pooled) watch(draining <-chan struct{}, t *http.Transport) {
 		case <-time.After(wait):
 		}
 	}
+}
+
+// A counted connection is one that is no flow of a tunnel.
+type counted struct {
+	net.Conn
+	once sync.Once
+	done func()
+}
+
+// Close implements [net.Conn].
+func (c *counted) Close() error {
+	c.once.Do(c.done)
+	return c.Conn.Close()
 }

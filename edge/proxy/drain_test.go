@@ -42,7 +42,7 @@ func TestPooledConnectionsLeaveDrains(t *testing.T) {
 		}
 		d := &drainable{c.(*net.TCPConn), make(chan struct{}), make(chan struct{})}
 		conns = append(conns, d)
-		return leavingDrains(d, tr), nil
+		return pool(d, tr, func() {}), nil
 	}
 	defer tr.CloseIdleConnections()
 	resp, err := (&http.Client{Transport: tr}).Get(srv.URL)

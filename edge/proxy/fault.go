@@ -8,6 +8,7 @@ import (
 	"os"
 	"syscall"
 
+	"github.com/keyhaven/keyhaven/edge/balance"
 	"github.com/keyhaven/keyhaven/edge/control"
 	"github.com/keyhaven/keyhaven/tunnel"
 )
@@ -31,6 +32,8 @@ var (
 	faultTLS      = fault{http.StatusBadGateway, "origin_tls", "The origin's certificate was not accepted", "The connection to the origin could not be secured. Its operator should check the origin's certificate and the zone's settings for it."}
 	faultProtocol = fault{http.StatusBadGateway, "origin_protocol", "The origin broke off or did not speak HTTP", "The origin was reached, but its answer was cut off or could not be understood."}
 
+	faultPool = fault{http.StatusServiceUnavailable, "no_endpoint", "No server of the site is available", "Every server that could answer is out of service at the moment. Please try again shortly."}
+
 	faultNoZone   = fault{http.StatusMisdirectedRequest, "misdirected", "This host is not served on this connection", "The host asked for is not one that the connection was made for. Please try again on a new connection."}
 	faultHost     = fault{http.StatusBadRequest, "bad_host", "The Host header is not valid", "A request needs exactly one valid host name."}
 	faultTarget   = fault{http.StatusBadRequest, "bad_target", "The path is not valid", "The request's path could be read in more than one way."}
@@ -48,6 +51,7 @@ func faultOf(err error) fault {
 		is    error
 		fault fault
 	}{
+		{balance.ErrNoEndpoint, faultPool}, {balance.ErrNoPool, faultPool}, {errSuspect, faultTunnel},
 		{control.ErrTunnelDown, faultTunnel}, {control.ErrNoRoute, faultNoRoute}, {control.ErrNotFound, faultNoRoute}, {control.ErrLimit, faultBusy},
 		{tunnel.ErrRefused, faultRefused}, {tunnel.ErrTimedOut, faultTimeout}, {tunnel.ErrDenied, faultDenied},
 		{tunnel.ErrNoRoute, faultNoRoute}, {tunnel.ErrNameNotFound, faultName}, {tunnel.ErrLimit, faultBusy},

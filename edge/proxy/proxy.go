@@ -15,24 +15,28 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/keyhaven/keyhaven/edge/balance"
+	"github.com/keyhaven/keyhaven/edge/control"
 	"github.com/keyhaven/keyhaven/edge/zone"
 )
 
-// A Dialer reaches addresses behind the tunnel.
+// A Dialer reaches addresses behind the tunnel. Connections that know whether the session below them seems dead have a
+// method Suspect() bool.
 type Dialer interface {
-	DialContext(ctx context.Context, vnet, host string, port uint16, visitor netip.AddrPort) (net.Conn, error)
+	Dial(ctx context.Context, q control.Query) (net.Conn, error)
 }
 
 // Config is what a [Handler] needs. Zones, Dialer and a positive ConnectTimeout are required.
 type Config struct {
 	Zones           *zone.Table
 	Dialer          Dialer
-	ConnectTimeout  time.Duration // to reach an origin; its TLS handshake may take as long again
-	ResponseTimeout time.Duration // for a response's header once the request is written; zero: none
-	IdleConns       int           // kept per origin; zero: net/http's default
-	BodyIdleTimeout time.Duration // for a visitor to send or to take the next part of a body that is due; zero: none
-	AltSvc          string        // value of Alt-Svc for zones with HTTP/3 on connections without; "" sends none
-	Logger          *slog.Logger  // nil discards
+	Balancer        *balance.Balancer // of the pools that origins name; nil: there are none
+	ConnectTimeout  time.Duration     // to reach an origin; its TLS handshake may take as long again
+	ResponseTimeout time.Duration     // for a response's header once the request is written; zero: none
+	IdleConns       int               // kept per origin; zero: net/http's default
+	BodyIdleTimeout time.Duration     // for a visitor to send or to take the next part of a body that is due; zero: none
+	AltSvc          string            // value of Alt-Svc for zones with HTTP/3 on connections without; "" sends none
+	Logger          *slog.Logger      // nil discards
 	// OnRequest, if not nil, is told of each finished request: the zone ("" if none), the HTTP version ("1.1", "2", "3")
 	// and the status, which is 499 if the visitor left before there was one.
 	OnRequest func(zone, version string, status int)
@@ -71,7 +75,7 @@ func New(cfg Config) *Handler {
 // flight are not disturbed.
 func (h *Handler) CloseIdle() {
 	for _, o := range h.origins {
-		o.transport.CloseIdleConnections()
+		o.closeIdle()
 	}
 }
 
@@ -85,7 +89,18 @@ type visit struct {
 	target  target
 	url     *url.URL // for the origin
 	visitor netip.Addr
+	remote  netip.AddrPort // of the visitor's connection
+	local   netip.AddrPort // that the visitor dialled
+	conn    *Visitor
 	body    *visitorBody // nil if there is none
+}
+
+// ingressAddr is the requested host with the port that the visitor dialled.
+func (v *visit) ingressAddr() string {
+	if _, _, err := net.SplitHostPort(v.host); err == nil {
+		return v.host
+	}
+	return net.JoinHostPort(v.host, "443")
 }
 
 type visitKey struct{}
@@ -116,6 +131,10 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if r.ProtoMajor == 1 {
 		// Without this net/http swallows the rest of a request's body once a response begins. HTTP/2 and 3 have it anyway.
 		_ = sw.control.EnableFullDuplex()
+	}
+	conn, single := visitorOf(r.Context())
+	if v.conn = conn; single {
+		defer conn.Close()
 	}
 	out := r.WithContext(context.WithValue(r.Context(), visitKey{}, v))
 	if r.ContentLength != 0 {
@@ -181,6 +200,10 @@ func (h *Handler) admit(v *visit, r *http.Request) (fault, bool) {
 		return faultProtocol, false
 	}
 	v.visitor = addr.Addr().Unmap().WithZone("")
+	v.remote = netip.AddrPortFrom(v.visitor, addr.Port())
+	if local, ok := r.Context().Value(http.LocalAddrContextKey).(net.Addr); ok {
+		v.local, _ = netip.ParseAddrPort(local.String())
+	}
 	return fault{}, true
 }
 
@@ -255,7 +278,7 @@ func (h *Handler) roundTripFailed(w http.ResponseWriter, r *http.Request, err er
 	f := faultOf(err)
 	v.id = requestID()
 	if h.faults.allow(time.Now(), maxFaultLines) {
-		h.log.Warn("origin failed", "request", v.id, "reason", f.kind, "zone", v.zone.Name, "vnet", v.origin.up.VNet, "origin", v.origin.up.Addr(), "err", err)
+		h.log.Warn("origin failed", "request", v.id, "reason", f.kind, "zone", v.zone.Name, "vnet", v.origin.up.VNet, "origin", v.origin.name(), "err", err)
 	}
 	f.write(w, v.in, v.id)
 }

@@ -179,7 +179,7 @@ type PortConfig struct {
 	ProxyProtocol string `mapstructure:"proxy_protocol" json:"proxy_protocol,omitempty"`
 	// IdleTimeout ends a connection or session that carries nothing. Zero means 10m for TCP, 1m for UDP.
 	IdleTimeout Duration `mapstructure:"idle_timeout" json:"idle_timeout,omitzero"`
-	// MaxConnections bounds the connections or sessions at one time. Zero means 10000. One visitor address has a tenth of
-	// them at most.
+	// MaxConnections bounds the connections or sessions at one time. Zero means 10000. One visitor address (IPv6: a /64) has
+	// a tenth of them, or 16.
 	MaxConnections int `mapstructure:"max_connections" json:"max_connections,omitempty"`
 }

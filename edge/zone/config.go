@@ -64,6 +64,8 @@ type Origin struct {
 type OriginTLS struct {
 	// CA is a PEM file with the roots to trust instead of the system's.
 	CA string `mapstructure:"ca" json:"ca,omitempty"`
+	// CAPEM holds the roots themselves, for zones that come from the control plane.
+	CAPEM string `mapstructure:"-" json:"ca_pem,omitempty"`
 	// ServerName is the name to ask for and to verify instead of the URL's host.
 	ServerName string `mapstructure:"server_name" json:"server_name,omitempty"`
 	// InsecureSkipVerify accepts any certificate. The tunnel still authenticates the site, not the origin in it.

@@ -96,7 +96,7 @@ func (o *Origin) compile(at string, r *report) (u *Upstream, ok bool) {
 	}
 	if scheme == "http" {
 		if o.TLS != (OriginTLS{}) {
-			fault("tls", "the origin is reached by http, so there is no TLS to configure")
+			fault("tls", "the origin's url is http, or it has none, so there is no TLS to configure")
 		}
 		return u, ok
 	}
@@ -107,13 +107,11 @@ func (o *Origin) compile(at string, r *report) (u *Upstream, ok bool) {
 	if o.TLS.ServerName != "" {
 		u.TLS.ServerName = o.TLS.ServerName
 	}
-	if o.TLS.CA != "" {
-		pool, err := readPool(o.TLS.CA)
-		if err != nil {
-			fault("tls.ca", "%v", err)
-		}
-		u.TLS.RootCAs = pool
+	roots, err := o.TLS.roots()
+	if err != nil {
+		fault("tls.ca", "%v", err)
 	}
+	u.TLS.RootCAs = roots
 	return u, ok
 }
 
@@ -185,8 +183,18 @@ func (o *Origin) target(u *Upstream, fault func(key, format string, args ...any)
 	return t.Scheme
 }
 
-func readPool(file string) (*x509.CertPool, error) {
-	certs, err := readChain(file)
+// roots returns the roots to trust, nil for the system's.
+func (t *OriginTLS) roots() (*x509.CertPool, error) {
+	var certs []*x509.Certificate
+	var err error
+	switch {
+	case t.CA != "":
+		certs, err = readChain(t.CA)
+	case t.CAPEM != "":
+		certs, err = parseChain("ca_pem", []byte(t.CAPEM))
+	default:
+		return nil, nil
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -4,6 +4,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -77,6 +78,53 @@ func Compile(at string, cfgs []Config, hasGroup func(string) bool, errorf func(k
 		warnings = append(warnings, w...)
 	}
 	return zones, warnings
+}
+
+// CompileBeside is [Compile] for zones that stand beside others, which win where both want a name or a host. It reads no
+// files: certificates must be inline. Zones with a fault are left out, and faults has an entry for each, by its place.
+func CompileBeside(others []*Zone, cfgs []Config, hasGroup func(string) bool) (zones []*Zone, faults map[int][]error, warnings []string) {
+	names, owners := map[string]bool{}, map[string]string{}
+	for _, z := range others {
+		names[z.Name] = true
+		for _, h := range z.Hosts {
+			owners[h] = z.Name
+		}
+	}
+	faults = map[int][]error{}
+	for i := range cfgs {
+		c := &cfgs[i]
+		r := &report{at: "zone " + c.Name, errorf: func(key, format string, args ...any) {
+			faults[i] = append(faults[i], fmt.Errorf("%s: %s", key, fmt.Sprintf(format, args...)))
+		}}
+		if c.Name == "" || names[c.Name] {
+			r.fault("name", "%q is no name, or another zone has it already", c.Name)
+		}
+		c.refuseFiles(r)
+		if r.failed {
+			continue
+		}
+		names[c.Name] = true
+		claimed := maps.Clone(owners)
+		z, w := compile(c, claimed, hasGroup, r)
+		if r.failed {
+			continue
+		}
+		owners = claimed // a zone that is left out has no hosts
+		zones, warnings = append(zones, z), append(warnings, w...)
+	}
+	return zones, faults, warnings
+}
+
+// refuseFiles reports what names a file.
+func (c *Config) refuseFiles(r *report) {
+	if c.Certificate != "" || len(c.Certificates) > 0 {
+		r.fault("certificate", "names a file, which only the edge's own configuration may do; give certificate_pem")
+	}
+	for i := range c.Origins {
+		if c.Origins[i].TLS.CA != "" {
+			r.fault(fmt.Sprintf("origins[%d].tls.ca", i), "names a file, which only the edge's own configuration may do; give ca_pem")
+		}
+	}
 }
 
 func compile(c *Config, owners map[string]string, hasGroup func(string) bool, r *report) (z *Zone, warnings []string) {

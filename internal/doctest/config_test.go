@@ -90,7 +90,9 @@ func TestEveryKeyIsDocumented(t *testing.T) {
 // Every default in the source stands in the row, and a row that shows a value has it from the source. Zero values, and
 // those that are chosen later on, are the few exceptions.
 func TestDefaultsAreTrue(t *testing.T) {
-	late := []string{"tokens[].deadline", "tokens[].keep_alive", "transit[].timeout", "visitors.key_servers[].connections", "visitors.key_servers[].timeout", "visitors.zones[].key_epoch"}
+	late := []string{"tokens[].deadline", "tokens[].keep_alive", "transit[].timeout", "visitors.key_servers[].connections", "visitors.key_servers[].timeout", "visitors.zones[].key_epoch",
+		"visitors.pools[].monitor.interval", "visitors.pools[].monitor.timeout", "visitors.key_servers[].monitor.interval", "visitors.key_servers[].monitor.timeout",
+		"visitors.pools[].affinity.ttl", "visitors.ports[].idle_timeout"}
 	pages := tables(t, page(t, "docs/configuration.md"))
 	s := &source{root(t), map[string]*sourcePackage{}}
 	for _, p := range programs {
