@@ -25,8 +25,8 @@ const (
 	envPrefix     = "KEYHAVEN_EDGE"
 )
 
-// config is the whole configuration. What can change while the edge runs are the zones, the key server groups and the
-// limits towards origins; [fixed] names the rest.
+// config is the whole configuration. What can change while the edge runs are the zones, the key server groups, the limits
+// towards origins and the operators; [fixed] names the rest.
 type config struct {
 	State       stateConfig    `mapstructure:"state"`
 	Admin       adminConfig    `mapstructure:"admin"`
@@ -38,12 +38,10 @@ type config struct {
 	Visitors    edge.Config    `mapstructure:"visitors"`
 }
 
-type stateConfig struct {
-	File string `mapstructure:"file"` // routes, connectors and ticket keys
-}
-
 type adminConfig struct {
-	Socket string `mapstructure:"socket"`
+	Socket    string   `mapstructure:"socket"`
+	Listen    string   `mapstructure:"listen"`    // host:port of HTTPS with mutual TLS; empty: not served
+	Operators []string `mapstructure:"operators"` // names of those who may come in there; empty admits nobody
 }
 
 type identityConfig struct {
@@ -56,7 +54,9 @@ type keyIdentity struct {
 }
 
 type tunnelConfig struct {
-	Listen            string        `mapstructure:"listen"`             // UDP host:port
+	Listen            string        `mapstructure:"listen"`             // host:port, UDP
+	ListenTCP         string        `mapstructure:"listen_tcp"`         // host:port, TCP; empty: as Listen; "off": none
+	BulkCarrier       string        `mapstructure:"bulk_carrier"`       // auto, quic or tcp
 	Advertise         []string      `mapstructure:"advertise"`          // host:port addresses that connectors dial
 	ConnectorLifetime time.Duration `mapstructure:"connector_lifetime"` // of connectors' certificates
 	DrainTimeout      time.Duration `mapstructure:"drain_timeout"`      // for open flows when the edge stops
@@ -67,12 +67,23 @@ type opsConfig struct {
 	AllowNonLoopback bool   `mapstructure:"allow_non_loopback"`
 }
 
+// listenOff stands for no listener where an empty value means the default one.
+const listenOff = "off"
+
+// tcpAddr is the address for connectors that come over TCP, as [tunnel.ListenConfig] takes it.
+func (t *tunnelConfig) tcpAddr() string {
+	if t.ListenTCP == listenOff {
+		return "-"
+	}
+	return t.ListenTCP
+}
+
 func defaults() *config {
 	return &config{
-		State:    stateConfig{File: "/var/lib/keyhaven/edge/state.db"},
+		State:    stateConfig{File: defaultState, Etcd: etcdConfig{Prefix: defaultPrefix}},
 		Admin:    adminConfig{Socket: defaultSocket},
 		Identity: identityConfig{CADir: "/etc/keyhaven/edge-ca", Dir: "/etc/keyhaven/edge-identity"},
-		Tunnel:   tunnelConfig{Listen: ":7844", ConnectorLifetime: 24 * time.Hour, DrainTimeout: 30 * time.Second},
+		Tunnel:   tunnelConfig{Listen: ":7844", BulkCarrier: "auto", ConnectorLifetime: 24 * time.Hour, DrainTimeout: 30 * time.Second},
 		Tracing:  tracing.Defaults(),
 		Visitors: edge.Defaults(),
 	}
@@ -82,7 +93,7 @@ func defaults() *config {
 // for people, and stop nothing; [edge.New] and [edge.Server.Reload] log them themselves.
 func load(path string) (cfg *config, remarks []string, err error) {
 	cfg = defaults()
-	file, err := conf.Load(cfg, conf.Options{Path: path, EnvPrefix: envPrefix, EnvOthers: []string{envPrefix + "_SOCKET"}})
+	file, err := conf.Load(cfg, conf.Options{Path: path, EnvPrefix: envPrefix, EnvOthers: []string{envPrefix + "_SOCKET", envPrefix + "_SERVER", envPrefix + "_OPERATOR"}})
 	if err != nil {
 		return nil, nil, err
 	}
@@ -110,16 +121,18 @@ func (c *config) validate(errorf func(key, format string, args ...any)) {
 	if r := c.Tracing.SampleRatio; !(r >= 0 && r <= 1) {
 		errorf("tracing.sample_ratio", "%v is no share; write 0 to 1", r)
 	}
-	if c.State.File == "" {
-		errorf("state.file", "is empty; name the file that keeps routes and connectors")
-	}
-	if c.Admin.Socket == "" {
-		errorf("admin.socket", "is empty; name the socket for administration")
-	} else if len(c.Admin.Socket) > 100 {
-		errorf("admin.socket", "has %d bytes; the system takes up to about 100", len(c.Admin.Socket))
-	}
+	c.State.validate(errorf)
+	c.Admin.validate(errorf)
 	if err := hostPort(c.Tunnel.Listen, true); err != nil {
 		errorf("tunnel.listen", "%v", err)
+	}
+	if a := c.Tunnel.ListenTCP; a != "" && a != listenOff {
+		if err := hostPort(a, true); err != nil {
+			errorf("tunnel.listen_tcp", "%v; or write %q for none", err, listenOff)
+		}
+	}
+	if b := c.Tunnel.BulkCarrier; b != control.BulkAuto && b != control.BulkQUIC && b != control.BulkTCP {
+		errorf("tunnel.bulk_carrier", "%q is none of auto, quic and tcp", b)
 	}
 	if len(c.Tunnel.Advertise) == 0 {
 		errorf("tunnel.advertise", "is empty; give the host:port at which connectors reach this edge, such as edge1.example.com:7844")
@@ -142,6 +155,33 @@ func (c *config) validate(errorf func(key, format string, args ...any)) {
 		errorf("ops.listen", "%v", err)
 	}
 	c.validateKeyIdentity(errorf)
+}
+
+func (a *adminConfig) validate(errorf func(key, format string, args ...any)) {
+	if a.Socket == "" {
+		errorf("admin.socket", "is empty; name the socket for administration")
+	} else if len(a.Socket) > 100 {
+		errorf("admin.socket", "has %d bytes; the system takes up to about 100", len(a.Socket))
+	}
+	if a.Listen != "" {
+		if err := hostPort(a.Listen, true); err != nil {
+			errorf("admin.listen", "%v", err)
+		}
+		if len(a.Operators) == 0 {
+			errorf("admin.operators", "is empty, so nobody could come in at admin.listen; name the operators, or leave admin.listen out")
+		}
+	}
+	for i, name := range a.Operators {
+		if err := (mtls.Identity{TrustDomain: "x", Kind: mtls.KindOperator, Name: name}).Validate(); err != nil {
+			errorf(fmt.Sprintf("admin.operators[%d]", i), "%v; write the name alone, as in 'ca issue operator NAME'", err)
+		}
+	}
+}
+
+// fixed leaves out what can change while the edge runs.
+func (a adminConfig) fixed() adminConfig {
+	a.Operators = nil
+	return a
 }
 
 func (c *config) validateKeyIdentity(errorf func(key, format string, args ...any)) {
@@ -174,7 +214,7 @@ func fixed(old, new *config) (changed []string) {
 		name     string
 		old, new any
 	}{
-		{"state", old.State, new.State}, {"admin", old.Admin, new.Admin}, {"identity", old.Identity, new.Identity},
+		{"state", old.State, new.State}, {"admin (but its operators)", old.Admin.fixed(), new.Admin.fixed()}, {"identity", old.Identity, new.Identity},
 		{"key_identity", old.KeyIdentity, new.KeyIdentity}, {"tunnel", old.Tunnel, new.Tunnel}, {"ops", old.Ops, new.Ops}, {"tracing", old.Tracing, new.Tracing},
 		{"visitors.listen", old.Visitors.Listen, new.Visitors.Listen}, {"visitors.tickets", old.Visitors.Tickets, new.Visitors.Tickets},
 		{"visitors.limits (but those of origins)", old.Visitors.Limits.Fixed(), new.Visitors.Limits.Fixed()},

@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -106,7 +107,7 @@ func TestExamples(t *testing.T) {
 			}
 			// What an example leaves out has its default, also where it gives something of the same group.
 			d := defaults()
-			if cfg.Tunnel.ConnectorLifetime != d.Tunnel.ConnectorLifetime || cfg.Visitors.Limits != d.Visitors.Limits || cfg.Admin != d.Admin {
+			if cfg.Tunnel.ConnectorLifetime != d.Tunnel.ConnectorLifetime || cfg.Visitors.Limits != d.Visitors.Limits || !reflect.DeepEqual(cfg.Admin, d.Admin) {
 				t.Errorf("defaults are lost: %+v", cfg)
 			}
 		})
@@ -119,9 +120,9 @@ func TestConfigErrors(t *testing.T) {
 		edit []string
 		says []string
 	}{
-		{"unknown key", []string{"drain_timeout: 30s\n\nops", "drain_timeuot: 30s\n\nops"}, []string{"edge.yaml:33", "tunnel.drain_timeuot", "did you mean drain_timeout"}},
+		{"unknown key", []string{"drain_timeout: 30s\n\nops", "drain_timeuot: 30s\n\nops"}, []string{"edge.yaml:40", "tunnel.drain_timeuot", "did you mean drain_timeout"}},
 		{"wrong type", []string{"connector_lifetime: 24h", "connector_lifetime: 24"}, []string{"tunnel.connector_lifetime", "unit"}},
-		{"lifetime", []string{"connector_lifetime: 24h", "connector_lifetime: 1s"}, []string{"edge.yaml:31", "tunnel.connector_lifetime", "1m"}},
+		{"lifetime", []string{"connector_lifetime: 24h", "connector_lifetime: 1s"}, []string{"edge.yaml:38", "tunnel.connector_lifetime", "1m"}},
 		{"no address", []string{`["edge1.example.com:7844"]`, `[]`}, []string{"tunnel.advertise", "host:port"}},
 		{"bad address", []string{`["edge1.example.com:7844"]`, `["edge1.example.com"]`}, []string{"tunnel.advertise[0]", "host:port"}},
 		{"port 0", []string{`["edge1.example.com:7844"]`, `["edge1.example.com:0"]`}, []string{"tunnel.advertise[0]", "65535"}},
@@ -134,6 +135,11 @@ func TestConfigErrors(t *testing.T) {
 		{"no key identity at all", []string{"dir: /etc/keyhaven/key-identity", `dir: ""`}, []string{"visitors.key_servers[0]", "key_identity.dir"}},
 		{"zone's fault", []string{"key_server: hsm", "key_server: hms"}, []string{"visitors.zones[0].key_server", "hms"}},
 		{"certificate", []string{"zones/www.pem", "zones/nope.pem"}, []string{"visitors.zones[0].certificate", "nope.pem"}},
+		{"state twice", []string{"file: /var/lib/keyhaven/edge/state.db\n", "file: /srv/state.db\n  etcd: {endpoints: [\"https://etcd1.example.com:2379\"]}\n"}, []string{"state.file", "state.etcd"}},
+		{"cluster in clear", []string{"file: /var/lib/keyhaven/edge/state.db\n", "etcd: {endpoints: [\"http://192.0.2.1:2379\"]}\n"}, []string{"state.etcd", "https"}},
+		{"cluster without members", []string{"file: /var/lib/keyhaven/edge/state.db\n", "etcd: {ca: /x}\n"}, []string{"state.etcd", "endpoints"}},
+		{"bulk carrier", []string{"connector_lifetime: 24h", "bulk_carrier: udp"}, []string{"tunnel.bulk_carrier", "quic"}},
+		{"tcp address", []string{"connector_lifetime: 24h", "listen_tcp: none"}, []string{"tunnel.listen_tcp", "off"}},
 		{"socket", []string{"socket: /run/keyhaven/edge.sock", `socket: ""`}, []string{"admin.socket"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"sync"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spf13/cobra"
@@ -77,6 +78,9 @@ func newCheck() *cobra.Command {
 	return cmd
 }
 
+// leaveTimeout bounds how long a stopping edge tries to tell the others.
+const leaveTimeout = 5 * time.Second
+
 // A process is everything that a running edge holds.
 type process struct {
 	cfg    *config
@@ -111,19 +115,17 @@ func (p *process) open(ctx context.Context) (err error) {
 	p.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "keyhaven_edge_identity_not_after_seconds",
 		Help: "When the edge's own certificate towards connectors runs out, in Unix time."},
 		func() float64 { return float64(p.ids.own.NotAfter().Unix()) }))
-	store, err := state.OpenBolt(cfg.State.File)
-	if err != nil {
-		return fmt.Errorf("open the state: %w", err)
+	if p.store, err = cfg.State.open(); err != nil {
+		return err
 	}
-	p.store = store // not before: without a store the interface is to be nil
-	p.control, err = control.Open(ctx, control.Config{Store: p.store, Authority: p.ids.authority, Edges: cfg.Tunnel.Advertise,
-		ConnectorLifetime: cfg.Tunnel.ConnectorLifetime, Registry: p.registry, Logger: log})
+	p.control, err = control.Open(ctx, p.controlConfig())
 	if err != nil {
 		return err
 	}
 	p.use(cfg)
 	p.tunnels, err = tunnel.Listen(tunnel.ListenConfig{Addr: cfg.Tunnel.Listen, Identity: p.ids.own, Admit: p.control.Admit,
-		Handle: p.control.Handle, Join: p.control.Join, Renew: p.control.Renew, Logger: log, DrainTimeout: cfg.Tunnel.DrainTimeout})
+		Handle: p.control.Handle, Join: p.control.Join, Renew: p.control.Renew, Logger: log, DrainTimeout: cfg.Tunnel.DrainTimeout,
+		TCPAddr: cfg.Tunnel.tcpAddr(), Peer: p.control.AdmitPeer, HandlePeer: p.control.HandlePeer})
 	if err != nil {
 		return cli.ListenError(fmt.Errorf("listen for tunnels: %w", err))
 	}
@@ -135,8 +137,50 @@ func (p *process) open(ctx context.Context) (err error) {
 	if err != nil {
 		return cli.ListenError(err)
 	}
-	p.admin, err = admin.Listen(cfg.Admin.Socket, p.control, log)
+	p.control.OnPublished(p.publish)
+	p.admin, err = admin.Listen(admin.Config{Control: p.control, Socket: cfg.Admin.Socket, Listen: cfg.Admin.Listen, Identity: p.ids.own,
+		Operators: cfg.Admin.Operators, Serving: p.serving(), Logger: log})
 	return err
+}
+
+// serving tells the admin API how what visitors are served is.
+func (p *process) serving() admin.Serving {
+	return admin.Serving{Faults: func() (list []admin.Fault) {
+		for _, f := range p.visitors.Faults() {
+			list = append(list, admin.Fault(f))
+		}
+		return list
+	}}
+}
+
+// controlConfig is what the control plane works with. Where the state is shared, other edges know this one by the name of
+// its certificate.
+func (p *process) controlConfig() control.Config {
+	c := control.Config{Store: p.store, Authority: p.ids.authority, Edges: p.cfg.Tunnel.Advertise, Identity: p.ids.own,
+		Listen: p.cfg.Tunnel.Listen, Version: cli.Version(), BulkCarrier: p.cfg.Tunnel.BulkCarrier,
+		ConnectorLifetime: p.cfg.Tunnel.ConnectorLifetime, Registry: p.registry, Logger: p.log}
+	if p.cfg.State.shared() {
+		c.Name = p.ids.own.Identity().Name
+	}
+	return c
+}
+
+// publish puts in service what the store tells edges to serve. What is wrong of it stays out, and is logged where it is
+// found.
+func (p *process) publish(s control.Published) {
+	if err := p.visitors.Publish(s.Pools, s.Ports, s.Zones); err != nil {
+		p.log.Debug("not all that is published is in service", "err", err)
+	}
+}
+
+// leave tells the other edges, once this one stops, to send nothing more here. What has come is still served.
+func (p *process) leave(ctx context.Context) {
+	<-ctx.Done()
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), leaveTimeout)
+	defer cancel()
+	if err := p.control.Leave(ctx); err != nil {
+		p.log.Warn("other edges notice late that this one stops", "err", err)
+	}
 }
 
 // use tells the control which networks the configuration uses, and the operator which of them do not exist.
@@ -198,6 +242,7 @@ func (p *process) serve(ctx context.Context, hangups <-chan os.Signal) error {
 	run(&carryingDone, carrying, "tunnels", p.tunnels.Serve)
 	p.log.Info("edge up", "peer", p.ids.own.Identity().String(), "tunnels", p.tunnels.Addr().String(), "socket", p.cfg.Admin.Socket)
 	behindDone.Go(func() { p.followHangups(ctx, hangups) })
+	behindDone.Go(func() { p.leave(ctx) })
 
 	err := p.visitors.Run(ctx)
 	if err != nil && ctx.Err() == nil {
@@ -259,6 +304,7 @@ func (p *process) tryReload() error {
 	}
 	p.cfg = next
 	p.use(next)
+	p.admin.SetOperators(next.Admin.Operators)
 	// load found the identities' files good a moment ago. Where they are no longer, the certificates in use stay.
 	errs := []error{p.ids.own.Reload()}
 	if p.ids.key != nil {
