@@ -28,7 +28,7 @@ var allowed = map[string][]string{
 	"vnet":        {},
 	"tunnel":      {"mtls", "vnet"},
 	"ingressconf": {"vnet"},
-	"connector":   {"ingressconf", "mtls", "tunnel", "vnet"},
+	"connector":   {"connector", "ingressconf", "mtls", "tunnel", "vnet"},
 	"edge":        {"edge", "ingressconf", "keyless", "mtls", "state", "tunnel", "vnet"},
 	"state":       {"state"},
 }
