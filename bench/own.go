@@ -69,7 +69,7 @@ func (b *bench) startOwn(ctx context.Context, c *contender, public, private *tes
 	for _, args := range [][]string{
 		{"tunnel", "create", "site"},
 		{"route", "add", "127.0.0.1/32", "--tunnel", "site"},
-		{"tunnel", "token", "site", "--out", file("token")},
+		{"tunnel", "token", "create", "site", "--out", file("token")},
 	} {
 		if err := edge(args...); err != nil {
 			return err
@@ -82,7 +82,7 @@ func (b *bench) startOwn(ctx context.Context, c *contender, public, private *tes
 		return err
 	}
 	for _, protocol := range []string{"tcp", "udp"} {
-		if err := edge("port", "add", protocol, "--protocol", protocol, "--listen", c.tcp, "--host", "127.0.0.1", "--port", "9000", "--allow", "127.0.0.0/8"); err != nil {
+		if err := edge("port", "add", protocol, "--protocol", protocol, "--listen", c.tcp, "--to", "127.0.0.1:9000", "--allow", "127.0.0.0/8"); err != nil {
 			return err
 		}
 	}

@@ -34,8 +34,11 @@ type Plan struct {
 	Bin string
 	// Tools holds the program that serves as origin: it is run as "<Tools> origin --listen ADDR --name NAME".
 	Tools string
-	// Edge is where the edge runs.
-	Edge EdgePlan
+	// Edge is where the edge runs. MoreEdges are further ones of the same installation; with any, all keep their state in
+	// Etcd, which the lab starts.
+	Edge      EdgePlan
+	MoreEdges []EdgePlan
+	Etcd      EtcdPlan
 	// Sites are the private networks. The first has the key server.
 	Sites []SitePlan
 	// Zones are what the edge serves.
@@ -65,6 +68,8 @@ type SitePlan struct {
 	KeyServer string             // host:port; "" for none
 	// Ops is the loopback address of the connector's health endpoint; KeyServerOps that of the key server's.
 	Ops, KeyServerOps string
+	// Replicas are further connectors of the site's tunnel, with identities of their own.
+	Replicas []ConnectorPlan
 }
 
 // ZonePlan is one host name with a key of its own.
@@ -81,7 +86,9 @@ type Lab struct {
 	Plan     Plan
 	Token    *softhsm.Token
 	Issuer   *Issuer
-	EdgeProc *Process
+	Edges    []*Edge
+	EdgeProc *Process // the first of Edges
+	EtcdProc *Process // nil for a single edge
 	Sites    []*Site
 	// KeyServer is the first site's.
 	KeyServer *Process
@@ -93,13 +100,17 @@ type Lab struct {
 // A Site is a running private network.
 type Site struct {
 	SitePlan
-	Origin    *Process
-	Connector *Process
+	Origin     *Process
+	Connectors []*Connector
+	Connector  *Process // the first of Connectors
 }
 
 // New makes the files of the plan: token, keys, authorities, certificates and configurations. Nothing runs yet.
 func New(ctx context.Context, p Plan) (*Lab, error) {
 	l := &Lab{Plan: p}
+	if err := p.check(); err != nil {
+		return nil, fmt.Errorf("lab: %w", err)
+	}
 	for _, step := range []struct {
 		name string
 		do   func(context.Context) error
@@ -108,6 +119,7 @@ func New(ctx context.Context, p Plan) (*Lab, error) {
 		{"key owner's authority", l.makeKeyOwner},
 		{"edge operator's authority", l.makeEdgeOwner},
 		{"keys and certificates", l.makeKeys},
+		{"etcd", l.makeEtcd},
 		{"configurations", l.makeConfigs},
 		{"programs", l.makeProcesses},
 	} {
@@ -128,9 +140,13 @@ func (l *Lab) Roots() string { return l.Path("visitors-ca.pem") }
 
 // Tool runs one of the programs to its end and returns what it printed on standard output.
 func (l *Lab) Tool(ctx context.Context, prog string, args ...string) (string, error) {
+	return l.tool(ctx, l.Path("edge.sock"), prog, args...)
+}
+
+func (l *Lab) tool(ctx context.Context, socket, prog string, args ...string) (string, error) {
 	var ns *testnet.Namespace
 	cmd := ns.Command(ctx, filepath.Join(l.Plan.Bin, prog), args...)
-	cmd.Env = append(os.Environ(), l.Token.Env(), "KEYHAVEN_EDGE_SOCKET="+l.Path("edge.sock"))
+	cmd.Env = append(os.Environ(), l.Token.Env(), "KEYHAVEN_EDGE_SOCKET="+socket)
 	var out, errs bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errs
 	if err := cmd.Run(); err != nil {
@@ -139,7 +155,7 @@ func (l *Lab) Tool(ctx context.Context, prog string, args ...string) (string, er
 	return out.String(), nil
 }
 
-// Edge runs an administration command of the edge.
+// Edge runs an administration command of the first edge.
 func (l *Lab) Edge(ctx context.Context, args ...string) (string, error) {
 	return l.Tool(ctx, "keyhaven-edge", args...)
 }
@@ -156,8 +172,10 @@ func (l *Lab) makeKeyOwner(ctx context.Context) error {
 	if _, err := l.Tool(ctx, "keyhaven-keyserver", "ca", "issue", "ks1", "--ca-dir", l.Path("key-ca"), "--out", l.Path("keyserver")); err != nil {
 		return err
 	}
-	if _, err := l.Tool(ctx, "keyhaven-keyserver", "client", "add", "edge1", "--ca-dir", l.Path("key-ca"), "--out", l.Path("edge-client")); err != nil {
-		return err
+	for i := range l.Plan.edges() {
+		if _, err := l.Tool(ctx, "keyhaven-keyserver", "client", "add", edgeName(i), "--ca-dir", l.Path("key-ca"), "--out", l.edgeFile(i, "edge-client", "")); err != nil {
+			return err
+		}
 	}
 	_, err := l.Tool(ctx, "keyhaven-keyserver", "audit", "keygen", "--out", l.Path("audit.key"), "--public", l.Path("audit.pub"))
 	return err
@@ -167,8 +185,12 @@ func (l *Lab) makeEdgeOwner(ctx context.Context) error {
 	if _, err := l.Edge(ctx, "ca", "init", "--ca-dir", l.Path("edge-ca"), "--trust-domain", EdgeDomain); err != nil {
 		return err
 	}
-	_, err := l.Edge(ctx, "ca", "issue", "edge", "edge1", "--ca-dir", l.Path("edge-ca"), "--out", l.Path("edge-identity"))
-	return err
+	for i := range l.Plan.edges() {
+		if _, err := l.Edge(ctx, "ca", "issue", "edge", edgeName(i), "--ca-dir", l.Path("edge-ca"), "--out", l.edgeFile(i, "edge-identity", "")); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func (l *Lab) makeKeys(ctx context.Context) (err error) {

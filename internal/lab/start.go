@@ -18,12 +18,16 @@ func (l *Lab) makeConfigs(context.Context) error {
 	if err := l.WriteYAML("keyserver.yaml", l.keyServerConfig()); err != nil {
 		return err
 	}
-	if err := l.WriteYAML("edge.yaml", l.EdgeConfig()); err != nil {
-		return err
-	}
-	for i := range l.Plan.Sites {
-		if err := l.WriteYAML("connector-"+l.Plan.Sites[i].Name+".yaml", l.connectorConfig(l.Plan.Sites[i])); err != nil {
+	for i := range l.Plan.edges() {
+		if err := l.WriteYAML(filepath.Base(l.edgeFile(i, "edge", ".yaml")), l.edgeConfig(i)); err != nil {
 			return err
+		}
+	}
+	for _, s := range l.Plan.Sites {
+		for _, c := range s.connectors() {
+			if err := l.WriteYAML("connector-"+c.Name+".yaml", l.connectorConfig(s, c)); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
@@ -38,11 +42,17 @@ func (l *Lab) keyServerConfig() obj {
 		}
 	}
 	token := obj{"uri": l.Token.URI()}
-	id := "spiffe://" + KeyDomain + "/edge/edge1"
-	clients := []obj{{"id": id, "keys": hosts, "operations": []string{"tls-sign"}, "schemes": []string{"*"}, "snis": hosts}, {"id": id, "operations": []string{"renew"}}}
 	if len(decrypt) > 0 {
 		token["decrypt"] = decrypt
-		clients = append(clients, obj{"id": id, "keys": decrypt, "operations": []string{"decrypt"}, "snis": decrypt})
+	}
+	var clients []obj
+	for i := range l.Plan.edges() {
+		id := "spiffe://" + KeyDomain + "/edge/" + edgeName(i)
+		clients = append(clients, obj{"id": id, "keys": hosts, "operations": []string{"tls-sign"}, "schemes": []string{"*"}, "snis": hosts},
+			obj{"id": id, "operations": []string{"renew"}})
+		if len(decrypt) > 0 {
+			clients = append(clients, obj{"id": id, "keys": decrypt, "operations": []string{"decrypt"}, "snis": decrypt})
+		}
 	}
 	site := l.Plan.Sites[0]
 	return obj{
@@ -53,7 +63,7 @@ func (l *Lab) keyServerConfig() obj {
 	}
 }
 
-// EdgeConfig is the edge's configuration as the plan has it, for tests that change it.
+// EdgeConfig is the first edge's configuration, with a state of its own, as the plan has it, for tests that change it.
 func (l *Lab) EdgeConfig() obj {
 	var zones []obj
 	for _, z := range l.Plan.Zones {
@@ -81,12 +91,16 @@ func (l *Lab) EdgeConfig() obj {
 	}
 }
 
-func (l *Lab) connectorConfig(s SitePlan) obj {
+func (l *Lab) connectorConfig(s SitePlan, c ConnectorPlan) obj {
 	allow := []obj{allowEntry(s.Origin)}
 	if s.KeyServer != "" {
 		allow = append(allow, allowEntry(s.KeyServer))
 	}
-	return obj{"identity": obj{"dir": l.Path("connector-" + s.Name)}, "edges": []string{l.Plan.Edge.Tunnel}, "ops": obj{"listen": s.Ops}, "allow": allow}
+	var edges []string
+	for _, e := range l.Plan.edges() {
+		edges = append(edges, e.Tunnel)
+	}
+	return obj{"identity": obj{"dir": l.Path("connector-" + c.Name)}, "edges": edges, "ops": obj{"listen": c.Ops}, "allow": allow}
 }
 
 func allowEntry(hostPort string) obj {
@@ -103,24 +117,36 @@ func (l *Lab) makeProcesses(context.Context) error {
 	}
 	l.KeyServer = l.process("keyserver", l.Plan.Sites[0].NS, bin("keyhaven-keyserver"), "run", "--config", l.Path("keyserver.yaml"), "--log-format", "json",
 		"--log-level", level)
-	l.EdgeProc = l.process("edge", l.Plan.Edge.NS, bin("keyhaven-edge"), "run", "--config", l.Path("edge.yaml"))
-	for _, s := range l.Plan.Sites {
-		l.Sites = append(l.Sites, &Site{
-			SitePlan:  s,
-			Origin:    l.process("origin-"+s.Name, s.NS, l.Plan.Tools, "origin", "--listen", s.Origin, "--name", s.Name),
-			Connector: l.process("connector-"+s.Name, s.NS, bin("keyhaven-connector"), "run", "--config", l.Path("connector-"+s.Name+".yaml")),
-		})
+	for i, e := range l.Plan.edges() {
+		config := l.edgeFile(i, "edge", ".yaml")
+		name := strings.TrimSuffix(filepath.Base(config), ".yaml")
+		l.Edges = append(l.Edges, &Edge{e, edgeName(i), l.process(name, e.NS, bin("keyhaven-edge"), "run", "--config", config)})
+	}
+	l.EdgeProc = l.Edges[0].Proc
+	for _, plan := range l.Plan.Sites {
+		s := &Site{SitePlan: plan, Origin: l.process("origin-"+plan.Name, plan.NS, l.Plan.Tools, "origin", "--listen", plan.Origin, "--name", plan.Name)}
+		for _, c := range plan.connectors() {
+			name := "connector-" + c.Name
+			s.Connectors = append(s.Connectors, &Connector{c, l.process(name, c.NS, bin("keyhaven-connector"), "run", "--config", l.Path(name+".yaml"))})
+		}
+		s.Connector = s.Connectors[0].Proc
+		l.Sites = append(l.Sites, s)
 	}
 	return nil
 }
 
 // Start starts everything in an order in which it comes up at once, and returns when all of it is ready.
 func (l *Lab) Start(ctx context.Context) error {
+	if err := l.startEtcd(ctx); err != nil {
+		return err
+	}
 	if err := l.KeyServer.Start(); err != nil {
 		return err
 	}
-	if err := l.EdgeProc.Start(); err != nil {
-		return err
+	for _, e := range l.Edges {
+		if err := e.Proc.Start(); err != nil {
+			return err
+		}
 	}
 	for _, s := range l.Sites {
 		if err := s.Origin.Start(); err != nil {
@@ -134,8 +160,10 @@ func (l *Lab) Start(ctx context.Context) error {
 		if err := l.enrol(ctx, s); err != nil {
 			return err
 		}
-		if err := s.Connector.Start(); err != nil {
-			return err
+		for _, c := range s.Connectors {
+			if err := c.Proc.Start(); err != nil {
+				return err
+			}
 		}
 	}
 	if err := l.AwaitTunnels(ctx); err != nil {
@@ -144,27 +172,40 @@ func (l *Lab) Start(ctx context.Context) error {
 	return l.AwaitReady(ctx)
 }
 
-// AwaitEdge waits until the edge answers its administration socket.
+// AwaitEdge waits until every edge answers its administration socket.
 func (l *Lab) AwaitEdge(ctx context.Context) error {
-	return l.eventually(ctx, l.EdgeProc, func(ctx context.Context) error {
-		_, err := l.Edge(ctx, "status")
-		return err
-	})
-}
-
-// AwaitTunnels waits until every connector says that it is ready.
-func (l *Lab) AwaitTunnels(ctx context.Context) error {
-	for _, s := range l.Sites {
-		if err := l.awaitReady(ctx, s.Connector, s.Ops); err != nil {
+	for i, e := range l.Edges {
+		err := l.eventually(ctx, e.Proc, func(ctx context.Context) error {
+			_, err := l.EdgeAt(ctx, i, "status")
+			return err
+		})
+		if err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// AwaitReady waits until the edge says that it is ready, which takes a key server.
+// AwaitTunnels waits until every connector says that it is ready.
+func (l *Lab) AwaitTunnels(ctx context.Context) error {
+	for _, s := range l.Sites {
+		for _, c := range s.Connectors {
+			if err := l.awaitReady(ctx, c.Proc, c.Ops); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// AwaitReady waits until every edge says that it is ready, which takes a key server.
 func (l *Lab) AwaitReady(ctx context.Context) error {
-	return l.awaitReady(ctx, l.EdgeProc, l.Plan.Edge.Ops)
+	for _, e := range l.Edges {
+		if err := l.awaitReady(ctx, e.Proc, e.Ops); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func (l *Lab) awaitReady(ctx context.Context, p *Process, ops string) error {
@@ -193,14 +234,14 @@ func (l *Lab) eventually(ctx context.Context, p *Process, f func(context.Context
 	return nil
 }
 
-// enrol makes network, tunnel and routes of a site at the edge, and joins its connector with a token.
+// enrol makes network, tunnel and routes of a site at the edge, and joins its connectors, each with a token.
 func (l *Lab) enrol(ctx context.Context, s *Site) error {
 	if s.VNet != "" {
 		if _, err := l.Edge(ctx, "vnet", "add", s.VNet); err != nil {
 			return err
 		}
 	}
-	if _, err := l.Edge(ctx, "tunnel", "add", s.Name); err != nil {
+	if _, err := l.Edge(ctx, "tunnel", "create", s.Name); err != nil {
 		return err
 	}
 	for _, r := range s.Routes {
@@ -212,11 +253,12 @@ func (l *Lab) enrol(ctx context.Context, s *Site) error {
 			return err
 		}
 	}
-	token := l.Path("token-" + s.Name)
-	if _, err := l.Edge(ctx, "tunnel", "token", s.Name, "--out", token); err != nil {
-		return err
+	for _, c := range s.Connectors {
+		if err := l.enrolConnector(ctx, s, c); err != nil {
+			return err
+		}
 	}
-	return l.Join(ctx, s, token, l.Path("connector-"+s.Name), s.Name)
+	return nil
 }
 
 // Join enrols a connector of the site with the token in a file.
