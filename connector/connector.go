@@ -91,6 +91,7 @@ type Connector struct {
 	host     surroundings
 	dial     func(context.Context, tunnel.DialConfig) (session, error)
 
+	quicFirst    time.Duration       // of each line's path; 0 but in tests
 	registration tunnel.Registration // what all sessions tell alike
 
 	running sync.WaitGroup // sessions

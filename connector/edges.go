@@ -353,7 +353,7 @@ func (c *Connector) endpointLocked(name string) *endpoint {
 
 func (c *Connector) startLineLocked(ctx, lives context.Context, wg *sync.WaitGroup, e *endpoint, i int) *line {
 	ctx, cancel := context.WithCancel(ctx)
-	l := &line{c: c, e: e, i: i, leave: cancel, wake: make(chan struct{}, 1), announce: make(chan struct{}, 1), turn: e.turn[i], per: e.per}
+	l := &line{c: c, e: e, i: i, leave: cancel, wake: make(chan struct{}, 1), announce: make(chan struct{}, 1), turn: e.turn[i], per: e.per, path: path{first: c.quicFirst}}
 	wg.Go(func() {
 		defer cancel()
 		l.keep(ctx, lives)

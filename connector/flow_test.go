@@ -46,30 +46,19 @@ type edge struct {
 	renewals atomic.Int64
 
 	mu       sync.Mutex
-	sessions map[int]*tunnel.Session // by index
+	sessions map[*tunnel.Session]struct{}
 }
 
 func startEdge(t testing.TB, authority *mtls.Authority, id *mtls.Source, addr string) *edge {
 	t.Helper()
-	e := &edge{sessions: map[int]*tunnel.Session{}}
+	e := &edge{sessions: map[*tunnel.Session]struct{}{}}
 	var ln *tunnel.Listener
 	var err error
 	eventually(t, "the port "+addr+" to be free", func() bool {
 		ln, err = tunnel.Listen(tunnel.ListenConfig{
 			Addr: addr, Identity: id, DrainTimeout: time.Millisecond,
-			Admit: func(context.Context, mtls.Identity, *x509.Certificate, tunnel.Registration) error { return nil },
-			Handle: func(ctx context.Context, s *tunnel.Session) {
-				index := s.Registration().Index
-				e.mu.Lock()
-				e.sessions[index] = s
-				e.mu.Unlock()
-				<-ctx.Done()
-				e.mu.Lock()
-				if e.sessions[index] == s {
-					delete(e.sessions, index)
-				}
-				e.mu.Unlock()
-			},
+			Admit:  func(context.Context, mtls.Identity, *x509.Certificate, tunnel.Registration) error { return nil },
+			Handle: e.handle,
 			Renew: func(_ context.Context, peer mtls.Identity, csr []byte) ([][]byte, error) {
 				e.renewals.Add(1)
 				return authority.IssueCSR(csr, peer, 0)
@@ -77,6 +66,11 @@ func startEdge(t testing.TB, authority *mtls.Authority, id *mtls.Source, addr st
 		})
 		return err == nil
 	})
+	e.run(t, ln)
+	return e
+}
+
+func (e *edge) run(t testing.TB, ln *tunnel.Listener) {
 	e.addr = ln.Addr().String()
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
@@ -88,22 +82,46 @@ func startEdge(t testing.TB, authority *mtls.Authority, id *mtls.Source, addr st
 		}
 	})
 	t.Cleanup(e.stop)
-	return e
 }
 
-func (e *edge) count() int {
+func (e *edge) handle(ctx context.Context, s *tunnel.Session) {
+	e.mu.Lock()
+	e.sessions[s] = struct{}{}
+	e.mu.Unlock()
+	<-ctx.Done()
+	e.mu.Lock()
+	delete(e.sessions, s)
+	e.mu.Unlock()
+}
+
+// all returns the sessions that take flows.
+func (e *edge) all() (list []*tunnel.Session) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	return len(e.sessions)
+	for s := range e.sessions {
+		if !s.Draining() {
+			list = append(list, s)
+		}
+	}
+	return list
+}
+
+func (e *edge) count() int { return len(e.all()) }
+
+func (e *edge) countMain() (n int) {
+	for _, s := range e.all() {
+		if s.Registration().Role == tunnel.RoleMain {
+			n++
+		}
+	}
+	return n
 }
 
 func (e *edge) session(t testing.TB) *tunnel.Session {
 	t.Helper()
 	var s *tunnel.Session
 	eventually(t, "a session", func() bool {
-		e.mu.Lock()
-		defer e.mu.Unlock()
-		for _, s = range e.sessions {
+		for _, s = range e.all() {
 			return true
 		}
 		return false
@@ -131,6 +149,11 @@ func startConnector(t testing.TB, cfg Config) (c *Connector, stop func()) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return c, runConnector(t, c)
+}
+
+// runConnector runs c and returns how to stop it.
+func runConnector(t testing.TB, c *Connector) (stop func()) {
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- c.Run(ctx) }()
@@ -141,7 +164,7 @@ func startConnector(t testing.TB, cfg Config) (c *Connector, stop func()) {
 		}
 	})
 	t.Cleanup(stop)
-	return c, stop
+	return stop
 }
 
 // echoServer sends back what it gets, and its end after it.

@@ -1,6 +1,7 @@
 package connector
 
 import (
+	"cmp"
 	"time"
 
 	"github.com/keyhaven/keyhaven/tunnel"
@@ -39,7 +40,8 @@ type path struct {
 	silent int           // young QUIC sessions that died of silence, in a row
 	small  bool          // QUIC with small packets
 	avoid  bool          // TCP without a race
-	pause  time.Duration // before QUIC is tried again from TCP; 0 is quicFirst
+	first  time.Duration // pause before QUIC is tried from TCP; 0 is quicFirst
+	pause  time.Duration // the next such pause; 0 is first
 }
 
 // carrier returns what the next session shall go over, empty for a race.
@@ -78,7 +80,7 @@ func (p *path) failed() { p.avoid = false }
 // wait is how long a session over TCP goes on before QUIC is tried.
 func (p *path) wait() time.Duration {
 	if p.pause == 0 {
-		p.pause = quicFirst
+		p.pause = cmp.Or(p.first, quicFirst)
 	}
 	return p.pause
 }
@@ -93,4 +95,4 @@ func (p *path) back() {
 }
 
 // forget starts anew, on another network.
-func (p *path) forget() { *p = path{} }
+func (p *path) forget() { *p = path{first: p.first} }

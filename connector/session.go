@@ -266,7 +266,8 @@ func (l *line) serve(ctx, lives context.Context, s session) (why string, err err
 func (l *line) guard(ctx, lives context.Context, s session) (next session, why string, err error) {
 	move := time.NewTimer(l.path.wait())
 	defer move.Stop()
-	if l.c.cfg.Carrier != CarrierAuto || s.Carrier() == tunnel.CarrierQUIC {
+	best := l.c.cfg.Carrier != CarrierAuto || s.Carrier() == tunnel.CarrierQUIC
+	if best {
 		move.Stop()
 	}
 	for {
@@ -291,6 +292,9 @@ func (l *line) guard(ctx, lives context.Context, s session) (next session, why s
 				}
 				s.Close(tunnel.CloseInternal)
 				return nil, becauseNetwork, errNoProbe
+			}
+			if !best {
+				move.Reset(l.path.wait()) // UDP may pass on this network
 			}
 		case <-l.announce:
 			if next := l.successor(ctx, lives, s, l.path.carrier(l.c.cfg.Carrier)); next != nil {
