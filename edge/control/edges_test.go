@@ -375,7 +375,7 @@ func TestEtcdAway(t *testing.T) {
 	id, _ := a.Tunnel("plant")
 	eventually(t, "a knows of b's session", func() bool { return len(a.peers.with(id.ID, "")) == 1 })
 	f.members[0].Kill()
-	for end := time.Now().Add((beatsMissed+2)*testBeat); time.Now().Before(end); time.Sleep(250 * time.Millisecond) {
+	for end := time.Now().Add((beatsMissed + 2) * testBeat); time.Now().Before(end); time.Sleep(250 * time.Millisecond) {
 		if got, err := a.ask("", "10.1.2.3"); err != nil || !strings.HasPrefix(got, "p1 ") {
 			t.Fatalf("without etcd: %q, %v", got, err)
 		}
