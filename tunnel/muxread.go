@@ -80,10 +80,7 @@ func (m *mux) readFrames(r *bufio.Reader) error {
 		if h.typ == muxData && recent != nil && recent.id == h.stream {
 			err = m.takeData(r, recent, h.n)
 		} else {
-			var s *muxStream
-			if s, err = m.takeFrame(r, h); s != nil {
-				recent = s
-			}
+			recent, err = m.takeFrame(r, h) // which may have been the stream's end
 		}
 		if err != nil {
 			return err

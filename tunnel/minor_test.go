@@ -1,0 +1,172 @@
+package tunnel
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/keyhaven/keyhaven/mtls"
+)
+
+// TestOldPeer has each side meet a peer of minor version 0: all that there was then works, and what came later is refused.
+func TestOldPeer(t *testing.T) {
+	for name, tt := range map[string]struct{ edge, connector bool }{
+		"old edge": {true, false}, "old connector": {false, true}, "both old": {true, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := newPKI(t)
+			src := p.source(mtls.KindConnector, "c1", 0)
+			lc := ListenConfig{Identity: p.source(mtls.KindEdge, "e1", 0), Admit: admitAll, DrainTimeout: patience, minor0: tt.edge,
+				Renew: func(_ context.Context, peer mtls.Identity, csr []byte) ([][]byte, error) {
+					return p.ca.IssueCSR(csr, peer, 0)
+				}}
+			e := startEdge(t, lc)
+			dc := dialConfig(e, src, accept(echo))
+			dc.minor0 = tt.connector
+			dc.Limits.KeepAlive = 50 * time.Millisecond
+			dc.OnConfig = func(context.Context, uint64, []byte) error { return nil }
+			dc.OnBulk = func(int) { t.Error("OnBulk called") }
+			dc.OnEdges = func([]string) { t.Error("OnEdges called") }
+			c := startConnector(t, dc)
+			s := e.session()
+			if s.Minor() != 0 || c.Minor() != 0 {
+				t.Fatalf("minor versions %d, %d; want 0", s.Minor(), c.Minor())
+			}
+			flow := open(t, s, testFlow)
+			checkEcho(t, flow, "as ever")
+			if err := src.Renew(context.Background(), c.Renew); err != nil {
+				t.Errorf("Renew: %v", err)
+			}
+			for _, kind := range []FlowKind{KindUDP, KindICMP, KindIngress} {
+				f := Flow{Kind: kind, VNet: "default", Host: "10.0.0.7", Port: 1}
+				if kind == KindIngress {
+					f.VNet, f.Service = "", "http"
+				}
+				if _, err := s.Open(context.Background(), f); !errors.Is(err, ErrUnsupported) {
+					t.Errorf("kind %d: Open: %v, want ErrUnsupported", kind, err)
+				}
+			}
+			if err := s.Configure(context.Background(), 1, []byte("{}")); !errors.Is(err, ErrUnsupported) {
+				t.Errorf("Configure: %v, want ErrUnsupported", err)
+			}
+			s.AskBulk(3)
+			s.TellEdges([]string{"edge.keyhaven.test:7844"})
+			ctx, cancel := context.WithTimeout(context.Background(), patience)
+			defer cancel()
+			if _, err := c.Probe(ctx); err != nil {
+				t.Errorf("connector's Probe: %v", err)
+			}
+			if _, err := s.Probe(ctx); err != nil {
+				t.Errorf("edge's Probe: %v", err)
+			}
+			time.Sleep(200 * time.Millisecond) // some pings
+			checkEcho(t, flow, "still as ever")
+			flow.Close()
+			if err := c.Drain(ctx); err != nil {
+				t.Errorf("Drain: %v", err)
+			}
+		})
+	}
+}
+
+// TestOldFrames: an old peer must be able to skip all that is new in registrations, and skips the new frames.
+func TestOldFrames(t *testing.T) {
+	reg := testRegistration
+	reg.Minor, reg.Role, reg.Connections = protocolMinor, RoleBulk, 2
+	b, err := appendRegister(nil, reg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	old := testRegistration
+	was, _ := appendRegister(nil, old)
+	if !bytes.HasPrefix(b[frameHeaderLen:], was[frameHeaderLen:]) {
+		t.Error("the old items have changed")
+	}
+	for it := readItems(b[len(was):], nil); ; {
+		tag, _, ok, err := it.next()
+		if err != nil || !ok {
+			break
+		}
+		if tag < tagSkippable {
+			t.Errorf("item 0x%02x cannot be skipped", tag)
+		}
+	}
+	if got, err := parseRegister(b[frameHeaderLen:]); err != nil || got != reg {
+		t.Errorf("parseRegister = %+v, %v; want %+v", got, err, reg)
+	}
+}
+
+func TestConfigure(t *testing.T) { overBoth(t, testConfigure) }
+
+func testConfigure(t *testing.T, via Carrier) {
+	type config struct {
+		version uint64
+		body    string
+	}
+	got := make(chan config, 1)
+	_, c, s := pairOver(t, via, accept(echo), func(_ *ListenConfig, dc *DialConfig) {
+		dc.OnConfig = func(_ context.Context, version uint64, body []byte) error {
+			if version == 13 {
+				return fmt.Errorf("rule 2: \x1b[31mno service")
+			}
+			got <- config{version, string(body)}
+			return nil
+		}
+	})
+	for _, want := range []config{{1, ""}, {1 << 60, strings.Repeat("x", maxConfigLen)}} {
+		if err := s.Configure(context.Background(), want.version, []byte(want.body)); err != nil {
+			t.Fatalf("Configure: %v", err)
+		}
+		if got := <-got; got != want {
+			t.Errorf("OnConfig got version %d, %d bytes; want %d, %d", got.version, len(got.body), want.version, len(want.body))
+		}
+	}
+	err := s.Configure(context.Background(), 13, []byte("bad"))
+	if ce, ok := errors.AsType[*ConfigError](err); !ok || ce.Version != 13 || ce.Text != "rule 2: ?[31mno service" {
+		t.Errorf("Configure: %#v, want the refusal's text", err)
+	}
+	if err := s.Configure(context.Background(), 1, make([]byte, maxConfigLen+1)); err == nil {
+		t.Error("a configuration above the limit was sent")
+	}
+	eventually(t, "no flows", func() bool { return s.Flows() == 0 && c.Flows() == 0 })
+
+	_, _, plain := pairOver(t, via, accept(echo))
+	if err := plain.Configure(context.Background(), 1, nil); !errors.Is(err, ErrUnsupported) {
+		t.Errorf("Configure of a connector without OnConfig: %v, want ErrUnsupported", err)
+	}
+}
+
+func TestBulkAndEdges(t *testing.T) { overBoth(t, testBulkAndEdges) }
+
+func testBulkAndEdges(t *testing.T, via Carrier) {
+	bulk, edges := make(chan int, 1), make(chan []string, 1)
+	_, c, s := pairOver(t, via, accept(echo), func(_ *ListenConfig, dc *DialConfig) {
+		dc.Registration.Role, dc.Registration.Connections = RoleBulk, 2
+		dc.OnBulk = func(n int) { bulk <- n }
+		dc.OnEdges = func(addrs []string) { edges <- addrs }
+	})
+	if s.Role() != RoleBulk || c.Role() != RoleBulk || s.Registration().Connections != 2 {
+		t.Errorf("roles %v, %v, %d connections; want bulk, bulk, 2", s.Role(), c.Role(), s.Registration().Connections)
+	}
+	for n, want := range map[int]int{3: 3, 0: 0, -1: 0, 1000: 255} {
+		s.AskBulk(n)
+		if got := <-bulk; got != want {
+			t.Errorf("AskBulk(%d): told %d, want %d", n, got, want)
+		}
+	}
+	many := make([]string, 300)
+	for i := range many {
+		many[i] = fmt.Sprintf("edge%d.keyhaven.test:7844", i)
+	}
+	for _, want := range [][]string{{"a:1", "[2001:db8::1]:7844"}, many} {
+		s.TellEdges(want)
+		if got := <-edges; !slices.Equal(got, want[:min(len(want), maxEdges)]) {
+			t.Errorf("told %q, want %q", got, want)
+		}
+	}
+}
