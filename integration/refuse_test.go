@@ -121,7 +121,7 @@ func TestJoinTokens(t *testing.T) {
 		t.Errorf("a used token: got %v", err)
 	}
 	short := w.Path("short")
-	_, err := w.Edge(t.Context(), "tunnel", "token", "a", "--ttl", "1s", "--out", short)
+	_, err := w.Edge(t.Context(), "tunnel", "token", "create", "a", "--ttl", "1s", "--out", short)
 	must(t, err)
 	time.Sleep(1500 * time.Millisecond)
 	if err := join(short, "late"); err == nil || !strings.Contains(err.Error(), "expired") {

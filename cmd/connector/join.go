@@ -197,7 +197,7 @@ func enrol(ctx context.Context, token mtls.JoinToken, csr []byte, name string) (
 func advice(err error) string {
 	switch {
 	case errors.Is(err, tunnel.ErrTokenUsed), errors.Is(err, tunnel.ErrTokenExpired), errors.Is(err, tunnel.ErrTokenUnknown):
-		return " (make one with keyhaven-edge tunnel token)"
+		return " (make one with keyhaven-edge tunnel token create)"
 	case errors.Is(err, tunnel.ErrNoAnswer), errors.Is(err, context.DeadlineExceeded):
 		return " (the token is not used up)"
 	}

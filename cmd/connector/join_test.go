@@ -41,7 +41,7 @@ func TestJoin(t *testing.T) {
 		says  []string
 	}{
 		{"good", in.token(t, hour), nil, 0, []string{"spiffe://test.example/connector/site-1", "tunnel-1", in.addr}},
-		{"used", used, nil, 1, []string{"used before", "ask for a new one", "keyhaven-edge tunnel token"}},
+		{"used", used, nil, 1, []string{"used before", "ask for a new one", "keyhaven-edge tunnel token create"}},
 		{"named", in.token(t, hour), []string{"--name", "site-2"}, 0, []string{"connector/site-2"}},
 		{"expired", in.token(t, time.Now().Add(-time.Minute)), nil, 1, []string{"expired", "ask for a new one"}},
 		{"unknown", unknown, nil, 1, []string{"does not know the join token"}},

@@ -15,7 +15,7 @@ import (
 )
 
 func newCA() *cobra.Command {
-	cmd := &cobra.Command{Use: "ca", Short: "Make the edge operator's authority, and identities of edges"}
+	cmd := &cobra.Command{Use: "ca", Short: "Make the edge operator's authority, and identities of edges and operators"}
 	cmd.AddCommand(newCAInit(), newCAIssue())
 	return cmd
 }
@@ -42,19 +42,29 @@ func newCAInit() *cobra.Command {
 
 func newCAIssue() *cobra.Command {
 	cmd := &cobra.Command{Use: "issue", Short: "Issue an identity"}
+	cmd.AddCommand(
+		caIssue(mtls.KindEdge, "Issue the identity of an edge, with a new key",
+			"validity of the certificate, which a running edge renews by itself (default 720h)"),
+		caIssue(mtls.KindOperator, "Issue the identity of an operator, who may administer the edges that name them, with a new key",
+			"validity of the certificate (default 720h)"))
+	return cmd
+}
+
+func caIssue(kind mtls.Kind, short, lifetimeUsage string) *cobra.Command {
 	var ca, out string
 	var lifetime time.Duration
 	var replace bool
 	issue := &cobra.Command{
-		Use:   "edge NAME",
-		Short: "Issue the identity of an edge, with a new key",
-		Args:  cobra.ExactArgs(1),
+		Use:     string(kind) + " NAME",
+		Short:   short,
+		Example: fmt.Sprintf("  keyhaven-edge ca issue %[1]s %[1]s1 --ca-dir edge-ca --out %[1]s1", kind),
+		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			authority, err := mtls.OpenAuthority(ca)
 			if err != nil {
 				return err
 			}
-			id := mtls.Identity{TrustDomain: authority.TrustDomain(), Kind: mtls.KindEdge, Name: args[0]}
+			id := mtls.Identity{TrustDomain: authority.TrustDomain(), Kind: kind, Name: args[0]}
 			if err := id.Validate(); err != nil {
 				return cli.UsageError("%w", err)
 			}
@@ -67,11 +77,10 @@ func newCAIssue() *cobra.Command {
 	}
 	issue.Flags().StringVar(&ca, "ca-dir", "", "directory of the authority")
 	issue.Flags().StringVar(&out, "out", "", "directory that gets key.pem, cert.pem and ca.pem")
-	issue.Flags().DurationVar(&lifetime, "lifetime", 0, "validity of the certificate, which a running edge renews by itself (default 720h)")
+	issue.Flags().DurationVar(&lifetime, "lifetime", 0, lifetimeUsage)
 	issue.Flags().BoolVar(&replace, "replace", false, "replace the identity in the directory, if there is one")
 	required(issue, "ca-dir", "out")
-	cmd.AddCommand(issue)
-	return cmd
+	return issue
 }
 
 func issueIdentity(a *mtls.Authority, id mtls.Identity, lifetime time.Duration, out string, replace bool) error {

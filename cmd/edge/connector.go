@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"io"
 
@@ -8,7 +9,6 @@ import (
 
 	"github.com/keyhaven/keyhaven/edge/admin"
 	"github.com/keyhaven/keyhaven/edge/control"
-	"github.com/keyhaven/keyhaven/internal/cli"
 )
 
 func newConnector() *cobra.Command {
@@ -19,21 +19,13 @@ func newConnector() *cobra.Command {
 
 func connectorList() *cobra.Command {
 	var tunnel string
-	cmd := cli.WithOutput(&cobra.Command{
-		Use:   "list",
-		Short: "List the connectors and how they are",
-		Args:  cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			return asked(cmd, func(c *admin.Client) error {
-				list, err := c.Connectors(cmd.Context(), tunnel)
-				if err != nil {
-					return err
-				}
-				return cli.Show(cmd, list, func(w io.Writer) { connectorTable(w, list...) })
-			})
+	cmd := showing(&cobra.Command{Use: "list", Short: "List the connectors and how they are"},
+		func(ctx context.Context, c *admin.Client, _ []string) ([]control.ConnectorView, error) {
+			return c.Connectors(ctx, tunnel)
 		},
-	})
+		func(w io.Writer, list []control.ConnectorView) { connectorTable(w, list...) })
 	cmd.Flags().StringVar(&tunnel, "tunnel", "", "only those of this tunnel")
+	completeFlag(cmd, "tunnel", tunnelNames)
 	return cmd
 }
 
@@ -45,19 +37,13 @@ func connectorTable(w io.Writer, list ...control.ConnectorView) {
 }
 
 func connectorRevoke() *cobra.Command {
-	return &cobra.Command{
+	return complete(doing(&cobra.Command{
 		Use:   "revoke NAME",
 		Short: "Revoke a connector: end its sessions and let it in no more",
 		Args:  cobra.ExactArgs(1),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			return asked(cmd, func(c *admin.Client) error {
-				k, err := c.RevokeConnector(cmd.Context(), args[0])
-				if err != nil {
-					return err
-				}
-				_, err = fmt.Fprintf(cmd.OutOrStdout(), "connector %q of tunnel %q revoked\n", k.Name, k.TunnelName)
-				return err
-			})
-		},
-	}
+	}, func(ctx context.Context, c *admin.Client, args []string) (control.ConnectorView, error) {
+		return c.RevokeConnector(ctx, args[0])
+	}, func(k control.ConnectorView, _ []string) string {
+		return fmt.Sprintf("connector %q of tunnel %q revoked", k.Name, k.TunnelName)
+	}), connectorNames)
 }

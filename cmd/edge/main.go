@@ -1,5 +1,5 @@
 // Command keyhaven-edge is the public side of Keyhaven: it serves visitors with keys that stay behind a key server,
-// takes the tunnels that connectors dial, and is administered over a Unix socket.
+// takes the tunnels that connectors dial, and is administered over a Unix socket or HTTPS with mutual TLS.
 package main
 
 import (
@@ -19,7 +19,8 @@ func main() {
 
 func newRoot() *cobra.Command {
 	root := cli.New("keyhaven-edge", "Serve HTTPS with keys that stay in an HSM, through tunnels that only dial out")
-	root.PersistentFlags().String("socket", "", "administration socket of the running edge (default $KEYHAVEN_EDGE_SOCKET, or "+defaultSocket+")")
-	root.AddCommand(newRun(), newCheck(), newCA(), newKeyIdentity(), newVNet(), newTunnel(), newConnector(), newRoute(), newStatus())
+	whereFlags(root)
+	root.AddCommand(newRun(), newCheck(), newCA(), newKeyIdentity(), newVNet(), newTunnel(), newConnector(), newRoute(),
+		newPool(), newPort(), newZone(), newFlow(), newEdge(), newStatus())
 	return root
 }

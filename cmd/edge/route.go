@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -21,11 +22,12 @@ func newRoute() *cobra.Command {
 // targetFlags adds the flags that name a route, and returns how to read them.
 func targetFlags(cmd *cobra.Command, s *control.RouteSpec) func(args []string) error {
 	cmd.Args = cobra.MaximumNArgs(1)
-	cmd.Flags().StringVar(&s.Host, "host", "", "host name, exact or *.NAME, in place of a prefix")
+	cmd.Flags().StringVar(&s.Host, "hostname", "", "host name, exact or *.NAME, in place of a prefix")
 	cmd.Flags().StringVar(&s.VNet, "vnet", "", "virtual network (default the default network)")
+	completeFlag(cmd, "vnet", vnetNames)
 	return func(args []string) error {
 		if (len(args) == 1) == (s.Host != "") {
-			return cli.UsageError("give either a prefix, such as 10.0.0.0/8, or --host NAME")
+			return cli.UsageError("give either a prefix, such as 10.0.0.0/8, or --hostname NAME")
 		}
 		if len(args) == 1 {
 			s.Prefix = args[0]
@@ -40,12 +42,14 @@ func routeAdd() *cobra.Command {
 		Use:   "add [PREFIX]",
 		Short: "Add a route",
 		Example: "  keyhaven-edge route add 10.0.0.0/8 --tunnel plant --vnet red --comment 'machine hall'\n" +
-			"  keyhaven-edge route add --host '*.corp.example' --tunnel office",
+			"  keyhaven-edge route add --hostname '*.corp.example' --tunnel office",
 	}
 	target := targetFlags(cmd, &s)
 	cmd.Flags().StringVar(&s.Tunnel, "tunnel", "", "tunnel that has it")
 	cmd.Flags().StringVar(&s.Comment, "comment", "", "text for people")
 	required(cmd, "tunnel")
+	completeFlag(cmd, "tunnel", tunnelNames)
+	complete(cmd, words())
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		if err := target(args); err != nil {
 			return err
@@ -64,8 +68,10 @@ func routeAdd() *cobra.Command {
 
 func routeDelete() *cobra.Command {
 	var s control.RouteSpec
-	cmd := &cobra.Command{Use: "delete [PREFIX]", Short: "Delete a route"}
+	cmd := &cobra.Command{Use: "delete [PREFIX]", Short: "Delete a route",
+		Example: "  keyhaven-edge route delete 10.0.0.0/8 --vnet red\n  keyhaven-edge route delete --hostname '*.corp.example'"}
 	target := targetFlags(cmd, &s)
+	complete(cmd, routePrefixes)
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		if err := target(args); err != nil {
 			return err
@@ -84,21 +90,13 @@ func routeDelete() *cobra.Command {
 
 func routeList() *cobra.Command {
 	var vnet string
-	cmd := cli.WithOutput(&cobra.Command{
-		Use:   "list",
-		Short: "List the routes",
-		Args:  cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			return asked(cmd, func(c *admin.Client) error {
-				list, err := c.Routes(cmd.Context(), vnet)
-				if err != nil {
-					return err
-				}
-				return cli.Show(cmd, list, func(w io.Writer) { routeTable(w, list...) })
-			})
+	cmd := showing(&cobra.Command{Use: "list", Short: "List the routes"},
+		func(ctx context.Context, c *admin.Client, _ []string) ([]control.RouteView, error) {
+			return c.Routes(ctx, vnet)
 		},
-	})
+		func(w io.Writer, list []control.RouteView) { routeTable(w, list...) })
 	cmd.Flags().StringVar(&vnet, "vnet", "", "only those of this virtual network")
+	completeFlag(cmd, "vnet", vnetNames)
 	return cmd
 }
 
@@ -115,9 +113,10 @@ var errNoRoute = errors.New("no route")
 func routeGet() *cobra.Command {
 	var vnet string
 	cmd := cli.WithOutput(&cobra.Command{
-		Use:   "get HOST",
-		Short: "Show which tunnel has an address, prefix or host name, and what overlaps",
-		Args:  cobra.ExactArgs(1),
+		Use:     "get HOST",
+		Short:   "Show which tunnel has an address, prefix or host name, and what overlaps",
+		Example: "  keyhaven-edge route get 10.1.2.3 --vnet red\n  keyhaven-edge route get 10.0.0.0/8\n  keyhaven-edge route get db.corp.example",
+		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return asked(cmd, func(c *admin.Client) error {
 				a, err := c.FindHost(cmd.Context(), args[0], vnet)
@@ -135,6 +134,7 @@ func routeGet() *cobra.Command {
 		},
 	})
 	cmd.Flags().StringVar(&vnet, "vnet", "", "virtual network (default the default network)")
+	completeFlag(cmd, "vnet", vnetNames)
 	return cmd
 }
 

@@ -56,7 +56,7 @@ func TestScripts(t *testing.T) {
 }
 
 func setUp(env *testscript.Env) error {
-	for _, name := range []string{"TUNNEL", "VISITORS", "OPS"} {
+	for _, name := range []string{"TUNNEL", "VISITORS", "OPS", "ADMIN"} {
 		addr, err := freeAddr()
 		if err != nil {
 			return err

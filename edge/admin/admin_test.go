@@ -19,6 +19,8 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/keyhaven/keyhaven/edge/control"
+	"github.com/keyhaven/keyhaven/edge/spec"
+	"github.com/keyhaven/keyhaven/edge/zone"
 	"github.com/keyhaven/keyhaven/mtls"
 	"github.com/keyhaven/keyhaven/state"
 )
@@ -43,6 +45,7 @@ func newControl(t *testing.T) *control.Control {
 	must(t, err)
 	c, err := control.Open(t.Context(), control.Config{Store: s, Authority: a, Edges: []string{"edge.test:7844"}})
 	must(t, err)
+	c.SetLocal(control.Local{KeyServers: []string{"hsm"}})
 	t.Cleanup(func() { must(t, errors.Join(c.Close(), s.Close())) })
 	return c
 }
@@ -51,7 +54,7 @@ func newControl(t *testing.T) *control.Control {
 func serve(t *testing.T, change ...func(*Server)) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "edge.sock")
-	s, err := Listen(path, newControl(t), nil)
+	s, err := Listen(Config{Socket: path, Control: newControl(t)})
 	must(t, err)
 	for _, f := range change {
 		f(s)
@@ -78,7 +81,8 @@ func dial(t *testing.T, path string) *Client {
 }
 
 func TestWholeAPI(t *testing.T) {
-	c, ctx := dial(t, serve(t)), t.Context()
+	c, w := watched(t, serve(t))
+	ctx := t.Context()
 	red, err := c.AddVNet(ctx, "red", "a comment", true)
 	must(t, err)
 	if !red.Default || red.Comment != "a comment" {
@@ -128,11 +132,28 @@ func TestWholeAPI(t *testing.T) {
 	if len(td.RouteList) != 2 || len(vd.RouteList) != 1 || td.Status != control.Inactive {
 		t.Errorf("details: %+v, %+v", td, vd)
 	}
+	tn, err := c.SetTunnel(ctx, "plant", control.TunnelChange{MaxFlows: new(7), Comment: new("hall")})
+	must(t, err)
+	vn, err := c.SetVNet(ctx, "red", control.VNetChange{MaxFlows: new(9)})
+	must(t, err)
+	if tn.MaxFlows != 7 || tn.Comment != "hall" || vn.MaxFlows != 9 || vn.Comment != "a comment" {
+		t.Errorf("changes: %+v, %+v", tn, vn)
+	}
 	testRefusals(t, c)
 	_, err = c.DeleteRoute(ctx, control.RouteSpec{Host: "*.corp.example"})
 	must(t, err)
+	testTokens(t, c)
+	testServing(t, c)
+	testTunnelConfig(t, c)
 	must(t, c.DeleteVNet(ctx, "red", true))
 	must(t, c.DeleteTunnel(ctx, "plant", true))
+	for _, e := range endpoints(api{}) {
+		for m := range e.methods {
+			if name := m + " " + e.path + " 200"; !w.seen[name] && m+" "+e.path != "POST /v1/connectors/{name}/revoke" { // needs a connector: see cmd/edge
+				t.Errorf("%s was not exercised", name)
+			}
+		}
+	}
 }
 
 // Refusals keep code, message, remedy and users on their way over the socket.
@@ -157,6 +178,14 @@ func testRefusals(t *testing.T, c *Client) {
 		{second(c.DeleteRoute(ctx, control.RouteSpec{Prefix: "10.0.0.0/8"})), control.ErrNotFound, 404, "route list"},
 		{second(c.FindHost(ctx, "", "")), control.ErrInvalid, 400, "empty"},
 		{second(c.CreateToken(ctx, "plant", 1000*time.Hour)), control.ErrInvalid, 400, "168h"},
+		{second(c.SetVNet(ctx, "red", control.VNetChange{MaxFlows: new(-1)})), control.ErrInvalid, 400, "-1"},
+		{second(c.SetTunnel(ctx, "nope", control.TunnelChange{})), control.ErrNotFound, 404, "tunnel list"},
+		{second(c.RevokeToken(ctx, "nope")), control.ErrNotFound, 404, "token list"},
+		{second(c.Cleanup(ctx, control.CleanupSpec{Unseen: time.Second})), control.ErrInvalid, 400, "1h"},
+		{second(c.Pool(ctx, "nope")), control.ErrNotFound, 404, "pool list"},
+		{second(c.Port(ctx, "nope")), control.ErrNotFound, 404, "port list"},
+		{second(c.Zone(ctx, "nope")), control.ErrNotFound, 404, "zone list"},
+		{second(c.PoolHealth(ctx, "nope")), control.ErrNotFound, 404, "pool list"},
 	} {
 		e, ok := errors.AsType[*Error](tt.err)
 		if !ok || !errors.Is(tt.err, tt.want) || e.Status != tt.status || !strings.Contains(tt.err.Error(), tt.says) {
@@ -225,6 +254,15 @@ func TestMalformedRequests(t *testing.T) {
 		{"two objects", "POST", "/v1/vnets", js, `{"name":"x"}{}`, 400, CodeBadRequest, "more data"},
 		{"rubbish", "POST", "/v1/vnets", js, "\x00\xff", 400, CodeBadRequest, "JSON"},
 		{"deep", "POST", "/v1/vnets", js, `{"name":` + strings.Repeat("[", 100), 400, CodeBadRequest, "deep"},
+		{"unknown name below", "POST", "/v1/pools", js, `{"name":"x","endpoints":[{"host":"h","port":1,"prot":2}]}`, 400, CodeBadRequest, "prot"},
+		{"capitals below", "POST", "/v1/pools", js, `{"name":"x","endpoints":[{"HOST":"h","port":1}]}`, 400, CodeBadRequest, "HOST"},
+		{"twice below", "POST", "/v1/pools", js, `{"name":"x","endpoints":[{"host":"h","host":"g"}]}`, 400, CodeBadRequest, "twice"},
+		{"port out of range", "POST", "/v1/pools", js, `{"name":"x","endpoints":[{"host":"h","port":65536}]}`, 400, CodeBadRequest, "port"},
+		{"bad duration below", "POST", "/v1/pools", js, `{"name":"x","monitor":{"type":"tcp","interval":"soon"}}`, 400, CodeBadRequest, "soon"},
+		{"zone too large", "POST", "/v1/zones", js, `{"name":"` + strings.Repeat("x", maxLargeBody) + `"}`, 413, CodeTooLarge, "524288"},
+		{"other name", "PUT", "/v1/pools/x", js, `{"name":"y"}`, 400, CodeBadRequest, "names do not change"},
+		{"nothing to change", "PATCH", "/v1/pools/x/endpoints/y", js, `{}`, 400, CodeBadRequest, "weight"},
+		{"bad unseen", "POST", "/v1/cleanup", js, `{"unseen":"long"}`, 400, CodeBadRequest, "long"},
 		{"too large", "POST", "/v1/vnets", js, `{"name":"` + strings.Repeat("x", maxBody) + `"}`, 413, CodeTooLarge, "65536"},
 		{"unknown query", "GET", "/v1/routes?vent=red", "", "", 400, CodeBadRequest, "vent"},
 		{"query twice", "GET", "/v1/routes?vnet=a&vnet=b", "", "", 400, CodeBadRequest, "twice"},
@@ -292,12 +330,12 @@ func TestSocket(t *testing.T) {
 	if got := info.Mode().Perm(); got != 0o600 {
 		t.Errorf("mode %o, want 600", got)
 	}
-	if _, err := Listen(path, nil, nil); err == nil || !strings.Contains(err.Error(), "another process") {
+	if _, err := Listen(Config{Socket: path}); err == nil || !strings.Contains(err.Error(), "another process") {
 		t.Errorf("a second edge: %v, want it refused", err)
 	}
 	file := filepath.Join(t.TempDir(), "file")
 	must(t, os.WriteFile(file, []byte("precious"), 0o600))
-	if _, err := Listen(file, nil, nil); err == nil || !strings.Contains(err.Error(), "no socket") {
+	if _, err := Listen(Config{Socket: file}); err == nil || !strings.Contains(err.Error(), "no socket") {
 		t.Errorf("over a file: %v, want it refused", err)
 	}
 	if b, _ := os.ReadFile(file); string(b) != "precious" {
@@ -309,7 +347,7 @@ func TestSocket(t *testing.T) {
 	must(t, err)
 	ln.SetUnlinkOnClose(false)
 	must(t, ln.Close())
-	s, err := Listen(stale, newControl(t), nil)
+	s, err := Listen(Config{Socket: stale, Control: newControl(t)})
 	must(t, err)
 	must(t, s.Close())
 }
@@ -340,7 +378,7 @@ func TestSilentCallers(t *testing.T) {
 
 // Anybody who gets past the kernel's check can send any body.
 func FuzzDecodeStrict(f *testing.F) {
-	for _, v := range []any{vnetRequest{"red", "c", true}, tunnelRequest{"plant", ""}, tokenRequest{"1h"}, control.RouteSpec{VNet: "red", Prefix: "10.0.0.0/8", Tunnel: "t"}} {
+	for _, v := range []any{vnetRequest{"red", "c", true}, tunnelRequest{"plant", ""}, tokenRequest{"1h"}, control.RouteSpec{VNet: "red", Prefix: "10.0.0.0/8", Tunnel: "t"}, testPool, testPort, zone.Config{Name: "z", Origins: []zone.Origin{{URL: "http://a"}}}} {
 		b, err := json.Marshal(v)
 		must(f, err)
 		f.Add(b)
@@ -348,7 +386,7 @@ func FuzzDecodeStrict(f *testing.F) {
 	f.Add([]byte(`{"name":"a","name":"b"}`))
 	f.Add([]byte(`{"name":{"a":[1,{"b":null}]}}`))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		for _, dst := range []any{&vnetRequest{}, &tunnelRequest{}, &tokenRequest{}, &control.RouteSpec{}} {
+		for _, dst := range []any{&vnetRequest{}, &tunnelRequest{}, &tokenRequest{}, &control.RouteSpec{}, &spec.PoolConfig{}, &spec.PortConfig{}, &zone.Config{}} {
 			if decodeStrict(b, dst) != nil {
 				continue
 			}

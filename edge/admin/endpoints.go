@@ -3,25 +3,38 @@ package admin
 import (
 	"net/http"
 	"net/url"
+	"slices"
 	"strconv"
-	"time"
 
 	"github.com/keyhaven/keyhaven/edge/control"
 )
 
-type api struct{ c *control.Control }
+type api struct {
+	c       *control.Control
+	serving Serving
+}
 
-// endpoints is the whole API.
+type methods = map[string]method
+
+const get, post, put, patch, del = http.MethodGet, http.MethodPost, http.MethodPut, http.MethodPatch, http.MethodDelete
+
+// endpoints is the whole API but its description, openapi.yaml, which a test holds against this.
 func endpoints(a api) []endpoint {
-	type methods = map[string]method
-	const get, post, patch, del = http.MethodGet, http.MethodPost, http.MethodPatch, http.MethodDelete
+	return slices.Concat(a.recordEndpoints(), a.servingEndpoints())
+}
+
+func (a api) recordEndpoints() []endpoint {
 	return []endpoint{
 		{"/v1/status", methods{get: {serve: a.status}}},
 		{"/v1/vnets", methods{get: {serve: a.listVNets}, post: {serve: a.addVNet}}},
 		{"/v1/vnets/{ref}", methods{get: {serve: a.getVNet}, patch: {serve: a.setVNet}, del: {a.deleteVNet, []string{"force"}}}},
 		{"/v1/tunnels", methods{get: {serve: a.listTunnels}, post: {serve: a.addTunnel}}},
-		{"/v1/tunnels/{ref}", methods{get: {serve: a.getTunnel}, del: {a.deleteTunnel, []string{"force"}}}},
+		{"/v1/tunnels/{ref}", methods{get: {serve: a.getTunnel}, patch: {serve: a.setTunnel}, del: {a.deleteTunnel, []string{"force"}}}},
+		{"/v1/tunnels/{ref}/config", methods{get: {serve: a.getTunnelConfig}, put: {serve: a.setTunnelConfig}}},
 		{"/v1/tunnels/{ref}/tokens", methods{post: {serve: a.createToken}}},
+		{"/v1/tokens", methods{get: {a.listTokens, []string{"tunnel"}}}},
+		{"/v1/tokens/{id}", methods{del: {serve: a.revokeToken}}},
+		{"/v1/cleanup", methods{post: {serve: a.cleanup}}},
 		{"/v1/connectors", methods{get: {a.listConnectors, []string{"tunnel"}}}},
 		{"/v1/connectors/{name}/revoke", methods{post: {serve: a.revoke}}},
 		{"/v1/routes", methods{get: {a.listRoutes, []string{"vnet"}}, post: {serve: a.addRoute},
@@ -30,7 +43,6 @@ func endpoints(a api) []endpoint {
 	}
 }
 
-func (a api) status(*http.Request, url.Values) (any, error)      { return a.c.Status(), nil }
 func (a api) listVNets(*http.Request, url.Values) (any, error)   { return a.c.VNets(), nil }
 func (a api) listTunnels(*http.Request, url.Values) (any, error) { return a.c.Tunnels(), nil }
 
@@ -57,7 +69,7 @@ func (a api) deleteVNet(r *http.Request, q url.Values) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	return struct{}{}, a.c.DeleteVNet(r.Context(), r.PathValue("ref"), force)
+	return nothing{}, a.c.DeleteVNet(r.Context(), r.PathValue("ref"), force)
 }
 
 func forced(q url.Values) (bool, error) {
@@ -83,12 +95,20 @@ func (a api) getTunnel(r *http.Request, _ url.Values) (any, error) {
 	return a.c.Tunnel(r.PathValue("ref"))
 }
 
+func (a api) setTunnel(r *http.Request, _ url.Values) (any, error) {
+	var in control.TunnelChange
+	if err := body(r, &in); err != nil {
+		return nil, err
+	}
+	return a.c.SetTunnel(r.Context(), r.PathValue("ref"), in)
+}
+
 func (a api) deleteTunnel(r *http.Request, q url.Values) (any, error) {
 	force, err := forced(q)
 	if err != nil {
 		return nil, err
 	}
-	return struct{}{}, a.c.DeleteTunnel(r.Context(), r.PathValue("ref"), force)
+	return nothing{}, a.c.DeleteTunnel(r.Context(), r.PathValue("ref"), force)
 }
 
 func (a api) createToken(r *http.Request, _ url.Values) (any, error) {
@@ -96,14 +116,31 @@ func (a api) createToken(r *http.Request, _ url.Values) (any, error) {
 	if err := body(r, &in); err != nil {
 		return nil, err
 	}
-	var ttl time.Duration
-	if in.TTL != "" {
-		var err error
-		if ttl, err = time.ParseDuration(in.TTL); err != nil || ttl <= 0 {
-			return nil, badRequest("ttl %q is not a duration above zero, such as 1h", clip(in.TTL))
-		}
+	ttl, err := duration("ttl", in.TTL)
+	if err != nil {
+		return nil, err
 	}
 	return a.c.CreateToken(r.Context(), r.PathValue("ref"), ttl)
+}
+
+func (a api) listTokens(_ *http.Request, q url.Values) (any, error) {
+	return a.c.Tokens(q.Get("tunnel"))
+}
+
+func (a api) revokeToken(r *http.Request, _ url.Values) (any, error) {
+	return a.c.RevokeToken(r.Context(), r.PathValue("id"))
+}
+
+func (a api) cleanup(r *http.Request, _ url.Values) (any, error) {
+	var in cleanupRequest
+	if err := body(r, &in); err != nil {
+		return nil, err
+	}
+	unseen, err := duration("unseen", in.Unseen)
+	if err != nil {
+		return nil, err
+	}
+	return a.c.Cleanup(r.Context(), control.CleanupSpec{Tunnel: in.Tunnel, Unseen: unseen, DryRun: in.DryRun})
 }
 
 func (a api) listConnectors(_ *http.Request, q url.Values) (any, error) {
@@ -111,7 +148,7 @@ func (a api) listConnectors(_ *http.Request, q url.Values) (any, error) {
 }
 
 func (a api) revoke(r *http.Request, _ url.Values) (any, error) {
-	if err := body(r, &struct{}{}); err != nil {
+	if err := body(r, &nothing{}); err != nil {
 		return nil, err
 	}
 	return a.c.RevokeConnector(r.Context(), r.PathValue("name"))

@@ -2,10 +2,10 @@ package control
 
 import (
 	"cmp"
-	"errors"
 	"fmt"
 	"reflect"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -21,6 +21,11 @@ type Stored[T any] struct {
 	Updated time.Time `json:"updated"`
 	// Revision rises with each change. A change that names the revision it was made from fails if there is a newer one.
 	Revision state.Revision `json:"revision,omitempty"`
+}
+
+// ETag is the revision as HTTP's If-Match takes it.
+func (s Stored[T]) ETag() string {
+	return fmt.Sprintf("%q", strconv.FormatUint(uint64(s.Revision), 10))
 }
 
 // The kinds of stored configuration.
@@ -138,10 +143,6 @@ func (s shelf[T]) faulty(name string, faults []error) error {
 	}
 	texts := make([]string, 0, len(faults))
 	for _, f := range faults {
-		if e, ok := errors.AsType[*Error](f); ok { // of a reference: it names its remedy
-			texts = append(texts, e.Error())
-			continue
-		}
 		texts = append(texts, f.Error())
 	}
 	return refusal(CodeInvalid, "", "%s %q: %s", s.what, clip(name), strings.Join(texts, "; "))

@@ -83,7 +83,7 @@ func (c *Control) checkZone(z zone.Config) error {
 	}
 	for i, o := range z.Origins {
 		if o.TLS.CA != "" {
-			faults = append(faults, fmt.Errorf("origins[%d].tls.ca: names a file, which other edges do not have; put the zone into the configuration files", i))
+			faults = append(faults, fmt.Errorf("origins[%d].tls.ca: names a file, which other edges do not have; give ca_pem", i))
 		}
 	}
 	if len(faults) == 0 { // files are not looked at for somebody who may be far away
