@@ -18,6 +18,7 @@ import (
 	"github.com/keyhaven/keyhaven/edge/balance"
 	"github.com/keyhaven/keyhaven/edge/control"
 	"github.com/keyhaven/keyhaven/edge/zone"
+	"github.com/keyhaven/keyhaven/internal/reqtarget"
 )
 
 // A Dialer reaches addresses behind the tunnel. Connections that know whether the session below them seems dead have a
@@ -86,7 +87,7 @@ type visit struct {
 	zone    *zone.Zone
 	origin  *origin
 	host    string // canonical, with the port if one came
-	target  target
+	target  reqtarget.Target
 	url     *url.URL // for the origin
 	visitor netip.Addr
 	remote  netip.AddrPort // of the visitor's connection
@@ -184,15 +185,15 @@ func (h *Handler) admit(v *visit, r *http.Request) (fault, bool) {
 	if up := upgradesTo(r.Header); up != "" && up != "websocket" {
 		return faultUpgrade, false // an upgrade to h2c would carry requests past every check here
 	}
-	if v.target, err = targetOf(r); err != nil || (z.ByPath() && v.target.ambiguous()) {
+	if v.target, err = reqtarget.Of(r); err != nil || (z.ByPath() && v.target.Ambiguous()) {
 		return faultTarget, false
 	}
-	up, ok := z.Upstream(v.target.path)
+	up, ok := z.Upstream(v.target.Path)
 	if !ok {
 		return faultNoOrigin, false
 	}
 	v.origin = h.origins[up]
-	if v.url, err = v.target.url(v.origin.scheme, up.Addr()); err != nil {
+	if v.url, err = v.target.URL(v.origin.scheme, up.Addr()); err != nil {
 		return faultTarget, false
 	}
 	addr, err := netip.ParseAddrPort(r.RemoteAddr)
