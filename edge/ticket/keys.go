@@ -23,8 +23,8 @@ const (
 	secretSize  = 32
 	recordSize  = idSize + 8 + secretSize
 	maxRecords  = 64
-	retryStore  = 30 * time.Second // after the store failed
-	rewatchWait = time.Second      // after a watch ended
+	retryStore  = 2 * time.Second // after the store failed
+	rewatchWait = time.Second     // after a watch ended
 )
 
 // Options governs the keys. Rotate and Generations must be positive.
@@ -92,14 +92,19 @@ func Open(ctx context.Context, store state.Store, o Options) (*Keys, error) {
 }
 
 // Run renews the keys when they are due and follows the changes of other edges, until ctx ends. While the store cannot be
-// written the current key stays in use.
+// read or written the current keys stay in use.
 func (k *Keys) Run(ctx context.Context) error {
-	for ctx.Err() == nil {
-		if err := k.follow(ctx); err != nil && ctx.Err() == nil {
-			k.log.Error("session ticket keys cannot be kept up to date", "err", err)
+	for failing := false; ctx.Err() == nil; {
+		err := k.follow(ctx)
+		if err != nil && ctx.Err() == nil {
+			if !failing {
+				k.log.Error("session ticket keys cannot be kept up to date; those at hand stay in use", "err", err)
+			}
+			failing = true
 			sleep(ctx, retryStore)
 			continue
 		}
+		failing = false
 		sleep(ctx, rewatchWait)
 	}
 	return nil
