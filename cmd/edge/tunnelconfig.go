@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -27,20 +28,13 @@ func tunnelConfigs() *cobra.Command {
 }
 
 func tunnelConfigGet() *cobra.Command {
-	return cli.WithOutput(&cobra.Command{
+	return complete(showing(&cobra.Command{
 		Use:   "get TUNNEL",
 		Short: "Show the rules, their version, and how the connectors took them",
 		Args:  cobra.ExactArgs(1),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			return asked(cmd, func(c *admin.Client) error {
-				v, err := c.TunnelConfig(cmd.Context(), args[0])
-				if err != nil {
-					return err
-				}
-				return cli.Show(cmd, v, func(w io.Writer) { tunnelConfigPage(w, v) })
-			})
-		},
-	})
+	}, func(ctx context.Context, c *admin.Client, args []string) (control.TunnelConfigView, error) {
+		return c.TunnelConfig(ctx, args[0])
+	}, tunnelConfigPage), tunnelNames)
 }
 
 func tunnelConfigPage(w io.Writer, v control.TunnelConfigView) {
@@ -124,34 +118,29 @@ func tunnelConfigClear() *cobra.Command {
 // changesConfig completes a command that sets the configuration which read returns.
 func changesConfig(cmd *cobra.Command, read func(cmd *cobra.Command, args []string) (json.RawMessage, error)) *cobra.Command {
 	var ifVersion uint64
-	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+	doing(complete(cmd, tunnelNames), func(ctx context.Context, c *admin.Client, args []string) (control.TunnelConfigView, error) {
 		doc, err := read(cmd, args)
+		if err != nil && len(args) > 1 {
+			err = cli.ConfigError(fmt.Errorf("%s:\n%w", args[1], err))
+		}
 		if err != nil {
-			name := ""
-			if len(args) > 1 {
-				name = args[1] + ":\n"
-			}
-			return cli.ConfigError(fmt.Errorf("%s%w", name, err))
+			return control.TunnelConfigView{}, err
 		}
 		var want *uint64
 		if cmd.Flags().Changed("if-version") {
 			want = &ifVersion
 		}
-		return asked(cmd, func(c *admin.Client) error {
-			v, err := c.SetTunnelConfig(cmd.Context(), args[0], doc, want)
-			if err != nil {
-				return err
+		v, err := c.SetTunnelConfig(ctx, args[0], doc, want)
+		if rules, perr := ingressconf.Parse(v.Body); err == nil && perr == nil {
+			for _, w := range rules.Warnings() {
+				fmt.Fprintf(cmd.ErrOrStderr(), "warning: %s\n", w)
 			}
-			if warn, err := ingressconf.Parse(v.Body); err == nil {
-				for _, w := range warn.Warnings() {
-					fmt.Fprintf(cmd.ErrOrStderr(), "warning: %s\n", w)
-				}
-			}
-			_, err = fmt.Fprintf(cmd.OutOrStdout(), "tunnel %q has configuration version %d; 'tunnel config get %s' shows how the connectors took it\n",
-				v.TunnelName, v.Version, v.TunnelName)
-			return err
-		})
-	}
+		}
+		return v, err
+	}, func(v control.TunnelConfigView, _ []string) string {
+		return fmt.Sprintf("tunnel %q has configuration version %d; 'tunnel config get %s' shows how the connectors took it",
+			v.TunnelName, v.Version, v.TunnelName)
+	})
 	cmd.Flags().Uint64Var(&ifVersion, "if-version", 0, "change only if this is the current version; 0: if there has never been one")
 	return cmd
 }
