@@ -331,13 +331,17 @@ func newWorld(t testing.TB) *world {
 	must(t, err)
 	w.owner = owner
 	w.identity = enrol(t, owner, filepath.Join(w.dir, "id-edge"), mtls.KindEdge, "edge1")
-	hsm := enrol(t, owner, filepath.Join(w.dir, "id-hsm"), mtls.KindKeyServer, "hsm1")
-	w.keyAddr = serveKeys(t, hsm, w.vault)
+	w.keyAddr = serveKeys(t, w.hsm(), w.vault)
 	w.cfg = Defaults()
 	w.cfg.Listen.TLS = []string{"127.0.0.1:0"}
 	w.cfg.Limits.DrainTimeout = 3 * time.Second
 	w.cfg.KeyServers = []KeyServer{{Name: "hsm", VNet: "vault", Servers: []string{w.keyAddr}, Expect: []string{"spiffe://owner.test/keyserver/hsm1"}, Timeout: time.Second}}
 	return w
+}
+
+// hsm returns the key server's identity.
+func (w *world) hsm() *mtls.Source {
+	return enrol(w.t, w.owner, filepath.Join(w.t.TempDir(), "id-hsm"), mtls.KindKeyServer, "hsm1")
 }
 
 func enrol(t testing.TB, owner *mtls.Authority, dir string, kind mtls.Kind, name string) *mtls.Source {
