@@ -144,6 +144,9 @@ func cut(c Conn) {
 // watchReader sees a flow's peer stop reading or cut the flow even if nobody reads or writes it now, as when the other
 // side takes no more bytes. It returns how to stop that.
 func (s *splice) watchReader(c Conn) (stop func() bool) {
+	if w, ok := c.(interface{ Unwrap() Conn }); ok { // one that counts bytes, say
+		c = w.Unwrap()
+	}
 	f, ok := c.(*flowConn)
 	if !ok {
 		return func() bool { return true }

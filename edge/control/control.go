@@ -172,7 +172,7 @@ const followPause = time.Second
 
 // follow keeps the picture up to date until ctx ends. It reports on ready, once, how the first reading went.
 func (c *Control) follow(ctx context.Context, ready chan<- error) {
-	for {
+	for failing := false; ; failing = true {
 		f := follower{c: c, ready: ready}
 		err := state.Follow(ctx, c.cfg.Store, "", f.reset, f.apply)
 		if ctx.Err() != nil {
@@ -182,7 +182,9 @@ func (c *Control) follow(ctx context.Context, ready chan<- error) {
 		case ready <- err: // nobody waits any more, except at the first reading
 		default:
 		}
-		c.log.Error("state cannot be followed", "err", err)
+		if !failing || f.read {
+			c.log.Error("state cannot be followed; what is known stays in force", "err", err)
+		}
 		sleep(ctx, followPause/2+rand.N(followPause))
 	}
 }
@@ -192,10 +194,11 @@ type follower struct {
 	c       *Control
 	ready   chan<- error
 	pending []delta // of a transaction whose generation record has not come yet
+	read    bool    // the state was read
 }
 
 func (f *follower) reset(entries []state.Entry, _ state.Revision) error {
-	f.pending = nil
+	f.pending, f.read = nil, true
 	bad := f.c.model.load(entries)
 	f.c.complain(bad)
 	f.c.peers.reset(entries)

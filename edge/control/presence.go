@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/keyhaven/keyhaven/mtls"
@@ -70,6 +71,8 @@ type peers struct {
 	every    time.Duration // between beats
 
 	wake chan struct{} // holds a value while dirty is not empty
+	mute atomic.Bool   // others could not be told, and that was logged
+	tell sync.Mutex    // held while the own record is written, so that nothing comes after the farewell
 
 	running context.Context // sessions with other edges end with it
 	stop    context.CancelFunc
@@ -360,6 +363,7 @@ func (p *peers) run(ctx context.Context) {
 			if !p.alone() {
 				p.beat(ctx)
 				p.flush(ctx)
+				p.bury(ctx)
 			}
 		case <-p.wake:
 			sleep(ctx, presencePause)
@@ -370,6 +374,8 @@ func (p *peers) run(ctx context.Context) {
 
 // beat says that this edge lives.
 func (p *peers) beat(ctx context.Context) {
+	p.tell.Lock()
+	defer p.tell.Unlock()
 	p.mu.Lock()
 	p.own.Beat++
 	rec, leaving := p.own, p.leaving
@@ -377,8 +383,42 @@ func (p *peers) beat(ctx context.Context) {
 	if leaving || p.alone() {
 		return
 	}
-	if _, err := p.c.cfg.Store.Txn(ctx, nil, []state.Op{put(prefixEdge+p.name, rec)}); err != nil && ctx.Err() == nil {
-		p.log.Warn("the other edges are not told that this one lives", "err", err)
+	_, err := p.c.cfg.Store.Txn(ctx, nil, []state.Op{put(prefixEdge+p.name, rec)})
+	p.notTold(ctx, err)
+}
+
+// notTold logs that others could not be told something, once until they can be again.
+func (p *peers) notTold(ctx context.Context, err error) {
+	if err != nil && ctx.Err() != nil {
+		return
+	}
+	if muted := p.mute.Swap(err != nil); err != nil && !muted {
+		p.log.Warn("the other edges are not told of this one", "err", err)
+	}
+}
+
+// buryAfter is how long an edge is gone before its records are deleted.
+const buryAfter = time.Hour
+
+// bury deletes what edges left in the store that are gone for long.
+func (p *peers) bury(ctx context.Context) {
+	var ops []state.Op
+	p.mu.RLock()
+	for name, e := range p.edges {
+		if e.alive || e.seen < 0 || time.Since(e.goneAt) < buryAfter {
+			continue
+		}
+		for id, by := range p.present {
+			if _, ok := by[name]; ok {
+				ops = append(ops, state.Delete(prefixPresent+id+"/"+name))
+			}
+		}
+		ops = append(ops, state.Delete(prefixEdge+name)) // last: what does not fit is found again
+	}
+	p.mu.RUnlock()
+	if len(ops) > 0 {
+		_, err := p.c.cfg.Store.Txn(ctx, nil, ops[:min(len(ops), maxOps)])
+		p.notTold(ctx, err)
 	}
 }
 
@@ -414,9 +454,7 @@ func (p *peers) flush(ctx context.Context) {
 				p.dirty[id] = struct{}{}
 			}
 			p.mu.Unlock()
-			if ctx.Err() == nil {
-				p.log.Warn("the other edges are not told of sessions", "err", err)
-			}
+			p.notTold(ctx, err)
 			return
 		}
 	}
@@ -437,6 +475,8 @@ func (c *Control) Leave(ctx context.Context) error {
 		}
 	}
 	p.mu.Unlock()
+	p.tell.Lock()
+	defer p.tell.Unlock()
 	if _, err := c.cfg.Store.Txn(ctx, nil, []state.Op{state.Delete(prefixEdge + p.name)}); err != nil {
 		return fmt.Errorf("control: take leave of the other edges: %w", err)
 	}
