@@ -120,7 +120,7 @@ func (p *place) newTransport(class tunnel.FlowClass, visitor *visit) *http.Trans
 		t.TLSClientConfig.ServerName = p.serverName
 	}
 	q := p.query
-	q.Class = class
+	q.Class, q.Carrier = class, tunnel.Carrier(p.up.Carrier)
 	var header func() ([]byte, error)
 	if visitor != nil {
 		src, dst := visitor.remote, visitor.local
