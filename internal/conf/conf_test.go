@@ -192,3 +192,52 @@ func FuzzLoad(f *testing.F) {
 		Load(&s, Options{Path: path})
 	})
 }
+
+func TestDecode(t *testing.T) {
+	type inner struct {
+		Name string        `mapstructure:"name"`
+		On   *bool         `mapstructure:"on"`
+		Wait time.Duration `mapstructure:"wait"`
+	}
+	type doc struct {
+		List []inner `mapstructure:"list"`
+		Base inner   `mapstructure:"base"`
+	}
+	for _, tt := range []struct{ in, says string }{
+		{"list:\n  - {name: a, on: false, wait: 5s}\n", ""},
+		{`{"list":[{"name":"a","on":false,"wait":"5s"}],"base":{"name":"b"}}`, ""},
+		{"", ""},
+		{"list:\n  - {nam: a}\n", `line 2: list[0].nam: unknown key; did you mean name?`},
+		{"list:\n  - {on: 1}\n", "line 2: list[0].on: must be true or false"},
+		{"list:\n  - {wait: 5}\n", "line 2: list[0].wait: must be a duration"},
+		{"list: [", "not valid YAML"},
+		{"a\nb", "holds no keys"},
+	} {
+		d := doc{Base: inner{Name: "default"}}
+		f, err := Decode(&d, []byte(tt.in))
+		if tt.says != "" {
+			if err == nil || !strings.Contains(err.Error(), tt.says) {
+				t.Errorf("%q: got %v, want %q", tt.in, err, tt.says)
+			}
+			continue
+		}
+		if err != nil {
+			t.Errorf("%q: %v", tt.in, err)
+			continue
+		}
+		if tt.in != "" && (len(d.List) != 1 || d.List[0].On == nil || *d.List[0].On || d.List[0].Wait != 5*time.Second) {
+			t.Errorf("%q: got %+v", tt.in, d)
+		}
+		if d.Base.Name == "" {
+			t.Errorf("%q: the default is gone", tt.in)
+		}
+		if tt.in != "" {
+			if err := f.Errorf("list[0].name", "bad"); !strings.Contains(err.Error(), "list[0].name: bad") || !strings.Contains(err.Error(), "line ") {
+				t.Errorf("an error about the meaning: %v", err)
+			}
+		}
+	}
+	if _, err := Decode(doc{}, nil); err == nil {
+		t.Error("a value in place of a pointer was taken")
+	}
+}
