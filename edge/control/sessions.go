@@ -18,6 +18,9 @@ const (
 	endShutdown = tunnel.CloseShutdown
 )
 
+// twinLook is how often a session is looked at whose connector has a later process: longer than dead sessions last.
+const twinLook = 15 * time.Second
+
 // live is an admitted session.
 type live struct {
 	s         *tunnel.Session
@@ -27,6 +30,8 @@ type live struct {
 
 	due chan struct{} // holds a value when the connector is to be told something; see Control.keep
 	ask atomic.Int32  // bulk sessions wanted, plus one; 0: nothing to say
+
+	superseded atomic.Int64 // when another process of the connector registered, in Unix nanoseconds; 0: none did later
 }
 
 // tell sees to it that the connector is told what is new. It never blocks.
@@ -47,10 +52,11 @@ type registry struct {
 	byName   map[string][]*live   // by the connector's name
 	upSince  map[string]time.Time // of tunnels that have a main session; see Control.add
 	count    int
+	twinLook time.Duration // does not change
 }
 
 func newRegistry() *registry {
-	return &registry{byTunnel: map[string][]*live{}, byName: map[string][]*live{}, upSince: map[string]time.Time{}}
+	return &registry{twinLook: twinLook, byTunnel: map[string][]*live{}, byName: map[string][]*live{}, upSince: map[string]time.Time{}}
 }
 
 // add enters l; a tunnel that had no main session is up since the given time. It returns the session whose place it
@@ -66,6 +72,7 @@ func (r *registry) add(l *live, since time.Time) (old *live) {
 		switch {
 		case o.connector.ID != l.connector.ID:
 		case or.Instance != reg.Instance:
+			o.superseded.CompareAndSwap(0, time.Now().UnixNano())
 			o.s.Retire()
 		case or.Index == reg.Index && o.role == l.role:
 			old = o
@@ -212,9 +219,15 @@ func (c *Control) Handle(_ context.Context, s *tunnel.Session) {
 // keep tells the connector what there is to tell, and asks flows to leave when the session drains, until it has ended.
 func (c *Control) keep(l *live) {
 	retired := l.s.Retired()
+	look := time.NewTicker(c.reg.twinLook)
+	defer look.Stop()
 	var told []string
 	for {
 		select {
+		case <-look.C:
+			if l.twin() {
+				l.end(endReplaced)
+			}
 		case <-l.due:
 			if addrs := c.addrs(); l.role == tunnel.RoleMain && !slices.Equal(addrs, told) {
 				l.s.TellEdges(addrs)
@@ -231,6 +244,13 @@ func (c *Control) keep(l *live) {
 			return
 		}
 	}
+}
+
+// twin reports whether the process of l is alive though another of the same connector registered later, so that it is not
+// one that was killed: somebody runs two with one identity, and has to know. Open flows may end first.
+func (l *live) twin() bool {
+	at := l.superseded.Load()
+	return at != 0 && l.s.Flows() == 0 && l.s.LastHeard().Sub(time.Unix(0, at)) > time.Second // what was on its way does not count
 }
 
 // changed notes that l came or went.

@@ -1,0 +1,38 @@
+package control
+
+import (
+	"errors"
+	"testing"
+	"time"
+
+	"github.com/keyhaven/keyhaven/tunnel"
+)
+
+// Two processes that live with one identity both hear of it: the later one ends the sessions of the earlier, which comes back
+// and does the same.
+func TestTwins(t *testing.T) {
+	t.Parallel()
+	e := newBed(t).edge()
+	e.reg.twinLook = 50 * time.Millisecond
+	e.site("plant", "")
+	src := e.enrol("plant", "p1")
+	first := e.link(src, "i1", 0, saying("first"))
+	second := e.link(src, "i2", 0, saying("second"))
+	want := &tunnel.SessionError{Reason: tunnel.CloseReplaced, Remote: true}
+	ends := func(old *link) {
+		t.Helper()
+		eventually(t, "the session of the earlier process to end", func() bool {
+			old.Probe(t.Context()) //nolint:errcheck // it has ended, then
+			return old.Err() != nil
+		})
+		if !errors.Is(old.Err(), want) {
+			t.Errorf("it ended with %v, want %v", old.Err(), want)
+		}
+	}
+	ends(first)
+	if err := second.Err(); err != nil {
+		t.Errorf("the later process's session ended: %v", err)
+	}
+	e.link(src, "i1", 0, saying("first"))
+	ends(second)
+}
