@@ -12,6 +12,7 @@ import (
 
 	"github.com/keyhaven/keyhaven/edge"
 	"github.com/keyhaven/keyhaven/edge/control"
+	"github.com/keyhaven/keyhaven/edge/spec"
 	"github.com/keyhaven/keyhaven/edge/zone"
 	"github.com/keyhaven/keyhaven/internal/conf"
 	"github.com/keyhaven/keyhaven/internal/ops"
@@ -241,6 +242,14 @@ func (c *config) vnetRefs() (refs []string) {
 			add(o.VNet)
 		}
 	}
+	for _, p := range c.Visitors.Pools {
+		for _, e := range p.Endpoints {
+			add(e.VNet)
+		}
+	}
+	for _, p := range c.Visitors.Ports {
+		add(p.VNet)
+	}
 	return refs
 }
 
@@ -257,7 +266,7 @@ func (c *config) local() control.Local {
 func (c *config) users(thing control.Thing, name, id string) (users []string) {
 	uses := func(is control.Thing, ref string) bool { return is == thing && ref != "" && (ref == name || ref == id) }
 	for _, g := range c.Visitors.KeyServers {
-		if uses(control.ThingVNet, g.VNet) {
+		if uses(control.ThingVNet, g.VNet) || uses(control.ThingPool, g.Pool) {
 			users = append(users, fmt.Sprintf("key server group %q of the configuration file", g.Name))
 		}
 	}
@@ -266,6 +275,16 @@ func (c *config) users(thing control.Thing, name, id string) (users []string) {
 			return uses(control.ThingVNet, o.VNet) || uses(control.ThingTunnel, o.Tunnel) || uses(control.ThingPool, o.Pool)
 		}) {
 			users = append(users, fmt.Sprintf("zone %q of the configuration file", z.Name))
+		}
+	}
+	for _, p := range c.Visitors.Pools {
+		if slices.ContainsFunc(p.Endpoints, func(e spec.Endpoint) bool { return uses(control.ThingVNet, e.VNet) }) {
+			users = append(users, fmt.Sprintf("pool %q of the configuration file", p.Name))
+		}
+	}
+	for _, p := range c.Visitors.Ports {
+		if uses(control.ThingVNet, p.VNet) || uses(control.ThingTunnel, p.Tunnel) || uses(control.ThingPool, p.Pool) {
+			users = append(users, fmt.Sprintf("port %q of the configuration file", p.Name))
 		}
 	}
 	return users
