@@ -50,7 +50,7 @@ func openPacket(tb testing.TB, s *Session, f Flow) *packetConn {
 
 // onCarriers runs a test over each carrier.
 func onCarriers(t *testing.T, test func(t *testing.T, carrier func(*ListenConfig, *DialConfig))) {
-	for _, c := range []Carrier{CarrierQUIC} {
+	for _, c := range []Carrier{CarrierQUIC, CarrierTCP} {
 		t.Run(string(c), func(t *testing.T) {
 			test(t, func(_ *ListenConfig, d *DialConfig) { d.Carrier = c })
 		})

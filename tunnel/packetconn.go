@@ -39,6 +39,8 @@ type PacketConn interface {
 type Ender interface {
 	// Ended is closed when the flow has ended, on either side's wish or with its session.
 	Ended() <-chan struct{}
+	// Err says why: io.EOF if the peer closed the flow. It is nil before the end.
+	Err() error
 }
 
 // A PacketReceiver is a flow of packets that hands packets over without a copy and without a buffer that waits for them.

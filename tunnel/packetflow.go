@@ -59,6 +59,13 @@ func (p *packetConn) Draining() <-chan struct{} { return p.s.drainCh }
 // Ended implements Ender.
 func (p *packetConn) Ended() <-chan struct{} { return p.ended }
 
+// Err implements Ender.
+func (p *packetConn) Err() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.err
+}
+
 // ReadPacket implements PacketConn.
 func (p *packetConn) ReadPacket(b []byte) (int, error) {
 	packet, err := p.ReceivePacket()

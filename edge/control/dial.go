@@ -31,6 +31,9 @@ type Query struct {
 	Tunnel string
 	// Service is "http" or "tcp", with Tunnel.
 	Service string
+	// Resolver sends the flow to the name server of the site that Host has its route to, or, with Tunnel, of that tunnel's
+	// site, in place of Host and Port. The connector must permit it.
+	Resolver bool
 	// Connector is the name of the only connector that may carry the flow; empty: any of the tunnel's.
 	Connector string
 	// Local keeps the flow from being forwarded to another edge, as when it came from one.
@@ -49,7 +52,9 @@ func (c *Control) plan(q Query) (plan, error) {
 	p := plan{q: q, flow: tunnel.Flow{Kind: tunnel.KindTCP, Port: q.Port, Visitor: q.Visitor, Class: q.Class, Connector: q.Connector}}
 	if q.Tunnel == "" {
 		var err error
-		p.flow.VNet, p.tunnel, p.flow.Host, err = c.resolve(q.VNet, q.Host)
+		if p.flow.VNet, p.tunnel, p.flow.Host, err = c.resolve(q.VNet, q.Host); q.Resolver {
+			p.toResolver()
+		}
 		return p, err
 	}
 	c.model.mu.RLock()
@@ -59,8 +64,22 @@ func (c *Control) plan(q Query) (plan, error) {
 		return p, err
 	}
 	p.tunnel = t.ID
+	if q.Resolver {
+		c.model.mu.RLock()
+		network, err := c.model.vnetLocked(q.VNet)
+		c.model.mu.RUnlock()
+		p.flow.VNet = network.ID
+		p.toResolver()
+		return p, err
+	}
 	p.flow.Kind, p.flow.Host, p.flow.Service, p.flow.Tunnel = tunnel.KindIngress, q.Host, q.Service, t.ID
 	return p, nil
+}
+
+// toResolver makes p's flow one to the site's name server. Another edge, which does not see what had the route, is told the
+// tunnel.
+func (p *plan) toResolver() {
+	p.flow.Host, p.flow.Port, p.flow.Tunnel = resolverHost, resolverPort, p.tunnel
 }
 
 // destination names where the flow goes, for people.

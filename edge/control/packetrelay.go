@@ -49,13 +49,7 @@ func (c *Control) openPacket(ctx context.Context, q Query, kind tunnel.FlowKind,
 	if err != nil {
 		return nil, nil, err
 	}
-	conn, via, err := race(ctx, list, func(ctx context.Context, k candidate) (tunnel.PacketConn, error) {
-		s, err := k.session(ctx)
-		if err != nil {
-			return nil, err
-		}
-		return s.OpenPacket(ctx, p.flowNow(ctx))
-	}, cutPackets)
+	conn, via, err := p.openInTurn(ctx, list)
 	if err != nil {
 		r.forget()
 		return nil, nil, p.failed(err)

@@ -219,7 +219,7 @@ func (c *Control) AdmitPeer(_ context.Context, peer mtls.Identity, _ *x509.Certi
 func (c *Control) HandlePeer(ctx context.Context, in *tunnel.Incoming) {
 	f := in.Flow()
 	q := Query{VNet: string(f.VNet), Host: f.Host, Port: f.Port, Visitor: f.Visitor, Class: f.Class, Tunnel: f.Tunnel,
-		Service: f.Service, Connector: f.Connector, Local: true}
+		Service: f.Service, Connector: f.Connector, Local: true, Resolver: f.Host == resolverHost && f.Tunnel != ""}
 	dial, cancel := ctx, context.CancelFunc(func() {})
 	if f.Deadline > 0 {
 		dial, cancel = context.WithTimeout(ctx, f.Deadline)
