@@ -137,6 +137,9 @@ func (p *process) open(ctx context.Context) (err error) {
 	if err != nil {
 		return cli.ListenError(err)
 	}
+	p.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "keyhaven_edge_faults",
+		Help: "Zones, public ports and pools that are out of service because they are wrong or cannot be opened."},
+		func() float64 { return float64(len(p.visitors.Faults())) }))
 	p.control.OnPublished(p.publish)
 	p.admin, err = admin.Listen(admin.Config{Control: p.control, Socket: cfg.Admin.Socket, Listen: cfg.Admin.Listen, Identity: p.ids.own,
 		Operators: cfg.Admin.Operators, Serving: p.serving(), Logger: log})
@@ -145,7 +148,7 @@ func (p *process) open(ctx context.Context) (err error) {
 
 // serving tells the admin API how what visitors are served is.
 func (p *process) serving() admin.Serving {
-	return admin.Serving{Faults: func() (list []admin.Fault) {
+	return admin.Serving{Health: p.visitors.Pools, Faults: func() (list []admin.Fault) {
 		for _, f := range p.visitors.Faults() {
 			list = append(list, admin.Fault(f))
 		}

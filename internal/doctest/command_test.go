@@ -133,7 +133,7 @@ func flags(help string, words []string) error {
 // Each command line of our programs in the pages names commands and flags that there are.
 func TestCommandLines(t *testing.T) {
 	bin := build(t)
-	for _, name := range []string{"README.md", "docs/install.md", "docs/troubleshooting.md"} {
+	for _, name := range []string{"README.md", "docs/install.md", "docs/administration.md", "docs/troubleshooting.md"} {
 		t.Run(name, func(t *testing.T) {
 			lines := commandLines(page(t, name))
 			if len(lines) == 0 && name == "docs/install.md" {
@@ -166,7 +166,7 @@ var (
 // docs/metrics.md has the metrics that the source registers, no more and no fewer.
 func TestEveryMetricIsDocumented(t *testing.T) {
 	want := map[string]bool{}
-	for _, file := range []string{"signer/metrics.go", "edge/metrics.go", "edge/control/metrics.go", "edge/balance/view.go", "edge/forward/metrics.go", "connector/metrics.go", "connector/ingress/metrics.go", "cmd/keyserver/metrics.go", "cmd/edge/run.go"} {
+	for _, file := range []string{"signer/metrics.go", "edge/metrics.go", "edge/control/metrics.go", "edge/balance/view.go", "edge/forward/metrics.go", "connector/metrics.go", "connector/packets.go", "connector/ingress/metrics.go", "cmd/keyserver/metrics.go", "cmd/edge/run.go"} {
 		b, err := os.ReadFile(filepath.Join(root(t), file))
 		if err != nil {
 			t.Fatal(err)

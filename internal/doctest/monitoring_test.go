@@ -32,57 +32,67 @@ func promtool(t *testing.T) string {
 	return path
 }
 
+// watched are the programs with alerts and a dashboard.
+var watched = []string{"keyserver", "edge", "connector"}
+
 func TestAlertsFireWhereTheyShould(t *testing.T) {
-	for _, args := range [][]string{{"check", "rules", "keyserver-alerts.yaml"}, {"test", "rules", "keyserver-alerts-test.yaml"}} {
-		cmd := exec.CommandContext(t.Context(), promtool(t), args...)
-		cmd.Dir = monitoring
-		if out, err := cmd.CombinedOutput(); err != nil {
-			t.Errorf("promtool %v: %v\n%s", args, err, out)
+	for _, p := range watched {
+		for _, args := range [][]string{{"check", "rules", p + "-alerts.yaml"}, {"test", "rules", p + "-alerts-test.yaml"}} {
+			cmd := exec.CommandContext(t.Context(), promtool(t), args...)
+			cmd.Dir = monitoring
+			if out, err := cmd.CombinedOutput(); err != nil {
+				t.Errorf("promtool %v: %v\n%s", args, err, out)
+			}
+		}
+		if _, err := os.Stat(filepath.Join(monitoring, p+"-dashboard.json")); err != nil {
+			t.Error(err)
 		}
 	}
 }
 
 // An alert that no test raises may never fire.
 func TestEveryAlertIsRaisedByATest(t *testing.T) {
-	var rules struct {
-		Groups []struct{ Rules []struct{ Alert string } }
-	}
-	var tests struct {
-		Tests []struct {
-			Alerts []struct {
-				Name     string `yaml:"alertname"`
-				Expected []any  `yaml:"exp_alerts"`
-			} `yaml:"alert_rule_test"`
+	for _, p := range watched {
+		var rules struct {
+			Groups []struct{ Rules []struct{ Alert string } }
 		}
-	}
-	for file, dst := range map[string]any{"keyserver-alerts.yaml": &rules, "keyserver-alerts-test.yaml": &tests} {
-		b, err := os.ReadFile(filepath.Join(monitoring, file))
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := yaml.Unmarshal(b, dst); err != nil {
-			t.Fatalf("%s: %v", file, err)
-		}
-	}
-	var raised []string
-	for _, x := range tests.Tests {
-		for _, a := range x.Alerts {
-			if len(a.Expected) > 0 {
-				raised = append(raised, a.Name)
+		var tests struct {
+			Tests []struct {
+				Alerts []struct {
+					Name     string `yaml:"alertname"`
+					Expected []any  `yaml:"exp_alerts"`
+				} `yaml:"alert_rule_test"`
 			}
 		}
-	}
-	n := 0
-	for _, g := range rules.Groups {
-		for _, r := range g.Rules {
-			n++
-			if !slices.Contains(raised, r.Alert) {
-				t.Errorf("no test raises %s", r.Alert)
+		for file, dst := range map[string]any{p + "-alerts.yaml": &rules, p + "-alerts-test.yaml": &tests} {
+			b, err := os.ReadFile(filepath.Join(monitoring, file))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := yaml.Unmarshal(b, dst); err != nil {
+				t.Fatalf("%s: %v", file, err)
 			}
 		}
-	}
-	if n == 0 {
-		t.Error("there are no alerts")
+		var raised []string
+		for _, x := range tests.Tests {
+			for _, a := range x.Alerts {
+				if len(a.Expected) > 0 {
+					raised = append(raised, a.Name)
+				}
+			}
+		}
+		n := 0
+		for _, g := range rules.Groups {
+			for _, r := range g.Rules {
+				n++
+				if !slices.Contains(raised, r.Alert) {
+					t.Errorf("no test raises %s", r.Alert)
+				}
+			}
+		}
+		if n == 0 {
+			t.Errorf("%s: there are no alerts", p)
+		}
 	}
 }
 
