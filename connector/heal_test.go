@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -375,7 +376,15 @@ func TestUp(t *testing.T) {
 		if got := c.Status().Up; !got.Equal(up) {
 			t.Errorf("uptime since %v, want %v: a session was up all the time", got, up)
 		}
+		if got := c.Degraded(); len(got) != 0 {
+			t.Errorf("degraded: %q, want nothing", got)
+		}
 		away.Store(true)
+		d.living()[0].s.lose(lost(idleTimeout{}))
+		time.Sleep(time.Minute)
+		if got := c.Degraded(); len(got) != 1 || !strings.Contains(got[0], "192.0.2.1 is not up: ") || !strings.Contains(got[0], "away") {
+			t.Errorf("degraded: %q, want the session that is away, and why", got)
+		}
 		for _, a := range d.living() {
 			a.s.lose(lost(idleTimeout{}))
 		}

@@ -1,7 +1,9 @@
 package connector
 
 import (
+	"fmt"
 	"net/netip"
+	"strings"
 	"time"
 )
 
@@ -72,4 +74,19 @@ func (c *Connector) configVersion() uint64 {
 		return 0
 	}
 	return c.cfg.Ingress.Version()
+}
+
+// Degraded says, a line each, which of the sessions that the connector keeps are not up, and why.
+func (c *Connector) Degraded() (list []string) {
+	for _, s := range c.Status().Sessions {
+		if s.Role != RoleMain || s.State == StateConnected {
+			continue
+		}
+		line := fmt.Sprintf("session %d to %s is not up", s.Index, s.Edge)
+		if s.Error != "" {
+			line += ": " + s.Error
+		}
+		list = append(list, strings.ReplaceAll(line, "\n", "; "))
+	}
+	return list
 }

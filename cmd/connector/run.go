@@ -73,7 +73,7 @@ func run(cmd *cobra.Command) error {
 		log.Warn("the allow-list is empty: every flow will be denied")
 	}
 	log.Info("starting", "identity", src.Identity(), "edges", s.edges, "rules", s.allow.Len(), "version", cli.Version())
-	side := &ops.Server{Addr: s.Ops.Listen, AllowNonLoopback: s.Ops.AllowNonLoopback, Ready: c.Ready, Registry: registry, Logger: log,
+	side := &ops.Server{Addr: s.Ops.Listen, AllowNonLoopback: s.Ops.AllowNonLoopback, Ready: c.Ready, Degraded: c.Degraded, Registry: registry, Logger: log,
 		Listening: func(a net.Addr) { log.Info("health and metrics", "addr", a) }}
 	local := &control{path: s.Control, status: c.Status, log: ring, registry: registry, logger: log, uid: ownUID()}
 	return serve(cmd, s, log, src, c, in, side, local)
