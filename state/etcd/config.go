@@ -6,6 +6,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/netip"
 	"net/url"
@@ -41,6 +42,13 @@ type Config struct {
 	Username, PasswordFile string
 	// Timeout bounds each request, and so how long it takes until the cluster counts as away. If zero, 5s.
 	Timeout time.Duration
+	// Cache is a file with a copy of the state, mode 0600: with it, reads are answered while the cluster is away, and a
+	// store opens without it. If empty, there is none. The directory must exist; each process needs its own.
+	Cache string
+	// Volatile are prefixes of keys whose changes alone do not make the file worth writing anew.
+	Volatile []string
+	// Logger gets what becomes of the cache. If nil, nothing is logged.
+	Logger *slog.Logger
 }
 
 // Check reports everything in c that cannot work, without touching the files.
@@ -187,13 +195,21 @@ func (c Config) tls() (*tls.Config, error) {
 	return conf, nil
 }
 
-// Open connects to the cluster. It fails with [state.ErrUnavailable] if no member answers in time.
+// Open connects to the cluster. It fails with [state.ErrUnavailable] if no member answers in time, and there is no cache to
+// start from.
 func Open(cfg Config) (state.Store, error) {
 	if err := errors.Join(cfg.Check()...); err != nil {
 		return nil, fmt.Errorf("etcd: %w", err)
 	}
 	if cfg.Timeout == 0 {
 		cfg.Timeout = defaultTimeout
+	}
+	if cfg.Cache != "" {
+		c, err := openCached(cfg)
+		if err != nil {
+			return nil, err // not a nil *cached in an interface
+		}
+		return c, nil
 	}
 	s, err := open(cfg, maxQueueEvents, maxQueueBytes)
 	if err != nil {

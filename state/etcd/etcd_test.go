@@ -40,6 +40,7 @@ func mustOpen(t testing.TB, cfg Config) state.Store {
 }
 
 func TestConformance(t *testing.T) {
+	t.Parallel()
 	ms := etcdtest.Start(t, 1)
 	statetest.Run(t, statetest.Engine{Open: func(t testing.TB, dir string) state.Store {
 		s, err := Open(Config{Endpoints: etcdtest.URLs(ms), Prefix: dir})
@@ -52,6 +53,7 @@ func TestConformance(t *testing.T) {
 
 // Two installations share a cluster and see nothing of one another.
 func TestPrefix(t *testing.T) {
+	t.Parallel()
 	ms := etcdtest.Start(t, 1)
 	a, b := mustOpen(t, Config{Endpoints: etcdtest.URLs(ms), Prefix: "/a"}), mustOpen(t, Config{Endpoints: etcdtest.URLs(ms), Prefix: "/a/b/"})
 	ctx := t.Context()
@@ -83,6 +85,7 @@ func TestPrefix(t *testing.T) {
 
 // History that the cluster has dropped is compacted, for listings of old and for watches.
 func TestCompaction(t *testing.T) {
+	t.Parallel()
 	ms := etcdtest.Start(t, 1)
 	s := mustOpen(t, Config{Endpoints: etcdtest.URLs(ms)}).(*store)
 	ctx := t.Context()
@@ -113,6 +116,7 @@ func TestCompaction(t *testing.T) {
 
 // A watcher that does not read costs bounded memory and is told that it has missed something.
 func TestQueueBound(t *testing.T) {
+	t.Parallel()
 	ms := etcdtest.Start(t, 1)
 	s, err := open(Config{Endpoints: etcdtest.URLs(ms), Timeout: defaultTimeout}, 8, 1<<20)
 	if err != nil {
@@ -146,6 +150,7 @@ func TestQueueBound(t *testing.T) {
 
 // A cluster that does not answer is told from every other failure, in time, and is used again when it is back.
 func TestAway(t *testing.T) {
+	t.Parallel()
 	ms := etcdtest.Start(t, 1)
 	s := mustOpen(t, Config{Endpoints: etcdtest.URLs(ms), Timeout: time.Second})
 	ctx := t.Context()
@@ -196,6 +201,7 @@ func unused(t testing.TB) string {
 }
 
 func TestOpenRefuses(t *testing.T) {
+	t.Parallel()
 	dead := "http://" + unused(t)
 	if _, err := Open(Config{Endpoints: []string{dead}, Timeout: 500 * time.Millisecond}); !errors.Is(err, state.ErrUnavailable) {
 		t.Errorf("nobody there: %v, want ErrUnavailable", err)
@@ -228,6 +234,7 @@ func TestOpenRefuses(t *testing.T) {
 
 // One of three members is killed while many write and watch: nothing is lost, doubled or refused.
 func TestMemberKilled(t *testing.T) {
+	t.Parallel()
 	ms := etcdtest.Start(t, 3)
 	s := mustOpen(t, Config{Endpoints: etcdtest.URLs(ms), Timeout: 10 * time.Second})
 	ctx := t.Context()
