@@ -255,29 +255,6 @@ func (h *Handler) responseCame(res *http.Response) error {
 	return nil
 }
 
-// switched is the origin's side after an upgrade. If it breaks, so does the flow.
-type switched struct {
-	io.ReadWriteCloser
-	conn *flowConn
-}
-
-// Read implements io.Reader.
-func (s *switched) Read(p []byte) (int, error) {
-	n, err := s.ReadWriteCloser.Read(p)
-	if err != nil && err != io.EOF && !errors.Is(err, net.ErrClosed) {
-		s.conn.reset(tunnel.ResultReset)
-	}
-	return n, err
-}
-
-// CloseWrite passes on the visitor's half-close where the origin's connection has one.
-func (s *switched) CloseWrite() error {
-	if c, ok := s.ReadWriteCloser.(interface{ CloseWrite() error }); ok {
-		return c.CloseWrite()
-	}
-	return s.Close()
-}
-
 // roundTripFailed answers when there is no response to pass on.
 func (h *Handler) roundTripFailed(w http.ResponseWriter, r *http.Request, err error) {
 	v := visitOf(r.Context())

@@ -23,7 +23,7 @@ import (
 
 const (
 	originHeaderBytes = 1 << 20          // of a response's header
-	originBuffer      = 32 << 10         // per connection and direction
+	originBuffer      = 32 << 10         // for the copying of a body
 	originPing        = 30 * time.Second // silence of an HTTP/2 connection before it is probed
 	originPingTimeout = 10 * time.Second
 	continueWait      = time.Second // for a 100 from an origin that may not know Expect
@@ -199,8 +199,6 @@ func (h *Handler) newTransport(o *origin, p *http.Protocols) *http.Transport {
 		IdleConnTimeout:        opt.KeepAliveTimeout,
 		ExpectContinueTimeout:  continueWait,
 		MaxResponseHeaderBytes: originHeaderBytes,
-		WriteBufferSize:        originBuffer,
-		ReadBufferSize:         originBuffer,
 		HTTP2:                  &http.HTTP2Config{SendPingTimeout: originPing, PingTimeout: originPingTimeout},
 	}
 }

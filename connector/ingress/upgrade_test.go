@@ -2,10 +2,12 @@ package ingress
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/netip"
@@ -104,6 +106,41 @@ func TestUpgradeBreaks(t *testing.T) {
 	fmt.Fprint(c, "seen")
 	if _, err := io.ReadAll(r); !errors.Is(err, syscall.ECONNRESET) {
 		t.Errorf("the flow ended with %v, want a reset", err)
+	}
+}
+
+// Much passes after an upgrade, in both directions at once, unchanged and with its half-closes.
+func TestUpgradeCarriesMuch(t *testing.T) {
+	addr := rawOrigin(t, func(c *net.TCPConn) {
+		r := bufio.NewReader(c)
+		http.ReadRequest(r) //nolint:errcheck // it is there
+		fmt.Fprint(c, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: own\r\n\r\n")
+		io.Copy(c, r) //nolint:errcheck // the test notices
+	})
+	bed := newBed(t, "ingress:\n  - service: http://"+addr+"\n")
+	c := bed.open(netip.AddrPort{})
+	fmt.Fprint(c, "GET / HTTP/1.1\r\nHost: a.test\r\nConnection: Upgrade\r\nUpgrade: own\r\n\r\n")
+	r := bufio.NewReader(c)
+	if res, err := http.ReadResponse(r, nil); err != nil || res.StatusCode != 101 {
+		t.Fatalf("got %v, %v", res, err)
+	}
+	sent := make([]byte, 3<<20)
+	for i := range sent {
+		sent[i] = byte(i * 7 >> 3)
+	}
+	done := make(chan error, 1)
+	go func() {
+		var err error
+		for left := sent; len(left) > 0 && err == nil; { // sizes about those of the buffers
+			n := min(len(left), 1+rand.IntN(40<<10))
+			_, err = c.Write(left[:n])
+			left = left[n:]
+		}
+		done <- errors.Join(err, c.CloseWrite())
+	}()
+	got, err := io.ReadAll(r)
+	if err := errors.Join(err, <-done); err != nil || !bytes.Equal(got, sent) {
+		t.Errorf("got %d bytes, %v, want the %d that were sent", len(got), err, len(sent))
 	}
 }
 
