@@ -120,9 +120,9 @@ func TestConfigErrors(t *testing.T) {
 		edit []string
 		says []string
 	}{
-		{"unknown key", []string{"drain_timeout: 30s\n\nops", "drain_timeuot: 30s\n\nops"}, []string{"edge.yaml:43", "tunnel.drain_timeuot", "did you mean drain_timeout"}},
+		{"unknown key", []string{"drain_timeout: 30s\n\nops", "drain_timeuot: 30s\n\nops"}, []string{"edge.yaml:44", "tunnel.drain_timeuot", "did you mean drain_timeout"}},
 		{"wrong type", []string{"connector_lifetime: 24h", "connector_lifetime: 24"}, []string{"tunnel.connector_lifetime", "unit"}},
-		{"lifetime", []string{"connector_lifetime: 24h", "connector_lifetime: 1s"}, []string{"edge.yaml:41", "tunnel.connector_lifetime", "1m"}},
+		{"lifetime", []string{"connector_lifetime: 24h", "connector_lifetime: 1s"}, []string{"edge.yaml:42", "tunnel.connector_lifetime", "1m"}},
 		{"no address", []string{`["edge1.example.com:7844"]`, `[]`}, []string{"tunnel.advertise", "host:port"}},
 		{"bad address", []string{`["edge1.example.com:7844"]`, `["edge1.example.com"]`}, []string{"tunnel.advertise[0]", "host:port"}},
 		{"port 0", []string{`["edge1.example.com:7844"]`, `["edge1.example.com:0"]`}, []string{"tunnel.advertise[0]", "65535"}},

@@ -115,7 +115,7 @@ func (p *process) open(ctx context.Context) (err error) {
 	p.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "keyhaven_edge_identity_not_after_seconds",
 		Help: "When the edge's own certificate towards connectors runs out, in Unix time."},
 		func() float64 { return float64(p.ids.own.NotAfter().Unix()) }))
-	if p.store, err = cfg.State.open(); err != nil {
+	if p.store, err = cfg.State.open(log); err != nil {
 		return err
 	}
 	p.control, err = control.Open(ctx, p.controlConfig())

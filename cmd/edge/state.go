@@ -2,7 +2,9 @@ package main
 
 import (
 	"fmt"
+	"log/slog"
 
+	"github.com/keyhaven/keyhaven/edge/control"
 	"github.com/keyhaven/keyhaven/state"
 	"github.com/keyhaven/keyhaven/state/etcd"
 )
@@ -27,13 +29,14 @@ type etcdConfig struct {
 	Key          string   `mapstructure:"key"`           // file, PEM
 	Username     string   `mapstructure:"username"`      // of a cluster with users
 	PasswordFile string   `mapstructure:"password_file"` // mode 0600
+	Cache        string   `mapstructure:"cache"`         // file to start from while the cluster is away; empty: none
 }
 
 // shared reports whether other edges may use the same state.
 func (s *stateConfig) shared() bool {
 	e := s.Etcd
 	e.Prefix = "" // has a default
-	return len(e.Endpoints) > 0 || e.CA != "" || e.Cert != "" || e.Key != "" || e.Username != "" || e.PasswordFile != ""
+	return len(e.Endpoints) > 0 || e.CA != "" || e.Cert != "" || e.Key != "" || e.Username != "" || e.PasswordFile != "" || e.Cache != ""
 }
 
 func (s *stateConfig) validate(errorf func(key, format string, args ...any)) {
@@ -53,10 +56,11 @@ func (s *stateConfig) validate(errorf func(key, format string, args ...any)) {
 
 func (s *stateConfig) etcd() etcd.Config {
 	e := s.Etcd
-	return etcd.Config{Endpoints: e.Endpoints, Prefix: e.Prefix, CA: e.CA, Cert: e.Cert, Key: e.Key, Username: e.Username, PasswordFile: e.PasswordFile}
+	return etcd.Config{Endpoints: e.Endpoints, Prefix: e.Prefix, CA: e.CA, Cert: e.Cert, Key: e.Key, Username: e.Username, PasswordFile: e.PasswordFile,
+		Cache: e.Cache, Volatile: control.Volatile()}
 }
 
-func (s *stateConfig) open() (state.Store, error) {
+func (s *stateConfig) open(log *slog.Logger) (state.Store, error) {
 	if !s.shared() {
 		store, err := state.OpenBolt(s.File)
 		if err != nil {
@@ -64,7 +68,9 @@ func (s *stateConfig) open() (state.Store, error) {
 		}
 		return store, nil
 	}
-	store, err := etcd.Open(s.etcd())
+	cfg := s.etcd()
+	cfg.Logger = log
+	store, err := etcd.Open(cfg)
 	if err != nil {
 		return nil, fmt.Errorf("open the state: %w", err)
 	}

@@ -34,6 +34,9 @@ const (
 	presencePause = 50 * time.Millisecond
 )
 
+// Volatile returns the prefixes of the store's keys that change all the time, and are not worth keeping.
+func Volatile() []string { return []string{prefixEdge, prefixPresent, prefixSeen} }
+
 // An edgeRecord is what an edge says of itself.
 type edgeRecord struct {
 	Instance  string    `json:"instance"` // random, of the process
