@@ -1,0 +1,165 @@
+package connector
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/netip"
+	"strings"
+	"testing"
+
+	"github.com/keyhaven/keyhaven/connector/ingress"
+	"github.com/keyhaven/keyhaven/ingressconf"
+	"github.com/keyhaven/keyhaven/tunnel"
+)
+
+// Rules from an edge reach what the list permits in any network, and nothing special by its name.
+func TestIngressPermit(t *testing.T) {
+	t.Parallel()
+	a, err := NewAllow([]Rule{
+		{VNet: "red", To: "10.1.0.0/16", Ports: []Ports{{80, 80}}},
+		{To: "*.corp", Ports: []Ports{{443, 443}}},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := permit{a}
+	for _, tt := range []struct {
+		name, to string
+		want     bool
+	}{
+		{"", "10.1.2.3:80", true},
+		{"", "10.1.2.3:81", false},
+		{"", "10.2.0.1:80", false},
+		{"web.corp", "192.0.2.1:443", true},
+		{"web.corp", "10.1.2.3:80", true},
+		{"web.corp", "127.0.0.1:443", false},
+		{"web.corp", "169.254.169.254:443", false},
+		{"web.other", "192.0.2.1:443", false},
+	} {
+		if got := p.Addr(tt.name, netip.MustParseAddrPort(tt.to)); got != tt.want {
+			t.Errorf("%s at %s: got %t, want %t", tt.name, tt.to, got, tt.want)
+		}
+	}
+	if !p.Name("web.corp", 443) || p.Name("web.corp", 444) || !p.Name("anything", 80) {
+		t.Error("names: got something else than what could resolve to a permitted address")
+	}
+	if none := (permit{nil}); none.Name("a", 80) || none.Addr("", netip.MustParseAddrPort("10.1.2.3:80")) {
+		t.Error("without a list something is permitted")
+	}
+}
+
+// answer is what an edge's flow came to.
+type answer struct {
+	flow   tunnel.Flow
+	result tunnel.Result
+	conn   tunnel.Conn
+}
+
+func (a *answer) Flow() tunnel.Flow          { return a.flow }
+func (a *answer) Cancelled() <-chan struct{} { return nil }
+func (a *answer) Accept() (tunnel.Conn, error) {
+	if a.conn == nil {
+		return nil, errors.New("gone")
+	}
+	return a.conn, nil
+}
+func (a *answer) AcceptPacket() (tunnel.PacketConn, error) { return nil, errors.New("no packets") }
+func (a *answer) Reject(r tunnel.Result) error             { a.result = r; return nil }
+
+func TestIngressFlows(t *testing.T) {
+	t.Parallel()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	go func() {
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			io.Copy(c, c) //nolint:errcheck // an echo
+			c.Close()
+		}
+	}()
+	down, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	down.Close()
+	rules, err := ingressconf.Parse(fmt.Appendf(nil, `ingress:
+  - {hostname: bytes.test, service: "tcp://%s"}
+  - {hostname: down.test, service: "tcp://%s"}
+  - service: hello_world
+`, ln.Addr(), down.Addr()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	h, err := ingress.New(ingress.HandlerConfig{Local: rules})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer h.Close() //nolint:errcheck // nothing is left
+	serve := func(h *ingress.Handler, service, host, say string) (tunnel.Result, string) {
+		c := &Connector{cfg: Config{Ingress: h}, log: slog.New(slog.DiscardHandler), metrics: newMetrics()}
+		c.SetLimits(Limits{})
+		mine, theirs := tcpPair(t)
+		defer mine.Close()
+		a := &answer{flow: tunnel.Flow{Kind: tunnel.KindIngress, Service: service, Host: host, Port: 443}, conn: theirs}
+		done := make(chan struct{})
+		go func() { defer close(done); c.handle(context.Background(), a) }()
+		fmt.Fprint(mine, say)
+		mine.CloseWrite() //nolint:errcheck // the answer shows it
+		if host == "bytes.test" || service == "http" {
+			b, _ := io.ReadAll(mine)
+			<-done
+			return a.result, string(b)
+		}
+		<-done
+		theirs.Close()
+		return a.result, ""
+	}
+	if r, got := serve(h, "tcp", "bytes.test", "hello"); r != tunnel.ResultOK || got != "hello" {
+		t.Errorf("bytes: got %v, %q", r, got)
+	}
+	if r, got := serve(h, "http", "a.test", "GET / HTTP/1.1\r\nHost: a.test\r\nConnection: close\r\n\r\n"); r != tunnel.ResultOK || !strings.Contains(got, "Hello, world") {
+		t.Errorf("requests: got %v, %q", r, got)
+	}
+	for _, tt := range []struct {
+		h             *ingress.Handler
+		service, host string
+		want          tunnel.Result
+	}{
+		{h, "tcp", "a.test", tunnel.ResultNoRoute},
+		{h, "tcp", "down.test", tunnel.ResultRefused},
+		{h, "udp", "a.test", tunnel.ResultUnsupported},
+		{nil, "tcp", "a.test", tunnel.ResultUnsupported},
+	} {
+		if r, _ := serve(tt.h, tt.service, tt.host, ""); r != tt.want {
+			t.Errorf("%s %s: got %v, want %v", tt.service, tt.host, r, tt.want)
+		}
+	}
+}
+
+func tcpPair(t *testing.T) (a, b *net.TCPConn) {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	c, err := net.Dial("tcp", ln.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	d, err := ln.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c.(*net.TCPConn), d.(*net.TCPConn)
+}
