@@ -27,6 +27,9 @@ type options struct {
 	only    []string
 	interop string
 	peers   string
+	// for tunnel-peers and edge-connectors
+	congestion string
+	connectors int
 }
 
 func main() {
@@ -41,6 +44,8 @@ func main() {
 	root.Flags().StringSliceVar(&o.only, "only", nil, "measure these parts alone: "+strings.Join(partNames(), ", "))
 	root.Flags().StringVar(&o.interop, "interop", "interop/gokeyless", "directory of the module that builds the existing key server")
 	root.Flags().StringVar(&o.peers, "peers", "bench/peers", "directory of the module that builds the other tunnels")
+	root.Flags().StringVar(&o.congestion, "congestion", "", "TCP congestion control of both namespaces (default: the machine's)")
+	root.Flags().IntVar(&o.connectors, "connectors", 10_000, "simulated connectors at one edge")
 	code := cli.Execute(ctx, root, os.Stderr)
 	stop()
 	os.Exit(code)
@@ -115,6 +120,8 @@ var parts = []part{
 	{"handshakes", (*bench).handshakes, installed},
 	{"tunnel", (*bench).flows, installed},
 	{"tunnel-peers", (*bench).tunnelPeers, nothing},
+	{"routes", (*bench).routes, nothing},
+	{"edge-connectors", (*bench).edgeConnectors, nothing},
 }
 
 func partNames() (names []string) {

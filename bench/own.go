@@ -7,7 +7,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"time"
 
 	"go.yaml.in/yaml/v3"
 
@@ -36,6 +35,7 @@ func (b *bench) startOwn(ctx context.Context, c *contender, public, private *tes
 			"state": obj{"file": file("state.db")}, "admin": obj{"socket": file("edge.sock")},
 			"identity": obj{"ca_dir": file("ca"), "dir": file("edge")},
 			"tunnel":   obj{"listen": listen, "advertise": []string{listen}},
+			"visitors": obj{"listen": obj{"tls": []string{netip.AddrPortFrom(ap.Addr(), ap.Port()+2).String()}}}, // must be; nobody visits
 		},
 		"connector.yaml": obj{
 			"identity": obj{"dir": file("connector")}, "edges": []string{listen}, "transport": obj{"carrier": carrier},
@@ -63,8 +63,8 @@ func (b *bench) startOwn(ctx context.Context, c *contender, public, private *tes
 	if err := start(public, "keyhaven-edge", "edge.yaml"); err != nil {
 		return err
 	}
-	if err := until(ctx, func() error { return edge("status") }); err != nil {
-		return fmt.Errorf("%w%s", err, c.lastLines())
+	if err := c.until(ctx, func() error { return edge("status") }); err != nil {
+		return err
 	}
 	for _, args := range [][]string{
 		{"tunnel", "create", "site"},
@@ -87,17 +87,4 @@ func (b *bench) startOwn(ctx context.Context, c *contender, public, private *tes
 		}
 	}
 	return nil
-}
-
-// until calls f until it succeeds or ctx ends.
-func until(ctx context.Context, f func() error) error {
-	for {
-		err := f()
-		if err == nil {
-			return nil
-		}
-		if sleep(ctx, 50*time.Millisecond) != nil {
-			return err
-		}
-	}
 }

@@ -28,8 +28,14 @@ type contender struct {
 	start    func(ctx context.Context, c *contender) error
 	tcp, udp string // where visitors go; udp is empty if it carries none
 	dir      string // its files
-	procs    []*exec.Cmd
+	procs    []spawned
 	failed   string // why it takes no part
+}
+
+// spawned is a process; done is closed when it has ended.
+type spawned struct {
+	*exec.Cmd
+	done chan struct{}
 }
 
 // benchLink is one way between the two namespaces, with an address on each side.
@@ -70,6 +76,11 @@ func (b *bench) tunnelPeers(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
+	control, err := b.setCongestion(public, private)
+	if err != nil {
+		return err
+	}
+	b.report.note("TCP of both namespaces uses %s", control)
 	at := func(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, 30) }
 	if _, _, err := n.Link(public, private, at(benchLinks[0].public), at(benchLinks[0].site)); err != nil {
 		return err
@@ -129,6 +140,27 @@ func (b *bench) tunnelPeers(ctx context.Context) (err error) {
 	return nil
 }
 
+// setCongestion puts the chosen congestion control in force, and returns what is.
+func (b *bench) setCongestion(spaces ...*testnet.Namespace) (name string, err error) {
+	const file = "/proc/sys/net/ipv4/tcp_congestion_control" // of the namespace of the thread that opens it
+	for _, ns := range spaces {
+		err := ns.Do(func() error {
+			if b.congestion != "" {
+				if err := os.WriteFile(file, []byte(b.congestion), 0); err != nil {
+					return err
+				}
+			}
+			text, err := os.ReadFile(file)
+			name = strings.TrimSpace(string(text))
+			return err
+		})
+		if err != nil {
+			return "", err
+		}
+	}
+	return name, nil
+}
+
 // ready starts a contender and waits until it carries an exchange.
 func (b *bench) ready(ctx context.Context, c *contender) error {
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
@@ -138,20 +170,32 @@ func (b *bench) ready(ctx context.Context, c *contender) error {
 			return err
 		}
 	}
+	return c.until(ctx, func() error {
+		conn, err := c.dial(ctx)
+		if err != nil {
+			return err
+		}
+		defer conn.Close()
+		return exchange(conn, 1, 1)
+	})
+}
+
+// until calls f until it succeeds, a process of the contender ends, or ctx does.
+func (c *contender) until(ctx context.Context, f func() error) error {
 	for {
-		err := func() error {
-			conn, err := c.dial(ctx)
-			if err != nil {
-				return err
-			}
-			defer conn.Close()
-			return exchange(conn, 1, 1)
-		}()
+		err := f()
 		if err == nil {
 			return nil
 		}
-		if sleep(ctx, 100*time.Millisecond) != nil {
-			return fmt.Errorf("carried nothing within 30 s: %w%s", err, c.lastLines())
+		for _, p := range c.procs {
+			select {
+			case <-p.done:
+				return fmt.Errorf("%s has ended: %v%s", p.Path, p.ProcessState, c.lastLines())
+			default:
+			}
+		}
+		if sleep(ctx, 50*time.Millisecond) != nil {
+			return fmt.Errorf("not ready in time: %w%s", err, c.lastLines())
 		}
 	}
 }
@@ -175,7 +219,9 @@ func (c *contender) spawn(cmd *exec.Cmd) error {
 	if err := cmd.Start(); err != nil {
 		return err
 	}
-	c.procs = append(c.procs, cmd)
+	p := spawned{cmd, make(chan struct{})}
+	go func() { defer close(p.done); cmd.Wait() }() // stop waits for it
+	c.procs = append(c.procs, p)
 	return nil
 }
 
@@ -190,7 +236,7 @@ func (c *contender) pids() (pids []int) {
 func (c *contender) stop() error {
 	for _, p := range c.procs {
 		p.Process.Kill()
-		p.Wait()
+		<-p.done
 	}
 	c.procs = nil
 	return nil
