@@ -31,27 +31,8 @@ import (
 // A Dialer reaches what lies behind the tunnel. Connections that can close their writing side have CloseWrite.
 type Dialer interface {
 	Dial(ctx context.Context, q control.Query) (net.Conn, error)
-}
-
-// whole makes a dialer of one that may lack packets and echoes.
-type whole struct{ Dialer }
-
-func (w whole) DialPacket(ctx context.Context, q control.Query) (tunnel.PacketConn, error) {
-	if d, ok := w.Dialer.(interface {
-		DialPacket(ctx context.Context, q control.Query) (tunnel.PacketConn, error)
-	}); ok {
-		return d.DialPacket(ctx, q)
-	}
-	return nil, errors.ErrUnsupported
-}
-
-func (w whole) Echo(ctx context.Context, q control.Query, e tunnel.EchoRequest) (tunnel.EchoReply, error) {
-	if d, ok := w.Dialer.(interface {
-		Echo(ctx context.Context, q control.Query, e tunnel.EchoRequest) (tunnel.EchoReply, error)
-	}); ok {
-		return d.Echo(ctx, q, e)
-	}
-	return tunnel.EchoReply{}, errors.ErrUnsupported
+	DialPacket(ctx context.Context, q control.Query) (tunnel.PacketConn, error)
+	Echo(ctx context.Context, q control.Query, e tunnel.EchoRequest) (tunnel.EchoReply, error)
 }
 
 // Deps is what a [Server] needs from the rest of the edge. Dialer and Store are required.
@@ -169,11 +150,11 @@ func (s *Server) openPools(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	s.balancer, err = balance.New(balance.Config{Dialer: whole{s.deps.Dialer}, Key: key, Logger: s.log, Registry: s.deps.Registry})
+	s.balancer, err = balance.New(balance.Config{Dialer: s.deps.Dialer, Key: key, Logger: s.log, Registry: s.deps.Registry})
 	if err != nil {
 		return err
 	}
-	s.forward, err = forward.New(forward.Config{Dialer: whole{s.deps.Dialer}, Balancer: s.balancer, Logger: s.log, Registry: s.deps.Registry})
+	s.forward, err = forward.New(forward.Config{Dialer: s.deps.Dialer, Balancer: s.balancer, Logger: s.log, Registry: s.deps.Registry})
 	return err
 }
 

@@ -285,12 +285,6 @@ func (p *port) limit() int {
 	return p.cfg.MaxConnections
 }
 
-func (p *port) config() spec.PortConfig {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.cfg
-}
-
 // household is what counts as one source: an IPv4 address, or the /64 that an IPv6 visitor has to itself.
 func household(a netip.Addr) netip.Addr {
 	if !a.Is6() {

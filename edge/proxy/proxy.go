@@ -93,7 +93,8 @@ type visit struct {
 	remote  netip.AddrPort // of the visitor's connection
 	local   netip.AddrPort // that the visitor dialled
 	conn    *Visitor
-	body    *visitorBody // nil if there is none
+	ctx     context.Context // of the request, with the visit in it
+	body    *visitorBody    // nil if there is none
 }
 
 // ingressAddr is the requested host with the port that the visitor dialled.
@@ -137,7 +138,8 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if v.conn = conn; single {
 		defer conn.Close()
 	}
-	out := r.WithContext(context.WithValue(r.Context(), visitKey{}, v))
+	v.ctx = context.WithValue(r.Context(), visitKey{}, v)
+	out := r.WithContext(v.ctx)
 	if r.ContentLength != 0 {
 		v.body = newVisitorBody(w, r, h.cfg.BodyIdleTimeout)
 		defer v.body.guard.done()

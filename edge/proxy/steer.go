@@ -81,7 +81,7 @@ func again(req *http.Request, body *heldBody, err error, try int, alternatives b
 		return false
 	}
 	if _, ok := errors.AsType[*dialError](err); ok {
-		return !body.touched.Load()
+		return body == nil || !body.touched.Load()
 	}
 	if timeout, ok := errors.AsType[net.Error](err); ok && timeout.Timeout() {
 		return false // it has cost all the time there is
@@ -158,10 +158,7 @@ func (a *attempt) send(req *http.Request, watched bool) (*http.Response, error) 
 	t := a.p.transportFor(a.v, a.lane)
 	out := a.request(req)
 	if watched {
-		ctx, cancel := context.WithCancel(req.Context())
-		a.cancel = cancel
-		ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: func(info httptrace.GotConnInfo) { a.conn.Store(&info.Conn) }})
-		out = out.WithContext(ctx)
+		out = out.WithContext(a.watch(req.Context()))
 		a.timer = time.AfterFunc(math.MaxInt64, a.look)
 		a.timer.Reset(headerPatience) // not before a.timer is there
 	}
@@ -182,6 +179,18 @@ func (a *attempt) send(req *http.Request, watched bool) (*http.Response, error) 
 	}
 	a.p.renew(a.v, a.lane, t)
 	return nil, errSuspect
+}
+
+// watch returns a context in which the attempt learns of its connection, and can be given up.
+func (a *attempt) watch(ctx context.Context) context.Context {
+	trace := &httptrace.ClientTrace{GotConn: func(info httptrace.GotConnInfo) { a.conn.Store(&info.Conn) }}
+	if old := httptrace.ContextClientTrace(ctx); old != nil { // httputil's, for informational responses
+		// The net library would join the two by reflection, which costs more than the rest of an attempt.
+		trace.Got1xxResponse = old.Got1xxResponse
+		ctx = a.v.ctx
+	}
+	ctx, a.cancel = context.WithCancel(ctx)
+	return httptrace.WithClientTrace(ctx, trace)
 }
 
 // look gives the attempt up if its session seems dead. It runs in a goroutine of its own.
@@ -315,13 +324,12 @@ const (
 	heldReleased
 )
 
-// hold returns the request with a held body, if it has one.
+// hold returns the request with a held body, which is nil if it has none.
 func hold(req *http.Request) (*http.Request, *heldBody) {
-	b := new(heldBody)
 	if req.Body == nil || req.Body == http.NoBody {
-		return req, b
+		return req, nil
 	}
-	b.ReadCloser = req.Body
+	b := &heldBody{ReadCloser: req.Body}
 	out := *req
 	out.Body = b
 	return &out, b
@@ -342,7 +350,7 @@ func (b *heldBody) Close() error {
 
 // release lets Close take effect: there will be no other attempt.
 func (b *heldBody) release() {
-	if b.ReadCloser != nil && b.state.Swap(heldReleased) == heldClosed {
+	if b != nil && b.state.Swap(heldReleased) == heldClosed {
 		_ = b.ReadCloser.Close() // its error is nobody's
 	}
 }
