@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"compress/gzip"
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -201,7 +202,9 @@ func TestStatus(t *testing.T) {
 	}
 
 	// A web page cannot ask.
-	client := &http.Transport{Dial: func(string, string) (net.Conn, error) { return net.Dial("unix", socket) }, DisableKeepAlives: true}
+	client := &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", socket)
+	}}
 	for _, change := range []func(*http.Request){
 		func(r *http.Request) { r.Host = "evil.example" },
 		func(r *http.Request) { r.Header.Set("Origin", "http://evil.example") },

@@ -197,6 +197,9 @@ func TestRunAway(t *testing.T) {
 	if code, body := get(t, base+"/readyz"); code != 503 || !strings.Contains(body, "not ready") {
 		t.Errorf("readyz: got %d %q, want 503 with the reason", code, body)
 	}
+	// What is in the way is said once, after the start.
+	p.wait(t, `start-up check failed" op="udp 127\.0\.0\.1:9" .*remedy=`)
+	p.wait(t, `start-up check failed" op="dns nowhere.invalid" .*remedy=`)
 	p.signal(t, syscall.SIGTERM)
 	if st := p.exit(t); st.ExitCode() != 0 {
 		t.Errorf("exit: %v, want 0", st)

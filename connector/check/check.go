@@ -120,10 +120,13 @@ func identity(src *mtls.Source) []Finding {
 // edge looks at one edge.
 func (cfg *Config) edge(ctx context.Context, e Edge) (list []Finding) {
 	resolved := cfg.dns(ctx, e)
-	list = append(list, resolved)
 	proxy, proxyFinding := cfg.proxy()
-	list = append(list, proxyFinding...)
-	if resolved.Level == Fail && proxy == nil {
+	if resolved.Level == Fail && proxy != nil {
+		resolved.Level = Warn
+		resolved.Detail += "; the proxy resolves it for TCP"
+	}
+	list = append(append(list, resolved), proxyFinding...)
+	if resolved.Level == Fail {
 		return list
 	}
 	var quic, tcp Finding

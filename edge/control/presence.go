@@ -493,6 +493,10 @@ func (c *Control) here(tunnelID string) presence {
 	return presence{Since: since, Processes: processesOf(ls)}
 }
 
+// turnIndexes is how far apart the indexes are of a session and of the one that took its place while it lived. See
+// tunnel/SPEC.md, "Registration".
+const turnIndexes = 64
+
 // processesOf sums up sessions by process, sorted.
 func processesOf(ls []*live) []presentProcess {
 	type group struct{ bits, want int } // of the sessions to one address of the edge
@@ -519,17 +523,18 @@ func processesOf(ls []*live) []presentProcess {
 			continue
 		}
 		s.Sessions++
-		g := s.groups[reg.Index/sessionsPerEdge]
+		number := reg.Index % turnIndexes / sessionsPerEdge
+		g := s.groups[number]
 		if g == nil {
 			g = &group{}
-			s.groups[reg.Index/sessionsPerEdge] = g
+			s.groups[number] = g
 		}
 		g.bits++
 		g.want = max(g.want, min(want, sessionsPerEdge))
 	}
 	list := make([]presentProcess, 0, len(by))
 	for _, s := range by {
-		s.Complete = s.Sessions > 0 && s.Draining == 0
+		s.Complete = s.Sessions > 0 // those that drain may have been replaced already
 		for _, g := range s.groups {
 			s.Complete = s.Complete && g.bits >= g.want
 		}

@@ -36,3 +36,20 @@ func TestTwins(t *testing.T) {
 	e.link(src, "i1", 0, saying("first"))
 	ends(second)
 }
+
+// A process whose sessions were replaced one by one, each by one with the other of its two indexes, has all of them.
+func TestMovedSessions(t *testing.T) {
+	e := newBed(t).edge()
+	e.site("plant", "")
+	src := e.enrol("plant", "p1")
+	for i, index := range []int{0, 1, 66, 67} {
+		ps := processesOf(e.reg.all())
+		if complete := len(ps) > 0 && ps[0].Complete; complete {
+			t.Errorf("complete with %d sessions of 4", i)
+		}
+		e.link(src, "i1", index, saying("p1"))
+	}
+	if ps := processesOf(e.reg.all()); len(ps) != 1 || !ps[0].Complete || ps[0].Sessions != 4 {
+		t.Errorf("got %+v, want one complete process", ps)
+	}
+}
