@@ -149,7 +149,7 @@ func TestWholeAPI(t *testing.T) {
 	must(t, c.DeleteTunnel(ctx, "plant", true))
 	for _, e := range endpoints(api{}) {
 		for m := range e.methods {
-			if name := m + " " + e.path + " 200"; !w.seen[name] && m+" "+e.path != "POST /v1/connectors/{name}/revoke" { // needs a connector: see cmd/edge
+			if name := m + " " + e.path + " 200"; !w.seen[name] && m+" "+e.path != "POST /v1/connectors/{name}/revoke" && e.path != "/v1/echo" { // they need a connector: see cmd/edge
 				t.Errorf("%s was not exercised", name)
 			}
 		}

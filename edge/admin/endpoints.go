@@ -35,6 +35,7 @@ func (a api) recordEndpoints() []endpoint {
 		{"/v1/tokens", methods{get: {a.listTokens, []string{"tunnel"}}}},
 		{"/v1/tokens/{id}", methods{del: {serve: a.revokeToken}}},
 		{"/v1/cleanup", methods{post: {serve: a.cleanup}}},
+		{"/v1/echo", methods{post: {serve: a.echo}}},
 		{"/v1/connectors", methods{get: {a.listConnectors, []string{"tunnel"}}}},
 		{"/v1/connectors/{name}/revoke", methods{post: {serve: a.revoke}}},
 		{"/v1/routes", methods{get: {a.listRoutes, []string{"vnet"}}, post: {serve: a.addRoute},

@@ -90,6 +90,7 @@ var schemas = map[string]reflect.Type{
 	"Connector": reflect.TypeFor[control.ConnectorView](), "Session": reflect.TypeFor[control.SessionView](),
 	"Route": reflect.TypeFor[control.RouteView](), "RouteNew": reflect.TypeFor[control.RouteSpec](), "RouteAnswer": reflect.TypeFor[control.RouteAnswer](),
 	"TokenNew": reflect.TypeFor[tokenRequest](), "JoinGrant": reflect.TypeFor[control.JoinGrant](), "Token": reflect.TypeFor[control.TokenView](),
+	"EchoRequest": reflect.TypeFor[EchoRequest](), "Echo": reflect.TypeFor[Echo](),
 	"CleanupRequest": reflect.TypeFor[cleanupRequest](), "Cleaned": reflect.TypeFor[control.Cleaned](),
 	"PoolConfig": reflect.TypeFor[spec.PoolConfig](), "Endpoint": reflect.TypeFor[spec.Endpoint](), "Monitor": reflect.TypeFor[spec.Monitor](), "Affinity": reflect.TypeFor[spec.Affinity](),
 	"Pool": reflect.TypeFor[control.Pool](), "EndpointChange": reflect.TypeFor[control.EndpointChange](),
