@@ -45,7 +45,9 @@ func (d *demo) check(ctx context.Context) error {
 		{"a worker process killed with kill -9 costs no visitor anything", d.workersKilled},
 		{"the audit log is whole, and shows where a copy was altered", d.auditHolds},
 		{"a killed key server fails new visitors fast, and heals", d.keyServerAway},
-		{"a killed connector answers 502 or an alert, and heals", d.connectorAway},
+		{"a connector killed with kill -9 costs no visitor anything", d.connectorKilled},
+		{"an edge killed with kill -9 turns no visitor away", d.edgeKilled},
+		{"with both connectors killed visitors get an answer, and it heals", d.connectorsAway},
 	} {
 		err := c.do(ctx)
 		if errors.Is(err, errNotProved) {
@@ -233,16 +235,20 @@ func (d *demo) keyServerAway(ctx context.Context) error {
 	return d.heals(ctx)
 }
 
-func (d *demo) connectorAway(ctx context.Context) error {
-	c := d.lab.Sites[0].Connector
-	if err := c.Kill(); err != nil {
-		return err
+func (d *demo) connectorsAway(ctx context.Context) error {
+	connectors := d.lab.Sites[0].Connectors
+	for _, c := range connectors {
+		if err := c.Proc.Kill(); err != nil {
+			return err
+		}
 	}
 	if out, err := d.fetch(ctx, ecHost, "-f"); err == nil {
 		return fmt.Errorf("a page came without a tunnel: %q", out)
 	}
-	if err := c.Start(); err != nil {
-		return err
+	for _, c := range connectors {
+		if err := c.Proc.Start(); err != nil {
+			return err
+		}
 	}
 	return d.heals(ctx)
 }

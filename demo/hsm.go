@@ -9,7 +9,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -56,27 +55,16 @@ func (d *demo) workersKilled(ctx context.Context) error {
 	if len(before) == 0 {
 		return errors.New("the key server has no worker processes")
 	}
-	var pages atomic.Int64
-	var visits sync.WaitGroup
-	var failed error
-	looping, stop := context.WithCancel(ctx)
-	visits.Go(func() {
-		for looping.Err() == nil && failed == nil {
-			if _, failed = d.fetch(ctx, ecHost, "-f"); failed == nil {
-				pages.Add(1)
-			}
-		}
+	pages, err := d.whileVisited(ctx, func(ctx context.Context) error { return d.fetchOK(ctx) }, func(ctx context.Context, pages *atomic.Int64) error {
+		return d.killEach(ctx, before, pages)
 	})
-	err = d.killEach(ctx, before, &pages)
-	stop()
-	visits.Wait()
-	if err = errors.Join(err, failed); err != nil {
-		return fmt.Errorf("after %d pages: %w", pages.Load(), err)
+	if err != nil {
+		return err
 	}
 	if d.lab.KeyServer.PID() != server || !d.lab.KeyServer.Running() {
 		return errors.New("the key server itself did not live on")
 	}
-	fmt.Printf("        %d visits without an error while the workers %v were killed\n", pages.Load(), before)
+	fmt.Printf("        %d visits without an error while the workers %v were killed\n", pages, before)
 	return nil
 }
 

@@ -1,5 +1,6 @@
 // Command keyhaven-demo runs a whole installation on one machine: a token with keys made inside it, a key server, an
-// origin and a connector on a private network, and an edge that serves visitors with those keys.
+// origin and two connectors on a private network, and two edges, which share their state in etcd, that serve visitors with
+// those keys.
 //
 // As root the private side lives in a network namespace with one outgoing link. Without root everything shares loopback.
 package main
@@ -80,6 +81,9 @@ func run(ctx context.Context, check bool) (err error) {
 	}
 	fmt.Println("First, curl loops while each worker process, in which the HSM's module runs, is killed with kill -9.")
 	report("no visitor was turned away, and the key server lived on", d.workersKilled(ctx))
+	fmt.Println("Then each connector is, and each edge.")
+	report("no visitor was turned away while connectors were killed", d.connectorKilled(ctx))
+	report("no visitor was turned away while edges were killed", d.edgeKilled(ctx))
 	fmt.Println()
 	d.explain()
 	<-ctx.Done()
@@ -107,10 +111,7 @@ func (d *demo) start(ctx context.Context) error {
 	} else if err := loopback(&plan, &site); err != nil {
 		return err
 	}
-	if plan.Edge.Visitors, err = freeAddr("127.0.0.1:8443"); err != nil {
-		return err
-	}
-	if plan.Edge.Ops, err = freeAddr("127.0.0.1:0"); err != nil {
+	if err := edges(&plan); err != nil {
 		return err
 	}
 	d.visitors = plan.Edge.Visitors
@@ -119,7 +120,7 @@ func (d *demo) start(ctx context.Context) error {
 	if d.lab, err = lab.New(ctx, plan); err != nil {
 		return err
 	}
-	fmt.Println("Starting origin, key server, connector and edge.")
+	fmt.Println("Starting origin, key server, etcd, two edges and two connectors.")
 	return d.lab.Start(ctx)
 }
 
@@ -154,8 +155,10 @@ func (d *demo) ground(plan *lab.Plan, site *lab.SitePlan) (err error) {
 	}
 	site.NS, site.KeyServer, site.Origin = d.site, keyServerAddr, originAddr
 	site.Ops, site.KeyServerOps = "127.0.0.1:9601", "127.0.0.1:9602"
+	site.Replicas = []lab.ConnectorPlan{{Name: "replica", Ops: "127.0.0.1:9603"}}
 	site.Routes = []netip.Prefix{netip.MustParsePrefix("10.20.0.0/24")}
 	plan.Edge.Tunnel = netip.AddrPortFrom(outer.Addr(), 7844).String()
+	plan.MoreEdges = []lab.EdgePlan{{Tunnel: netip.AddrPortFrom(outer.Addr(), 7845).String()}}
 	return nil
 }
 
@@ -168,11 +171,40 @@ func linkAddrs() (inner, outer netip.Prefix) {
 	return at(2), at(1)
 }
 
+// edges gives the two edges their places for visitors: one port, on 127.0.0.1 and on 127.0.0.2; and both their store.
+func edges(plan *lab.Plan) (err error) {
+	second := &plan.MoreEdges[0]
+	for try := 0; second.Visitors == ""; try++ {
+		if plan.Edge.Visitors, err = freeAddr("127.0.0.1:8443"); err != nil {
+			return err
+		}
+		_, port, _ := net.SplitHostPort(plan.Edge.Visitors)
+		want := net.JoinHostPort("127.0.0.2", port)
+		got, err := freeAddr(want)
+		if err != nil {
+			return err
+		}
+		if got == want {
+			second.Visitors = want
+		} else if try == 10 {
+			return errors.New("no port is free on both 127.0.0.1 and 127.0.0.2")
+		}
+	}
+	for _, to := range []*string{&plan.Edge.Ops, &second.Ops, &plan.Etcd.Client, &plan.Etcd.Peer} {
+		if *to, err = freeAddr("127.0.0.1:0"); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // loopback plans everything on 127.0.0.1.
 func loopback(plan *lab.Plan, site *lab.SitePlan) error {
+	site.Replicas = []lab.ConnectorPlan{{Name: "replica"}}
+	plan.MoreEdges = []lab.EdgePlan{{}}
 	for want, to := range map[string]*string{
 		"127.0.0.1:2407": &site.KeyServer, "127.0.0.1:8080": &site.Origin, "127.0.0.1:7844": &plan.Edge.Tunnel,
-		"127.0.0.1:9601": &site.Ops, "127.0.0.1:9602": &site.KeyServerOps,
+		"127.0.0.1:7845": &plan.MoreEdges[0].Tunnel, "127.0.0.1:9601": &site.Ops, "127.0.0.1:9602": &site.KeyServerOps, "127.0.0.1:9603": &site.Replicas[0].Ops,
 	} {
 		addr, err := freeAddr(want)
 		if err != nil {
@@ -209,8 +241,8 @@ func freeAddr(want string) (string, error) {
 func (d *demo) explain() {
 	if d.net != nil {
 		fmt.Printf(`The private side lives in the network namespace %s: key server %s, origin %s.
-It has one link, by which its connector dialled %s; no packet from here reaches those addresses.
-`, d.site.Name(), keyServerAddr, originAddr, d.lab.Plan.Edge.Tunnel)
+It has one link, by which its two connectors dialled %s and %s; no packet from here reaches those addresses.
+`, d.site.Name(), keyServerAddr, originAddr, d.lab.Plan.Edge.Tunnel, d.lab.Plan.MoreEdges[0].Tunnel)
 	} else {
 		fmt.Print(`Without root, edge and private side share this machine's loopback. The requests take the same way, but this run
 does not prove that the private side is out of reach. Run the demo as root to see that.
@@ -220,6 +252,8 @@ does not prove that the private side is out of reach. Run the demo as root to se
 	for _, host := range []string{ecHost, rsaHost} {
 		fmt.Println("\n  " + d.curl(host))
 	}
+	edge := filepath.Join(d.lab.Plan.Bin, "keyhaven-edge")
+	fmt.Printf("\nWhat the first edge knows of tunnels and edges:\n\n  %s status --socket %s\n", edge, d.lab.Path("edge.sock"))
 	fmt.Printf("\nThe worker processes, to kill one yourself:\n\n  %s token list --control %s\n",
 		filepath.Join(d.lab.Plan.Bin, "keyhaven-keyserver"), d.lab.Path("keyserver.sock"))
 	fmt.Print("\nEach full handshake takes one signature in the token, shown here as it happens. Ctrl-C ends the demo.\n\n")
@@ -228,7 +262,7 @@ does not prove that the private side is out of reach. Run the demo as root to se
 
 func (d *demo) curl(host string) string {
 	_, port, _ := net.SplitHostPort(d.visitors)
-	return fmt.Sprintf("curl --cacert %s --resolve %s:%s:127.0.0.1 https://%s:%s/", d.lab.Roots(), host, port, host, port)
+	return fmt.Sprintf("curl --cacert %s --resolve %s:%s:127.0.0.1,127.0.0.2 https://%s:%s/", d.lab.Roots(), host, port, host, port)
 }
 
 // close stops and removes everything. In a check it also reports that nothing is left.
