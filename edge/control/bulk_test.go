@@ -13,6 +13,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus/testutil"
+
 	"github.com/keyhaven/keyhaven/mtls"
 	"github.com/keyhaven/keyhaven/tunnel"
 )
@@ -110,6 +112,9 @@ func TestBulkSessions(t *testing.T) {
 		if _, who := open(c, ""); who != "quic" {
 			t.Errorf("a flow of class %d went over %s", c, who)
 		}
+	}
+	if n := testutil.ToFloat64(e.opened.WithLabelValues("local", "tcp", "bulk")); n != 2 {
+		t.Errorf("%v flows are counted on bulk sessions, want 2", n)
 	}
 	roles := map[string]int{}
 	for _, v := range e.Flows() {
@@ -216,6 +221,7 @@ func isLimit(err error) bool { return peerResult(err) == tunnel.ResultLimit }
 // A connector that vanishes without a word, as by kill -9 of its host, delays new flows by less than a second while a
 // replica lives.
 func TestVanishedConnector(t *testing.T) {
+	t.Parallel()
 	e := newBed(t).edge()
 	e.site("plant", "")
 	gone, stays := &client{e: e, src: e.enrol("plant", "p1")}, &client{e: e, src: e.enrol("plant", "p2")}

@@ -73,6 +73,7 @@ type Control struct {
 	changing chan struct{} // holds a value while a change is being made
 	sightLog *sightings
 	dials    *prometheus.CounterVec
+	opened   *prometheus.CounterVec
 	packets  *packetNumbers
 
 	cancel context.CancelFunc
@@ -98,7 +99,7 @@ func Open(ctx context.Context, cfg Config) (*Control, error) {
 		cfg.beat = defaultBeat
 	}
 	c := &Control{cfg: cfg, log: cfg.Logger, model: newModel(), reg: newRegistry(), started: time.Now(),
-		changing: make(chan struct{}, 1), sightLog: newSightings(), dials: newDials(), packets: newPacketNumbers(), publish: newPublisher(), configs: newPusher()}
+		changing: make(chan struct{}, 1), sightLog: newSightings(), dials: newDials(), opened: newOpened(), packets: newPacketNumbers(), publish: newPublisher(), configs: newPusher()}
 	c.bulk, c.status, c.peers = newBulk(cfg.BulkCarrier, c.reg), newStatuses(), newPeers(c)
 	if err := c.found(ctx); err != nil {
 		return nil, err
@@ -123,7 +124,7 @@ func Open(ctx context.Context, cfg Config) (*Control, error) {
 	}
 	c.done.Go(func() { c.peers.run(run) })
 	if cfg.Registry != nil {
-		for _, m := range append(c.packets.collectors(), collector{c}, c.dials) {
+		for _, m := range append(c.packets.collectors(), collector{c}, c.dials, c.opened) {
 			if err := cfg.Registry.Register(m); err != nil {
 				return nil, errors.Join(fmt.Errorf("control: open: %w", err), c.Close())
 			}

@@ -28,17 +28,18 @@ const testBeat = 400 * time.Millisecond
 type fleet struct {
 	*bed
 	members []*etcdtest.Member
+	cache   string // file of the store's cache, if any
 }
 
 func newFleet(t *testing.T, members int) *fleet {
 	t.Helper()
 	t.Parallel()
-	return &fleet{newBed(t), etcdtest.Start(t, members)}
+	return &fleet{bed: newBed(t), members: etcdtest.Start(t, members)}
 }
 
 func (f *fleet) store() state.Store {
 	f.t.Helper()
-	s, err := etcd.Open(etcd.Config{Endpoints: etcdtest.URLs(f.members), Timeout: time.Second})
+	s, err := etcd.Open(etcd.Config{Endpoints: etcdtest.URLs(f.members), Timeout: time.Second, Cache: f.cache, Volatile: Volatile()})
 	must(f.t, err)
 	return s
 }
@@ -400,3 +401,82 @@ func TestEtcdAway(t *testing.T) {
 }
 
 var _ net.Conn = (*flow)(nil)
+
+// An edge that starts while etcd is away serves what it knew, and finds the others and the changes when etcd is back.
+func TestStartWithoutEtcd(t *testing.T) {
+	f := newFleet(t, 1)
+	f.cache = filepath.Join(t.TempDir(), "cache")
+	a := f.edge("a")
+	a.site("plant", "")
+	src := a.enrol("plant", "p1")
+	a.stop()
+	f.members[0].Kill()
+	a = f.edge("a")
+	a.link(src, "i1", 0, saying("p1"))
+	if got, err := a.ask("", "10.1.2.3"); err != nil || !strings.HasPrefix(got, "p1 ") {
+		t.Errorf("without etcd: %q, %v", got, err)
+	}
+	_, err := a.AddTunnel(t.Context(), "office", "")
+	wantErr(t, err, ErrUnavailable)
+	f.members[0].Restart()
+	f.cache = ""
+	b := f.edge("b")
+	meet(a, b)
+	eventually(t, "changes are possible again", func() bool { _, err := a.AddTunnel(t.Context(), "office", ""); return err == nil })
+	eventually(t, "b reaches the tunnel over a", func() bool {
+		got, err := b.ask("", "10.1.2.3")
+		return err == nil && strings.HasPrefix(got, "p1 ")
+	})
+}
+
+// A connector's flow of packets is forwarded too, with its reports.
+func TestForwardedPackets(t *testing.T) {
+	f := newFleet(t, 1)
+	a, b := f.edge("a"), f.edge("b")
+	meet(a, b)
+	a.site("plant", "")
+	b.link(a.enrol("plant", "p1"), "i1", 0, func(_ context.Context, in *tunnel.Incoming) {
+		conn, err := in.AcceptPacket()
+		if err != nil {
+			return
+		}
+		defer conn.Close()
+		buf := make([]byte, tunnel.MaxPacket)
+		for {
+			n, err := conn.ReadPacket(buf)
+			if err != nil {
+				return
+			}
+			if n == 0 {
+				conn.Unreachable(tunnel.UnreachablePort)
+				continue
+			}
+			if conn.WritePacket(buf[:n]) != nil {
+				return
+			}
+		}
+	})
+	id, _ := a.Tunnel("plant")
+	eventually(t, "a knows of b's session", func() bool { return len(a.peers.with(id.ID, "")) == 1 })
+	conn, r, err := a.openPacket(t.Context(), Query{Host: "10.1.2.3", Port: 53}, tunnel.KindUDP, [16]byte{1})
+	must(t, err)
+	defer r.forget()
+	defer conn.Close()
+	buf := make([]byte, tunnel.MaxPacket)
+	for _, size := range []int{1, 1200, 9000, 60000} {
+		want := strings.Repeat("p", size)
+		eventually(t, fmt.Sprintf("a packet of %d bytes comes back", size), func() bool {
+			must(t, conn.WritePacket([]byte(want)))
+			must(t, conn.SetReadDeadline(time.Now().Add(time.Second)))
+			n, err := conn.ReadPacket(buf)
+			return err == nil && string(buf[:n]) == want
+		})
+	}
+	eventually(t, "a report of a refused packet comes back", func() bool {
+		must(t, conn.WritePacket(nil))
+		must(t, conn.SetReadDeadline(time.Now().Add(time.Second)))
+		_, err := conn.ReadPacket(buf)
+		u, ok := errors.AsType[*tunnel.UnreachableError](err)
+		return ok && u.Code == tunnel.UnreachablePort
+	})
+}

@@ -122,6 +122,7 @@ type flows struct {
 	open     map[*record]struct{}
 	byVNet   map[vnet.ID]int
 	byTunnel map[string]int
+	byLive   map[*live]map[*record]struct{} // those that are open over a session of this edge
 }
 
 // reserve enters a flow before it is opened, or refuses it with [ErrLimit], which is a [tunnel.ResultLimit] too.
@@ -136,6 +137,7 @@ func (c *Control) reserve(p plan) (*record, error) {
 	defer s.mu.Unlock()
 	if s.open == nil {
 		s.open, s.byVNet, s.byTunnel = map[*record]struct{}{}, map[vnet.ID]int{}, map[string]int{}
+		s.byLive = map[*live]map[*record]struct{}{}
 	}
 	if n := network.MaxFlows; n > 0 && s.byVNet[p.flow.VNet] >= n {
 		return nil, limitError("virtual network", network.Name, n)
@@ -158,6 +160,7 @@ func (s *flows) remove(r *record) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.open, r)
+	s.detachLocked(r)
 	if v := r.plan.flow.VNet; s.byVNet[v] > 1 {
 		s.byVNet[v]--
 	} else {
@@ -172,8 +175,9 @@ func (s *flows) remove(r *record) {
 
 // begin notes that r is open over via as conn, also if it was over another session before.
 func (c *Control) begin(r *record, via candidate, conn any) *record {
-	r.via.Store(&via)
+	c.flows.attach(r, via)
 	c.bulk.begun(r, via)
+	c.opened.WithLabelValues(r.way(via), string(via.carrier()), via.role().String()).Inc()
 	// What changed before expelWhere could see it.
 	if via.draining() || c.astray(r) {
 		r.expel()
@@ -188,6 +192,44 @@ func (c *Control) begin(r *record, via candidate, conn any) *record {
 		}()
 	}
 	return r
+}
+
+// attach notes what carries r from now on.
+func (s *flows) attach(r *record, via candidate) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if _, ok := s.open[r]; !ok { // over already
+		return
+	}
+	s.detachLocked(r)
+	r.via.Store(&via)
+	if via.l == nil {
+		return
+	}
+	if s.byLive[via.l] == nil {
+		s.byLive[via.l] = map[*record]struct{}{}
+	}
+	s.byLive[via.l][r] = struct{}{}
+}
+
+func (s *flows) detachLocked(r *record) {
+	k := r.via.Load()
+	if k == nil || k.l == nil {
+		return
+	}
+	delete(s.byLive[k.l], r)
+	if len(s.byLive[k.l]) == 0 {
+		delete(s.byLive, k.l)
+	}
+}
+
+// expelFrom asks the flows over a session to leave.
+func (s *flows) expelFrom(l *live) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for r := range s.byLive[l] {
+		r.expel()
+	}
 }
 
 // expelWhere asks flows to leave.

@@ -51,6 +51,23 @@ func newDials() *prometheus.CounterVec {
 		Help: "Flows that were asked for, by result."}, []string{"result"})
 }
 
+func newOpened() *prometheus.CounterVec {
+	return prometheus.NewCounterVec(prometheus.CounterOpts{Name: "keyhaven_edge_flows_opened_total",
+		Help: "Flows that were opened, by way (local, forwarded to another edge, or for another edge), carrier and role of the session."},
+		[]string{"way", "carrier", "role"})
+}
+
+// way is the label of how a flow came to its connector.
+func (r *record) way(k candidate) string {
+	switch {
+	case k.e != nil:
+		return "forwarded"
+	case r.plan.q.Local:
+		return "for_peer"
+	}
+	return "local"
+}
+
 // dialResult is the label of a dial that ended with err.
 func dialResult(err error) string {
 	if err == nil {

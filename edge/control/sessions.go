@@ -238,7 +238,7 @@ func (c *Control) keep(l *live) {
 			}
 		case <-retired:
 			retired = nil
-			c.flows.expelWhere(func(r *record) bool { k := r.via.Load(); return k != nil && k.l == l })
+			c.flows.expelFrom(l)
 			c.touch(l.connector.Tunnel)
 		case <-l.s.Done():
 			return
