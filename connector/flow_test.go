@@ -99,7 +99,7 @@ func (e *edge) all() (list []*tunnel.Session) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	for s := range e.sessions {
-		if !s.Draining() {
+		if !s.Draining() && s.Err() == nil {
 			list = append(list, s)
 		}
 	}

@@ -119,6 +119,27 @@ func TestMoveProves(t *testing.T) {
 	})
 }
 
+// TestSmallUDP begins where UDP passes in small packets alone: QUIC is used with such.
+func TestSmallUDP(t *testing.T) {
+	d := &dials{}
+	d.answer = func(c tunnel.DialConfig) (session, error) {
+		s := carried(tunnel.CarrierTCP)
+		if c.Carrier == tunnel.CarrierQUIC {
+			s.carrier = tunnel.CarrierQUIC
+			s.deaf.Store(!c.SmallPackets)
+		}
+		return s, nil
+	}
+	bubble(t, d, Config{}, func(*Connector, func()) {
+		time.Sleep(3*quicFirst + 3*moveTimeout)
+		for _, a := range d.living() {
+			if a.s.carrier != tunnel.CarrierQUIC || !a.cfg.SmallPackets {
+				t.Errorf("session %d is over %s, small packets %v, want QUIC with small packets", a.reg.Index, a.s.carrier, a.cfg.SmallPackets)
+			}
+		}
+	})
+}
+
 // TestCarriers holds each setting to what it dials.
 func TestCarriers(t *testing.T) {
 	for _, tt := range []struct {

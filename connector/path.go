@@ -85,13 +85,17 @@ func (p *path) wait() time.Duration {
 	return p.pause
 }
 
-// postpone makes the next wait longer.
-func (p *path) postpone() { p.pause = min(2*p.wait(), quicMost) }
+// postpone is called when QUIC did not work in place of TCP: the next wait is longer, and the next attempt is with packets
+// of the other size.
+func (p *path) postpone() {
+	p.pause = min(2*p.wait(), quicMost)
+	p.small = !p.small
+}
 
 // back is called when a session went from TCP to QUIC. The pause stays long until QUIC has lasted.
 func (p *path) back() {
 	p.avoid = false
-	p.postpone()
+	p.pause = min(2*p.wait(), quicMost)
 }
 
 // forget starts anew, on another network.
