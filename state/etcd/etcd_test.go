@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/goleak"
 
 	"github.com/keyhaven/keyhaven/internal/etcdtest"
@@ -326,4 +327,51 @@ func leader(t testing.TB, ms []*etcdtest.Member) int {
 	}
 	t.Fatal("the cluster has no leader")
 	return 0
+}
+
+// A cluster with users takes the password of the file, and says what is wrong with another without repeating it.
+func TestUsers(t *testing.T) {
+	t.Parallel()
+	ms := etcdtest.Start(t, 1)
+	s := mustOpen(t, Config{Endpoints: etcdtest.URLs(ms)}).(*store)
+	ctx := t.Context()
+	const canary = "canary-51c8"
+	var errs []error
+	for _, user := range []struct{ name, role string }{{"root", "root"}, {"edge", "edges"}, {"guest", "none"}} {
+		_, err := s.c.UserAdd(ctx, user.name, canary)
+		_, rerr := s.c.RoleAdd(ctx, user.role)
+		_, gerr := s.c.UserGrantRole(ctx, user.name, user.role)
+		errs = append(errs, err, rerr, gerr)
+	}
+	_, err := s.c.RoleGrantPermission(ctx, "edges", "/keyhaven/", "/keyhaven0", clientv3.PermissionType(clientv3.PermReadWrite))
+	_, aerr := s.c.AuthEnable(ctx)
+	if err := errors.Join(append(errs, err, aerr)...); err != nil {
+		t.Fatal(err)
+	}
+	file := func(password string) string {
+		path := filepath.Join(t.TempDir(), "password")
+		if err := os.WriteFile(path, []byte(password+"\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	edge := mustOpen(t, Config{Endpoints: etcdtest.URLs(ms), Username: "edge", PasswordFile: file(canary)})
+	if _, err := state.Create(ctx, edge, "x", nil); err != nil {
+		t.Errorf("with the right password: %v", err)
+	}
+	for _, tt := range []struct {
+		name string
+		cfg  Config
+		want string
+	}{
+		{"another password", Config{Username: "edge", PasswordFile: file(canary + "x")}, "invalid user ID or password"},
+		{"no user", Config{}, "user name is empty"},
+		{"no permission", Config{Username: "guest", PasswordFile: file(canary)}, "permission denied"},
+	} {
+		tt.cfg.Endpoints = etcdtest.URLs(ms)
+		_, err := Open(tt.cfg)
+		if err == nil || !strings.Contains(err.Error(), tt.want) || strings.Contains(err.Error(), canary) || errors.Is(err, state.ErrUnavailable) {
+			t.Errorf("%s: %v, want %q", tt.name, err, tt.want)
+		}
+	}
 }

@@ -44,8 +44,9 @@ func open(cfg Config, queueEvents, queueBytes int) (*store, error) {
 		done: make(chan struct{})}
 	s.life, s.end = context.WithCancel(context.Background())
 	if s.c, err = clientv3.New(cc); err != nil {
+		err = s.explain(context.Background(), "connect", err)
 		s.end()
-		return nil, s.explain(context.Background(), "connect", err)
+		return nil, err
 	}
 	if _, err := s.get(context.Background(), s.prefix, clientv3.WithPrefix(), clientv3.WithCountOnly()); err != nil {
 		return nil, errors.Join(err, s.Close())
