@@ -143,6 +143,7 @@ const sessionTimeout = 12 * time.Second
 
 // A connector falls silent, as when its host loses power. Requests that may be repeated lose about a second, and none fails.
 func TestSilentConnectorCostsNoRequest(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	connector := w.controlled()
 	silence := connector("c1")

@@ -112,6 +112,7 @@ func TestPoolSharesRequestsByWeight(t *testing.T) {
 
 // Weights, drains, and endpoints that come and go while requests are under way, cost none of them.
 func TestPoolChangesCostNoRequest(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	ends := []spec.Endpoint{endpointAt(t, "x", named(t, "x")), endpointAt(t, "y", named(t, "y")), endpointAt(t, "z", named(t, "z"))}
 	w.addZone("a", "p256", "", "a.test").Origins = []zone.Origin{{Pool: "p"}}
@@ -265,6 +266,7 @@ func TestCookieAffinityOverHTTP(t *testing.T) {
 }
 
 func TestMonitorTakesOutAndBringsBack(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	var ill atomic.Bool
 	x := origin(t, func(rw http.ResponseWriter, r *http.Request) {
@@ -323,6 +325,7 @@ func proxyOrigin(t *testing.T) (addr string) {
 
 // Each connection of a visitor has connections of its own to the origin, which begin with the visitor's address.
 func TestProxyProtocolToOrigins(t *testing.T) {
+	t.Parallel()
 	for _, version := range []string{"v1", "v2"} {
 		w := newWorld(t)
 		addr := proxyOrigin(t)
@@ -363,6 +366,7 @@ func TestProxyProtocolToOrigins(t *testing.T) {
 
 // A load balancer in front of the edge names the visitor; nobody else can.
 func TestProxyProtocolFromLoadBalancers(t *testing.T) {
+	t.Parallel()
 	for _, tt := range []struct {
 		name, from, header string
 		want               string // the visitor that the origin is told of; "" if the connection ends
@@ -414,6 +418,7 @@ func (c suspectConn) Suspect() bool { return c.suspect }
 
 // A killed connector costs a request that may be repeated about a second, and others nothing but their own failure.
 func TestRequestsLeaveDeadSessions(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	hole, err := net.Listen("tcp", "127.0.0.1:0")
 	must(t, err)

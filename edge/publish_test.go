@@ -37,6 +37,7 @@ func (w *world) faults() map[string]string {
 
 // What is bad takes itself down and nothing else, and the file wins.
 func TestPublishTakesWhatIsGood(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.addZone("a", "p256", named(t, "file"), "a.test")
 	w.cfg.Pools = []spec.PoolConfig{{Name: "mine", Endpoints: []spec.Endpoint{endpointAt(t, "x", named(t, "x"))}}}
@@ -241,6 +242,7 @@ func TestPublicTCPPorts(t *testing.T) {
 // A port that is in use is that port's fault alone, and is opened when it becomes free. One that is taken away, or no longer
 // for a visitor, is cut.
 func TestPortsComeAndGo(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.addZone("a", "p256", named(t, "a"), "a.test")
 	w.start()
@@ -309,6 +311,7 @@ func (l *loopback) opened() (n int) {
 
 // A key server group follows its pool: servers come, go and fail, and every handshake gets its signature.
 func TestKeyServersFromAPool(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.addZone("a", "p256", named(t, "a"), "a.test")
 	second := serveKeys(t, w.hsm(), w.vault)
@@ -374,6 +377,7 @@ func TestKeyServersFromAPool(t *testing.T) {
 
 // A list of servers can have a monitor too.
 func TestMonitoredKeyServers(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.addZone("a", "p256", named(t, "a"), "a.test")
 	dead := deadAddr(t)

@@ -53,15 +53,36 @@ func TestHeader(t *testing.T) {
 // accept sends what a load balancer might, and returns what Accept makes of it and what can be read then.
 func accept(t *testing.T, sent string) (remote, rest string, err error) {
 	t.Helper()
-	ours, theirs := net.Pipe()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	theirs, err := net.Dial("tcp", ln.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.WriteString(theirs, sent); err != nil {
+		t.Fatal(err)
+	}
+	if err := theirs.(*net.TCPConn).CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	defer theirs.Close()
+	ours, err := ln.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
 	defer ours.Close()
-	go func() { _, _ = io.WriteString(theirs, sent); _ = theirs.Close() }()
 	c, err := Accept(ours, 5*time.Second)
 	if err != nil {
 		return "", "", err
 	}
 	b, err := io.ReadAll(c)
-	return c.RemoteAddr().String(), string(b), err
+	if remote = c.RemoteAddr().String(); remote == theirs.LocalAddr().String() {
+		remote = "itself"
+	}
+	return remote, string(b), err
 }
 
 func TestAccept(t *testing.T) {
@@ -73,9 +94,9 @@ func TestAccept(t *testing.T) {
 	for _, tt := range []struct{ name, sent, remote, rest string }{
 		{"v1", "PROXY TCP4 192.0.2.1 198.51.100.2 1000 443\r\nhello", "192.0.2.1:1000", "hello"},
 		{"v2 and much more", string(v2) + long, "[2001:db8::1]:99", long},
-		{"local", "\r\n\r\n\x00\r\nQUIT\n\x20\x00\x00\x00check", "pipe", "check"},
+		{"local", "\r\n\r\n\x00\r\nQUIT\n\x20\x00\x00\x00check", "itself", "check"},
 		{"none", "GET / HTTP/1.1\r\n", "", ""},
-		{"unknown", "PROXY UNKNOWN\r\ncheck", "pipe", "check"},
+		{"unknown", "PROXY UNKNOWN\r\ncheck", "itself", "check"},
 		{"a datagram's", "\r\n\r\n\x00\r\nQUIT\n\x21\x12\x00\x0c\x01\x02\x03\x04\x01\x02\x03\x04\x00\x01\x00\x01", "", ""},
 		{"cut", "PROXY TCP4 192.0.2.1", "", ""},
 		{"endless", "PROXY TCP4 " + long, "", ""},
