@@ -295,12 +295,10 @@ func (s *session) handleControl(f frame, handle func(frame) error) error {
 		s.mu.Unlock()
 		return nil
 	}
-	err := errUnknownFrame
 	if s.minor >= 1 && (f.typ == framePing || f.typ == framePong) {
-		err = s.handlePing(f)
-	} else {
-		err = handle(f)
+		return s.handlePing(f)
 	}
+	err := handle(f)
 	if err == errUnknownFrame && f.skippable {
 		return nil
 	}
