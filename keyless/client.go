@@ -110,6 +110,11 @@ type Drainer interface {
 	Draining() <-chan struct{}
 }
 
+// A Suspecter is a connection, as [ClientConfig.Dial] returns it, that can tell that whatever carries it has most likely died:
+// something is owed, and nothing is heard. The client asks several times a second; when the answer is yes it gives the
+// connection up, sends what can be repeated over another, and connects again.
+type Suspecter interface{ Suspect() bool }
+
 // NewClient checks cfg and starts connecting in the background; it does not wait for a connection.
 func NewClient(cfg ClientConfig) (*Client, error) {
 	switch {

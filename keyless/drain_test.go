@@ -2,9 +2,12 @@ package keyless
 
 import (
 	"context"
+	"errors"
 	"net"
 	"sync"
+	"sync/atomic"
 	"testing"
+	"time"
 )
 
 // drainable is a connection that can be told to end.
@@ -68,5 +71,57 @@ func TestClientLeavesDrainingConnections(t *testing.T) {
 	defer mu.Unlock()
 	if len(conns) != 2 {
 		t.Errorf("%d connections were dialled, want 2", len(conns))
+	}
+}
+
+// silenced is a connection over a path that dies without a word when told to.
+type silenced struct {
+	net.Conn
+	dead *atomic.Bool
+}
+
+func (m silenced) Suspect() bool { return m.dead.Load() }
+
+func (m silenced) Read(p []byte) (int, error) {
+	for {
+		n, err := m.Conn.Read(p)
+		if err != nil || !m.dead.Load() {
+			return n, err
+		}
+	}
+}
+
+// A request whose connection's path dies without a word is sent again over another one, long before its time is up; one that
+// may not be repeated fails then.
+func TestClientLeavesSuspectConnections(t *testing.T) {
+	addr, _ := startServer(t, &Server{TLS: serverTLS(), Handler: handlerFunc(func(context.Context, *Request) ([]byte, error) { return []byte("done"), nil })})
+	for name, op := range map[string]*Operation{
+		"repeatable": {Opcode: OpECDSASignSHA256, SKI: SKI{1}, Payload: make([]byte, 32)},
+		"not":        {Opcode: OpCustom, CustomFunc: "once"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var first atomic.Pointer[atomic.Bool]
+			c := startClient(t, ClientConfig{Servers: []string{addr}, TLS: clientTLS, ConnsPerServer: 1, Timeout: time.Minute,
+				Dial: func(ctx context.Context, addr string) (net.Conn, error) {
+					raw, err := new(net.Dialer).DialContext(ctx, "tcp", addr)
+					if err != nil {
+						return nil, err
+					}
+					dead := new(atomic.Bool)
+					first.CompareAndSwap(nil, dead)
+					return silenced{raw, dead}, nil
+				}})
+			if _, err := c.Do(t.Context(), &Operation{Opcode: OpPing}); err != nil {
+				t.Fatal(err)
+			}
+			first.Load().Store(true)
+			_, err := c.Do(t.Context(), op)
+			if name == "repeatable" && err != nil {
+				t.Errorf("got %v, want a reply over another connection", err)
+			}
+			if name == "not" && !errors.Is(err, errSilent) {
+				t.Errorf("got %v, want %v", err, errSilent)
+			}
+		})
 	}
 }

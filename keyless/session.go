@@ -17,10 +17,15 @@ var (
 	errBroken = errors.New("connection broke")
 	// errDraining says that what carries the connection wants to end.
 	errDraining = errors.New("connection is drained")
+	// errSilent says that what carries the connection has most likely died.
+	errSilent = errors.New("nothing was heard of what carries the connection")
 )
 
 // quiescePoll is how often a connection that is given up is looked at for requests in flight.
 const quiescePoll = 5 * time.Millisecond
+
+// suspectPoll is how often a Suspecter is asked.
+const suspectPoll = 100 * time.Millisecond
 
 // clientWriteTimeout bounds one batch of requests.
 const clientWriteTimeout = 5 * time.Second
@@ -262,11 +267,18 @@ func (s *session) ping(ctx context.Context) error {
 }
 
 // watch pings the server each heartbeat, and when a request found it silent. It returns what ended the session: a
-// failure, silence for timeout after a ping, errDraining, or ctx. A server that is too busy to answer the ping but sends replies is
-// alive.
+// failure, silence for timeout after a ping, errDraining, errSilent, or ctx. A server that is too busy to answer the ping but
+// sends replies is alive.
 func (s *session) watch(ctx context.Context, heartbeat, timeout time.Duration) error {
 	tick := time.NewTicker(heartbeat)
 	defer tick.Stop()
+	var ask <-chan time.Time // nil if nobody can be asked
+	path, ok := s.raw.(Suspecter)
+	if ok {
+		t := time.NewTicker(suspectPoll)
+		defer t.Stop()
+		ask = t.C
+	}
 	for {
 		select {
 		case <-ctx.Done():
@@ -277,6 +289,11 @@ func (s *session) watch(ctx context.Context, heartbeat, timeout time.Duration) e
 			return s.err
 		case <-s.draining:
 			return errDraining
+		case <-ask:
+			if path.Suspect() {
+				return errSilent
+			}
+			continue
 		case <-tick.C:
 		case <-s.prod:
 		}
