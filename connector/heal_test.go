@@ -311,13 +311,13 @@ func TestWakesWaits(t *testing.T) {
 		return nil, tunnel.ErrNoAnswer
 	}
 	bubble(t, d, Config{}, func(c *Connector, _ func()) {
-		time.Sleep(2 * time.Hour)
-		for range 20 {
+		time.Sleep(10 * time.Minute)
+		for range 8 {
 			away.Store(true)
 			for _, a := range d.living() {
 				a.s.lose(lost(idleTimeout{}))
 			}
-			time.Sleep(10 * time.Minute)
+			time.Sleep(3 * time.Minute)
 			away.Store(false)
 			host.set(fmt.Sprint(time.Now()), 0)
 			time.Sleep(lookEvery)
@@ -355,7 +355,7 @@ func TestBackInTime(t *testing.T) {
 	cfg := Config{Edges: []string{"edge.example"}, Resolver: hangingResolver{&away}}
 	bubble(t, d, cfg, func(c *Connector, _ func()) {
 		time.Sleep(time.Second)
-		for i := range 60 {
+		for i := range 30 {
 			away.Store(true)
 			for _, a := range d.living() {
 				a.s.lose(lost(idleTimeout{}))

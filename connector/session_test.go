@@ -419,7 +419,7 @@ func TestExpired(t *testing.T) {
 	var log bytes.Buffer
 	d := &dials{answer: func(tunnel.DialConfig) (session, error) { return nil, tunnel.ErrNoAnswer }}
 	bubble(t, d, Config{Logger: slog.New(slog.NewTextHandler(&log, nil))}, func(_ *Connector, stop func()) {
-		time.Sleep(30 * time.Hour)
+		time.Sleep(25 * time.Hour)
 		stop()
 		if text := log.String(); !strings.Contains(text, "new join token") {
 			t.Errorf("the log does not say how to mend an expired certificate:\n%.2000s", text)
