@@ -15,7 +15,7 @@ type dict[V any] struct {
 	root dictTree[V]
 }
 
-// dictTree is a subtree: a node, or a row of entries. It is a node if and only if it has more than fewMax entries and
+// dictTree is a subtree: a node, or a row of entries. It is a node if and only if it has more than dictFew entries and
 // bits of the hash are left.
 type dictTree[V any] struct {
 	node *dictNode[V]
@@ -35,6 +35,7 @@ type dictEntry[V any] struct {
 }
 
 const (
+	dictFew  = 16 // entries in a row before they become a node
 	dictBits = 4  // bits of the hash per level
 	hashBits = 64 // bits of the hash in all
 )
@@ -99,7 +100,7 @@ func (d *dict[V]) put(t dictTree[V], e dictEntry[V], shift int, fresh bool) (_ d
 	row := make([]dictEntry[V], len(t.few)+1)
 	copy(row, t.few)
 	row[len(t.few)] = e
-	if len(row) <= fewMax || shift >= hashBits {
+	if len(row) <= dictFew || shift >= hashBits {
 		return dictTree[V]{few: row}, true
 	}
 	n := &dictNode[V]{n: len(row)}
@@ -126,7 +127,7 @@ func (d *dict[V]) take(t dictTree[V], h uint64, key string, shift int) dictTree[
 	sub := &n.trees[branch(h, shift)]
 	*sub = d.take(*sub, h, key, shift+dictBits)
 	t = dictTree[V]{node: &n}
-	if n.n > fewMax {
+	if n.n > dictFew {
 		return t
 	}
 	row := make([]dictEntry[V], 0, n.n)

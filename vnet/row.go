@@ -23,7 +23,7 @@ func (e entry) order(o entry) int {
 }
 
 // fewMax is how many routes stand in a row before they become a node.
-const fewMax = 16
+const fewMax = 32
 
 // packed is an entry of IPv4 in eight bytes: the address in the upper 32 bits, then the way, then in six bits the
 // prefix's length.
