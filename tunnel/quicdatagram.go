@@ -5,6 +5,7 @@ import (
 	"errors"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/quic-go/quic-go"
 )
@@ -23,7 +24,9 @@ var (
 
 // quicDatagrams is the queue of datagrams before quic-go's own. It starts with the first datagram.
 type quicDatagrams struct {
-	lost64 atomic.Uint64
+	lost64  atomic.Uint64
+	largest atomic.Int64 // what quic-go said last
+	askedAt atomic.Int64 // when, in Unix nanoseconds
 
 	mu    sync.Mutex // guards the fields below
 	queue chan *[]byte
@@ -69,8 +72,9 @@ func (c *quicCarrier) sendDatagrams(queue chan *[]byte) {
 	for {
 		select {
 		case p := <-queue:
-			if err := c.conn.SendDatagram(*p); err != nil {
-				c.lost64.Add(1) // too large for a path that has become narrower, or the end
+			if err := c.conn.SendDatagram(*p); err != nil { // too large for a path that has become narrower, or the end
+				c.lost64.Add(1)
+				c.askedAt.Store(0)
 			}
 			datagramBuffers.Put(p)
 		case <-c.done():
@@ -98,13 +102,21 @@ func (c *quicCarrier) receiveDatagram(ctx context.Context) ([]byte, error) {
 	return b, nil
 }
 
-// maxDatagram asks quic-go, which answers only when a datagram is too large. The peer's will to take any is in the error too.
+// maxDatagram asks quic-go, which answers only when a datagram is too large, every second. The peer's will to take any is in
+// the answer too.
 func (c *quicCarrier) maxDatagram() int {
+	now := time.Now().UnixNano()
+	if now-c.askedAt.Load() < int64(time.Second) {
+		return int(c.largest.Load())
+	}
+	n := int64(0)
 	var large *quic.DatagramTooLargeError
 	if errors.As(c.conn.SendDatagram(tooLarge[:]), &large) {
-		return int(large.MaxDatagramPayloadSize)
+		n = large.MaxDatagramPayloadSize
 	}
-	return 0
+	c.largest.Store(n)
+	c.askedAt.Store(now)
+	return int(n)
 }
 
 func (c *quicCarrier) dropped() uint64 { return c.lost64.Load() }

@@ -113,7 +113,9 @@ func (d *dialer) attempt(ctx context.Context, kind Carrier, connect connectFunc,
 		if err == nil {
 			return shut, nil
 		}
-		<-turn
+		if !decisive(err) { // else there is no turn after this one
+			<-turn
+		}
 	case <-ctx.Done():
 		err = context.Cause(ctx)
 	}

@@ -244,6 +244,7 @@ func open(tb testing.TB, s *Session, f Flow) Conn {
 
 // overBoth runs a test over each carrier.
 func overBoth(t *testing.T, test func(t *testing.T, via Carrier)) {
+	t.Parallel()
 	for _, via := range []Carrier{CarrierQUIC, CarrierTCP} {
 		t.Run(string(via), func(t *testing.T) { test(t, via) })
 	}
