@@ -67,6 +67,7 @@ func tunnelPage(w io.Writer, t control.TunnelDetail) {
 		connectorTable(w, t.ConnectorList...)
 	}
 	sessionTable(w, t.ConnectorList)
+	elsewhereTable(w, t.ConnectorList)
 	if len(t.RouteList) > 0 {
 		fmt.Fprintln(w)
 		routeTable(w, t.RouteList...)
@@ -83,6 +84,21 @@ func sessionTable(w io.Writer, connectors []control.ConnectorView) {
 				first = false
 			}
 			row(w, k.Name, s.Index, s.Instance, s.Remote, s.Carrier, s.Role, rtt(s.RTT), s.Flows, when(s.Since), mark(s.Draining), s.Version)
+		}
+	}
+}
+
+// elsewhereTable shows what other edges have of the connectors.
+func elsewhereTable(w io.Writer, connectors []control.ConnectorView) {
+	first := true
+	for _, k := range connectors {
+		for _, e := range k.Elsewhere {
+			if first {
+				fmt.Fprintln(w)
+				row(w, "CONNECTOR", "AT EDGE", "SESSIONS", "COMPLETE")
+				first = false
+			}
+			row(w, k.Name, e.Edge, e.Sessions, mark(e.Complete))
 		}
 	}
 }
