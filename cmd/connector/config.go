@@ -53,6 +53,7 @@ type limitsConfig struct {
 	MaxFlows    int            `mapstructure:"max_flows"`
 	PerVNet     map[string]int `mapstructure:"per_vnet"` // by id of the virtual network
 	DialTimeout time.Duration  `mapstructure:"dial_timeout"`
+	UDPIdle     time.Duration  `mapstructure:"udp_idle"`
 }
 
 type drainConfig struct {
@@ -63,7 +64,7 @@ func defaults() *config {
 	return &config{
 		Transport: transportConfig{Carrier: "auto", BulkSessions: 4},
 
-		Limits: limitsConfig{MaxFlows: 8192, DialTimeout: 10 * time.Second},
+		Limits: limitsConfig{MaxFlows: 8192, DialTimeout: 10 * time.Second, UDPIdle: 5 * time.Minute},
 		Drain:  drainConfig{Grace: 30 * time.Second},
 
 		IngressOrigin: ingressconf.Defaults(),

@@ -63,7 +63,7 @@ func run(cmd *cobra.Command) error {
 	defer in.Close() //nolint:errcheck // nothing depends on how it ends
 	c, err := connector.New(connector.Config{
 		Identity: src, Edges: s.edges, EdgesFile: s.edgesFile(), Carrier: s.Transport.Carrier, Proxy: s.dialProxy(), Bulk: s.Transport.BulkSessions,
-		Allow: s.allow, Limits: s.Limits.flows(), DialTimeout: s.Limits.DialTimeout, Resolvers: s.resolvers,
+		Allow: s.allow, Limits: s.Limits.flows(), DialTimeout: s.Limits.DialTimeout, Resolvers: s.resolvers, ServeDNS: s.DNS.Serve, UDPIdle: s.Limits.UDPIdle,
 		DrainTimeout: s.Drain.Grace, Version: cli.Version(), Logger: log, Registerer: registry, Ingress: in,
 	})
 	if err != nil {

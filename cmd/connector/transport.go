@@ -117,6 +117,7 @@ func (l *limitsConfig) flows() connector.Limits {
 
 type dnsConfig struct {
 	Resolvers map[string][]string `mapstructure:"resolvers"` // addresses of name servers, by id of the virtual network
+	Serve     bool                `mapstructure:"serve"`     // edges may ask the site's name servers
 }
 
 // compile reads the addresses of the name servers.

@@ -37,6 +37,7 @@ type config struct {
 	Ops         opsConfig      `mapstructure:"ops"`
 	Tracing     tracing.Config `mapstructure:"tracing"`
 	Visitors    edge.Config    `mapstructure:"visitors"`
+	DNS         []dnsConfig    `mapstructure:"dns"`
 }
 
 type adminConfig struct {
@@ -81,7 +82,7 @@ func (t *tunnelConfig) tcpAddr() string {
 
 func defaults() *config {
 	return &config{
-		State:    stateConfig{File: defaultState, Etcd: etcdConfig{Prefix: defaultPrefix}},
+		State:    stateConfig{File: defaultState, Etcd: etcdConfig{Prefix: defaultPrefix, Timeout: 5 * time.Second}},
 		Admin:    adminConfig{Socket: defaultSocket},
 		Identity: identityConfig{CADir: "/etc/keyhaven/edge-ca", Dir: "/etc/keyhaven/edge-identity"},
 		Tunnel:   tunnelConfig{Listen: ":7844", BulkCarrier: "auto", ConnectorLifetime: 24 * time.Hour, DrainTimeout: 30 * time.Second},
@@ -123,6 +124,7 @@ func (c *config) validate(errorf func(key, format string, args ...any)) {
 		errorf("tracing.sample_ratio", "%v is no share; write 0 to 1", r)
 	}
 	c.State.validate(errorf)
+	c.compileDNS(errorf)
 	c.Admin.validate(errorf)
 	if err := hostPort(c.Tunnel.Listen, true); err != nil {
 		errorf("tunnel.listen", "%v", err)
@@ -216,7 +218,7 @@ func fixed(old, new *config) (changed []string) {
 		old, new any
 	}{
 		{"state", old.State, new.State}, {"admin (but its operators)", old.Admin.fixed(), new.Admin.fixed()}, {"identity", old.Identity, new.Identity},
-		{"key_identity", old.KeyIdentity, new.KeyIdentity}, {"tunnel", old.Tunnel, new.Tunnel}, {"ops", old.Ops, new.Ops}, {"tracing", old.Tracing, new.Tracing},
+		{"key_identity", old.KeyIdentity, new.KeyIdentity}, {"tunnel", old.Tunnel, new.Tunnel}, {"ops", old.Ops, new.Ops}, {"tracing", old.Tracing, new.Tracing}, {"dns", old.DNS, new.DNS},
 		{"visitors.listen", old.Visitors.Listen, new.Visitors.Listen}, {"visitors.tickets", old.Visitors.Tickets, new.Visitors.Tickets},
 		{"visitors.limits (but those of origins)", old.Visitors.Limits.Fixed(), new.Visitors.Limits.Fixed()},
 	} {
@@ -236,6 +238,9 @@ func (c *config) vnetRefs() (refs []string) {
 	}
 	for _, g := range c.Visitors.KeyServers {
 		add(g.VNet)
+	}
+	for _, d := range c.DNS {
+		add(d.VNet)
 	}
 	for _, z := range c.Visitors.Zones {
 		for _, o := range z.Origins {

@@ -15,6 +15,7 @@ import (
 	"github.com/keyhaven/keyhaven/edge"
 	"github.com/keyhaven/keyhaven/edge/admin"
 	"github.com/keyhaven/keyhaven/edge/control"
+	"github.com/keyhaven/keyhaven/edge/dns"
 	"github.com/keyhaven/keyhaven/internal/cli"
 	"github.com/keyhaven/keyhaven/internal/ops"
 	"github.com/keyhaven/keyhaven/internal/tracing"
@@ -93,6 +94,7 @@ type process struct {
 	tunnels  *tunnel.Listener
 	visitors *edge.Server
 	admin    *admin.Server
+	names    []*dns.Server
 	spans    *tracing.Provider // nil: no tracing
 	registry *prometheus.Registry
 }
@@ -125,7 +127,7 @@ func (p *process) open(ctx context.Context) (err error) {
 	p.use(cfg)
 	p.tunnels, err = tunnel.Listen(tunnel.ListenConfig{Addr: cfg.Tunnel.Listen, Identity: p.ids.own, Admit: p.control.Admit,
 		Handle: p.control.Handle, Join: p.control.Join, Renew: p.control.Renew, Logger: log, DrainTimeout: cfg.Tunnel.DrainTimeout,
-		TCPAddr: cfg.Tunnel.tcpAddr(), Peer: p.control.AdmitPeer, HandlePeer: p.control.HandlePeer})
+		TCPAddr: cfg.Tunnel.tcpAddr(), Peer: p.control.AdmitPeer, HandlePeer: p.control.HandlePeer, Drops: p.control.Drops()})
 	if err != nil {
 		return cli.ListenError(fmt.Errorf("listen for tunnels: %w", err))
 	}
@@ -143,7 +145,10 @@ func (p *process) open(ctx context.Context) (err error) {
 	p.control.OnPublished(p.publish)
 	p.admin, err = admin.Listen(admin.Config{Control: p.control, Socket: cfg.Admin.Socket, Listen: cfg.Admin.Listen, Identity: p.ids.own,
 		Operators: cfg.Admin.Operators, Serving: p.serving(), Logger: log})
-	return err
+	if err != nil {
+		return err
+	}
+	return p.listenDNS()
 }
 
 // serving tells the admin API how what visitors are served is.
@@ -198,7 +203,7 @@ func (p *process) use(cfg *config) {
 
 // close releases what start opened and serve has not.
 func (p *process) close() error {
-	var errs []error
+	errs := []error{p.closeDNS()}
 	if p.admin != nil {
 		errs = append(errs, p.admin.Close())
 	}
@@ -229,7 +234,7 @@ func (p *process) serve(ctx context.Context, hangups <-chan os.Signal) error {
 	defer stopBehind()
 	carrying, stopCarrying := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopCarrying()
-	var behindDone, carryingDone sync.WaitGroup
+	var behindDone, carryingDone, namesDone sync.WaitGroup
 	run := func(wg *sync.WaitGroup, ctx context.Context, what string, f func(context.Context) error) {
 		wg.Go(func() {
 			if err := f(ctx); err != nil && ctx.Err() == nil {
@@ -246,6 +251,9 @@ func (p *process) serve(ctx context.Context, hangups <-chan os.Signal) error {
 	p.log.Info("edge up", "peer", p.ids.own.Identity().String(), "tunnels", p.tunnels.Addr().String(), "socket", p.cfg.Admin.Socket)
 	behindDone.Go(func() { p.followHangups(ctx, hangups) })
 	behindDone.Go(func() { p.leave(ctx) })
+	for _, s := range p.names {
+		run(&namesDone, ctx, "names", s.Serve)
+	}
 
 	err := p.visitors.Run(ctx)
 	if err != nil && ctx.Err() == nil {
@@ -253,11 +261,12 @@ func (p *process) serve(ctx context.Context, hangups <-chan os.Signal) error {
 	}
 	fail(nil) // where nothing has failed yet: a part that ends by itself ends the edge
 	p.log.Info("visitors drained")
+	namesDone.Wait()
 	stopCarrying()
 	carryingDone.Wait()
 	stopBehind()
 	behindDone.Wait()
-	p.admin, p.tunnels = nil, nil // they released their sockets at their end
+	p.admin, p.tunnels, p.names = nil, nil, nil // they released their sockets at their end
 	closed := p.close()
 	if cause := context.Cause(ctx); !errors.Is(cause, context.Canceled) {
 		return errors.Join(cause, closed)

@@ -150,7 +150,7 @@ func (s *Server) askAndKeep(ctx context.Context, k question) (*mdns.Msg, error) 
 func (s *Server) ask(ctx context.Context, k question) (*mdns.Msg, error) {
 	name := strings.TrimSuffix(k.name, ".")
 	reply, err := s.exchange(ctx, k, control.Query{VNet: s.cfg.VNet, Host: name, Port: 53, Resolver: true})
-	if !outside(err) {
+	if !outside(err) || len(s.cfg.Upstream) == 0 {
 		return reply, err
 	}
 	first := rand.IntN(len(s.cfg.Upstream))
