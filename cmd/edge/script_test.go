@@ -56,7 +56,7 @@ func TestScripts(t *testing.T) {
 }
 
 func setUp(env *testscript.Env) error {
-	for _, name := range []string{"TUNNEL", "VISITORS", "OPS", "ADMIN"} {
+	for _, name := range []string{"TUNNEL", "VISITORS", "OPS", "ADMIN", "TUNNEL2", "VISITORS2", "OPS2", "ETCD", "ETCDPEER"} {
 		addr, err := freeAddr()
 		if err != nil {
 			return err

@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"log/slog"
+	"time"
 
 	"github.com/keyhaven/keyhaven/edge/control"
 	"github.com/keyhaven/keyhaven/state"
@@ -22,14 +23,15 @@ type stateConfig struct {
 }
 
 type etcdConfig struct {
-	Endpoints    []string `mapstructure:"endpoints"`     // client URLs of the members
-	Prefix       string   `mapstructure:"prefix"`        // of the installation's keys
-	CA           string   `mapstructure:"ca"`            // file, PEM
-	Cert         string   `mapstructure:"cert"`          // file, PEM
-	Key          string   `mapstructure:"key"`           // file, PEM
-	Username     string   `mapstructure:"username"`      // of a cluster with users
-	PasswordFile string   `mapstructure:"password_file"` // mode 0600
-	Cache        string   `mapstructure:"cache"`         // file to start from while the cluster is away; empty: none
+	Endpoints    []string      `mapstructure:"endpoints"`     // client URLs of the members
+	Prefix       string        `mapstructure:"prefix"`        // of the installation's keys
+	CA           string        `mapstructure:"ca"`            // file, PEM
+	Cert         string        `mapstructure:"cert"`          // file, PEM
+	Key          string        `mapstructure:"key"`           // file, PEM
+	Username     string        `mapstructure:"username"`      // of a cluster with users
+	PasswordFile string        `mapstructure:"password_file"` // mode 0600
+	Cache        string        `mapstructure:"cache"`         // file to start from while the cluster is away; empty: none
+	Timeout      time.Duration `mapstructure:"timeout"`       // of a request, after which the cluster counts as away
 }
 
 // shared reports whether other edges may use the same state.
@@ -49,6 +51,9 @@ func (s *stateConfig) validate(errorf func(key, format string, args ...any)) {
 	if s.File != "" && s.File != defaultState {
 		errorf("state.file", "is set beside state.etcd; keep the state in one of them")
 	}
+	if t := s.Etcd.Timeout; t < 100*time.Millisecond || t > time.Minute {
+		errorf("state.etcd.timeout", "must lie between 100ms and 1m, have %s", t)
+	}
 	for _, err := range s.etcd().Check() {
 		errorf("state.etcd", "%v", err)
 	}
@@ -57,7 +62,7 @@ func (s *stateConfig) validate(errorf func(key, format string, args ...any)) {
 func (s *stateConfig) etcd() etcd.Config {
 	e := s.Etcd
 	return etcd.Config{Endpoints: e.Endpoints, Prefix: e.Prefix, CA: e.CA, Cert: e.Cert, Key: e.Key, Username: e.Username, PasswordFile: e.PasswordFile,
-		Cache: e.Cache, Volatile: control.Volatile()}
+		Timeout: e.Timeout, Cache: e.Cache, Volatile: control.Volatile()}
 }
 
 func (s *stateConfig) open(log *slog.Logger) (state.Store, error) {
