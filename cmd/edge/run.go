@@ -146,7 +146,7 @@ func (p *process) open(ctx context.Context) (err error) {
 	p.admin, err = admin.Listen(admin.Config{Control: p.control, Socket: cfg.Admin.Socket, Listen: cfg.Admin.Listen, Identity: p.ids.own,
 		Operators: cfg.Admin.Operators, Serving: p.serving(), Logger: log})
 	if err != nil {
-		return err
+		return cli.ListenError(err)
 	}
 	return p.listenDNS()
 }
