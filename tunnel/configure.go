@@ -81,8 +81,13 @@ func exchangeConfig(st stream, version uint64, body []byte) error {
 		return err
 	}
 	st.closeWrite()
+	return readConfigAnswer(st, version)
+}
+
+// readConfigAnswer returns a *ConfigError if the connector refuses.
+func readConfigAnswer(r io.Reader, version uint64) error {
 	var answer [3]byte
-	if _, err := io.ReadFull(st, answer[:]); err != nil {
+	if _, err := io.ReadFull(r, answer[:]); err != nil {
 		return err
 	}
 	n := int(binary.BigEndian.Uint16(answer[1:]))
@@ -90,7 +95,7 @@ func exchangeConfig(st stream, version uint64, body []byte) error {
 		return malformed("answer to a configuration")
 	}
 	text := make([]byte, n)
-	if _, err := io.ReadFull(st, text); err != nil {
+	if _, err := io.ReadFull(r, text); err != nil {
 		return err
 	}
 	if answer[0] == 0 {

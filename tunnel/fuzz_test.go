@@ -3,8 +3,10 @@ package tunnel
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"io"
 	"net/netip"
+	"strings"
 	"testing"
 	"time"
 
@@ -81,6 +83,8 @@ func FuzzFrame(f *testing.F) {
 	f.Add(must(appendJoined(nil, JoinReply{Chain: [][]byte{[]byte("leaf")}, Roots: []byte("pem"), Identity: id, Tunnel: "t", Edges: []string{"a:1", "b:2"}})))
 	f.Add(byteFrame(frameRegistered, protocolVersion))
 	f.Add(byteFrame(frameRefused, byte(RefusalBusy)))
+	f.Add(must(appendRegistered(nil, protocolMinor)))
+	f.Add(byteFrame(frameEdges, appendItem(nil, tagEdge, "a:1")...))
 	f.Add(byteFrame(frameDrain))
 	f.Add(byteFrame(frameGoodbye, byte(CloseDrained)))
 	f.Fuzz(func(t *testing.T, b []byte) {
@@ -132,6 +136,17 @@ func reencode(fr frame) (again []byte, known bool) {
 		if r, err = parseJoined(p); err == nil {
 			again, err = appendJoined(nil, r)
 		}
+	case frameRegistered:
+		var minor int
+		if minor, err = parseRegistered(p); err == nil {
+			again, err = appendRegistered(nil, minor)
+		}
+	case frameEdges:
+		itemsAt = 0
+		var edges []string
+		if edges, err = parseEdges(p); err == nil {
+			again = append(make([]byte, frameHeaderLen), (&certItems{Edges: edges}).append(nil)...)
+		}
 	default:
 		return nil, false
 	}
@@ -139,6 +154,44 @@ func reencode(fr frame) (again []byte, known bool) {
 		return nil, false
 	}
 	return again, true
+}
+
+// FuzzConfig plays an edge that an attacker has taken over, which pushes a configuration, and a connector that answers one.
+func FuzzConfig(f *testing.F) {
+	f.Add([]byte("\x00\x00\x00\x00\x00\x00\x00\x07\x00\x00\x00\x02{}"))
+	f.Add(configAnswer(errors.New("rule 2: no service")))
+	f.Add(configAnswer(nil))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if version, body, err := readConfig(bytes.NewReader(b)); err == nil {
+			again := binary.BigEndian.AppendUint64(nil, version)
+			again = append(binary.BigEndian.AppendUint32(again, uint32(len(body))), body...)
+			if !bytes.Equal(again, b) {
+				t.Fatalf("version %d, %d bytes were read from %x", version, len(body), b)
+			}
+		}
+		err := readConfigAnswer(bytes.NewReader(b), 7)
+		if ce, ok := errors.AsType[*ConfigError](err); ok && (ce.Version != 7 || strings.ContainsAny(ce.Text, "\x1b\u202e")) {
+			t.Fatalf("refusal %q of version %d", ce.Text, ce.Version)
+		}
+	})
+}
+
+// FuzzProxyAnswer plays an HTTP proxy. What follows its answer must be left alone.
+func FuzzProxyAnswer(f *testing.F) {
+	f.Add([]byte("HTTP/1.1 200 OK\r\n\r\n\x16\x03"))
+	f.Add([]byte("HTTP/1.0 407 Who are you\r\nProxy-Authenticate: Basic\r\n\r\n"))
+	f.Add([]byte("220 smtp\r\n\r\n"))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		r := bytes.NewReader(b)
+		status, err := readProxyAnswer(r)
+		if err != nil {
+			return
+		}
+		head := b[:len(b)-r.Len()]
+		if !bytes.HasPrefix(head, []byte("HTTP/1.")) || status < 0 || status > 999 || bytes.Contains(head[:len(head)-1], []byte("\n\n")) {
+			t.Fatalf("status %d was read from %q", status, head)
+		}
+	})
 }
 
 func TestItemRules(t *testing.T) {

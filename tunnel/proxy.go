@@ -1,16 +1,17 @@
 package tunnel
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"crypto/tls"
 	"encoding/base64"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/url"
 	"os"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -138,13 +139,19 @@ func readProxyAnswer(r io.Reader) (int, error) {
 		}
 		head = append(head, b[0])
 	}
-	line, _, _ := bufio.NewReader(bytes.NewReader(head)).ReadLine()
-	var major, minor, status int
-	if n, _ := fmt.Sscanf(string(line), "HTTP/%d.%d %3d", &major, &minor, &status); n != 3 || major != 1 {
-		return 0, fmt.Errorf("its answer is not HTTP/1; is it an HTTP proxy?")
+	// HTTP-version SP 3DIGIT, see RFC 9112, section 4.
+	line, ok := strings.CutPrefix(string(head), "HTTP/1.")
+	if !ok || len(line) < 5 || line[0] < '0' || line[0] > '9' || line[1] != ' ' {
+		return 0, errNoProxy
 	}
-	return status, nil
+	status, err := strconv.ParseUint(line[2:5], 10, 16)
+	if err != nil {
+		return 0, errNoProxy
+	}
+	return int(status), nil
 }
+
+var errNoProxy = errors.New("its answer is not HTTP/1; is it an HTTP proxy?")
 
 // statusError says what to do about a refusal.
 func (p *ProxyConfig) statusError(status int, addr string) error {
