@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/keyhaven/keyhaven/edge/control"
+	"github.com/keyhaven/keyhaven/edge/spec"
 	"github.com/keyhaven/keyhaven/mtls"
 	"github.com/keyhaven/keyhaven/state"
 	"github.com/keyhaven/keyhaven/tunnel"
@@ -185,5 +186,20 @@ func TestSilentConnectorCostsNoRequest(t *testing.T) {
 	t.Logf("the longest request took %v", time.Duration(longest.Load()))
 	if time.Duration(longest.Load()) > sessionTimeout/2 {
 		t.Errorf("a request took %v: it waited for the session's end", time.Duration(longest.Load()))
+	}
+}
+
+// The site of an endpoint is away, and nobody has noticed yet: requests go to the other.
+func TestHangingDialsMoveOn(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.pooled(spec.PoolConfig{Endpoints: []spec.Endpoint{endpointAt(t, "away", deadAddr(t)), endpointAt(t, "here", named(t, "here"))}, Steering: spec.SteerRoundRobin})
+	w.loop.hang = w.cfg.Pools[0].Endpoints[0].Addr()
+	w.cfg.Limits.OriginConnectTimeout = time.Hour
+	w.start()
+	for range 2 {
+		if status, body, err := ask(w.client("2"), "GET", "/", ""); err != nil || status != 200 || body != "here" {
+			t.Errorf("%d %q %v", status, body, err)
+		}
 	}
 }

@@ -214,6 +214,7 @@ type loopback struct {
 	dials map[string]int   // by vnet/host:port
 	open  map[net.Conn]string
 
+	hang    string                                     // an address whose dials never end
 	ingress map[string]string                          // by tunnel
 	asked   []control.Query                            // for an ingress
 	wrap    func(q control.Query, c net.Conn) net.Conn // if not nil, changes what Dial returns
@@ -234,8 +235,12 @@ func (l *loopback) Dial(ctx context.Context, q control.Query) (net.Conn, error) 
 	l.mu.Lock()
 	l.dials[q.VNet+"/"+addr]++
 	err := l.fail[addr]
-	wrap := l.wrap
+	wrap, hangs := l.wrap, l.hang == addr
 	l.mu.Unlock()
+	if hangs {
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -36,6 +36,7 @@ func (s *Server) Publish(pools []spec.PoolConfig, ports []spec.PortConfig, zones
 		return net.ErrClosed
 	}
 	old := s.published
+	s.heard = true
 	s.published = published{slices.Clone(pools), slices.Clone(ports), slices.Clone(zones)}
 	if reflect.DeepEqual(old.zones, s.published.zones) {
 		s.applyPools(&s.file)
@@ -102,6 +103,31 @@ func (s *Server) applyPools(cfg *Config) {
 	}
 	if err := s.forward.Set(s.mergedPorts(cfg)); err != nil { // likewise
 		s.log.Error("ports not replaced", "err", err)
+	}
+	if s.heard {
+		s.missingPools(cfg)
+	}
+}
+
+// missingPools notes the pools that are named and do not exist. What names them stays in service for everything else.
+func (s *Server) missingPools(cfg *Config) {
+	check := func(pool, user, name, effect string) {
+		if pool != "" && !s.balancer.Has(pool) {
+			s.fault("pool", pool, fmt.Errorf("%s %q names it, and there is no sound pool of this name: %s", user, name, effect))
+		}
+	}
+	for _, zones := range [][]zone.Config{cfg.Zones, s.published.zones} {
+		for i := range zones {
+			for _, o := range zones[i].Origins {
+				check(o.Pool, "zone", zones[i].Name, "requests for it are answered with 503")
+			}
+		}
+	}
+	for _, k := range cfg.KeyServers {
+		check(k.Pool, "key server group", k.Name, "it has no servers")
+	}
+	for _, p := range cfg.Ports {
+		check(p.Pool, "port", p.Name, "its connections are refused")
 	}
 }
 

@@ -99,6 +99,15 @@ func TestPublishTakesWhatIsGood(t *testing.T) {
 		t.Errorf("after the second publication: %q, %v", got, w.server.Faults())
 	}
 	must(t, w.server.Publish(nil, nil, nil))
+	lost := w.published("lost", "", "lost.test")
+	lost.Origins = []zone.Origin{{Pool: "nowhere"}, {Path: "/x", Pool: "mine"}}
+	if err := w.server.Publish(nil, nil, []zone.Config{lost}); err == nil || !strings.Contains(w.faults()["pool nowhere"], `zone "lost"`) {
+		t.Errorf("a pool that does not exist: %v, %v", err, w.faults())
+	}
+	if got := get("lost.test/x"); got != "x" {
+		t.Errorf("the zone's other origin: %q", got)
+	}
+	must(t, w.server.Publish(nil, nil, nil))
 	if got := get("good.test"); got != "none" {
 		t.Errorf("a zone that was taken away answers %q", got)
 	}

@@ -82,6 +82,7 @@ type Server struct {
 	file      Config       // the one in place
 	fileZones []*zone.Zone // its zones
 	published published
+	heard     bool // something was published: what is missing now is at fault
 	faults    []Fault
 	started   bool
 	closed    bool

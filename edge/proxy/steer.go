@@ -22,6 +22,8 @@ const (
 	// repeated at the interval.
 	headerPatience = time.Second
 	suspectLook    = 200 * time.Millisecond
+	// dialPatience is how long a request waits for a connection to the first endpoint of a pool before another is tried.
+	dialPatience = 2 * time.Second
 
 	// bulkBody is from which size a request's body is bulk, and bulkResponse from which mean size an origin's responses are.
 	bulkBody     = 1 << 20
@@ -47,13 +49,17 @@ func (o *origin) send(v *visit, req *http.Request, body *heldBody) (*http.Respon
 	var failed error
 	for try := 1; ; try++ {
 		p, lease, err := o.next(req.Context(), v, tried)
+		if err != nil && errors.Is(failed, errSuspect) && len(tried) > 0 { // there is no other endpoint, but there may be another session
+			tried = nil
+			p, lease, err = o.next(req.Context(), v, nil)
+		}
 		if err != nil {
 			if failed == nil {
 				failed = err
 			}
 			return nil, failed
 		}
-		a := attempt{o: o, v: v, p: p, lane: o.lane(req), lease: lease}
+		a := attempt{o: o, v: v, p: p, lane: o.lane(req), lease: lease, began: time.Now(), impatient: o.pooled() && try == 1}
 		res, err := a.send(req, repeatable(req))
 		if err == nil {
 			return a.answer(req, res), nil
@@ -65,7 +71,7 @@ func (o *origin) send(v *visit, req *http.Request, body *heldBody) (*http.Respon
 		if try == maxTries || req.Context().Err() != nil || !again(req, body, err, try, o.pooled()) {
 			return nil, failed
 		}
-		if lease != nil && !errors.Is(err, errSuspect) {
+		if lease != nil {
 			tried = append(tried, lease)
 		}
 	}
@@ -139,6 +145,9 @@ type attempt struct {
 	p     *place
 	lane  int
 	lease *balance.Lease // nil without a pool
+	began time.Time
+	// impatient attempts are given up too if there is no connection in time.
+	impatient bool
 
 	conn   atomic.Pointer[net.Conn]
 	state  atomic.Int32 // attemptWaiting and so on
@@ -149,7 +158,7 @@ type attempt struct {
 // States of an attempt.
 const (
 	attemptWaiting  = iota
-	attemptGivenUp  // its session may be dead
+	attemptGivenUp  // its session may be dead, or the endpoint's site away
 	attemptAnswered // it has a response, or an error of its own
 )
 
@@ -193,12 +202,13 @@ func (a *attempt) watch(ctx context.Context) context.Context {
 	return httptrace.WithClientTrace(ctx, trace)
 }
 
-// look gives the attempt up if its session seems dead. It runs in a goroutine of its own.
+// look gives the attempt up if its session seems dead, or does not come up. It runs in a goroutine of its own.
 func (a *attempt) look() {
 	if a.state.Load() != attemptWaiting {
 		return
 	}
-	if conn := a.conn.Load(); conn != nil && suspect(*conn) {
+	conn := a.conn.Load()
+	if conn != nil && suspect(*conn) || conn == nil && a.impatient && time.Since(a.began) >= dialPatience {
 		if a.state.CompareAndSwap(attemptWaiting, attemptGivenUp) {
 			a.cancel()
 		}
