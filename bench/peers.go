@@ -87,7 +87,7 @@ func (b *bench) tunnelPeers(ctx context.Context) (err error) {
 	}
 	shaped, err := n.Shaped(public, private, at(benchLinks[1].public), at(benchLinks[1].site), 1)
 	if err != nil {
-		return err
+		return notRun{err.Error()}
 	}
 	defer func() { err = errors.Join(err, shaped.Close()) }()
 	if err := b.buildPeers(ctx); err != nil {

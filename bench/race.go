@@ -175,7 +175,11 @@ func (b *bench) reportHeat(link *benchLink, h heat, key string, rows []contended
 	if link != benchLinks[0] {
 		goal = 1.5
 	}
-	name := fmt.Sprintf("%s, %s, %d at a time: ours to %s", link.name, key, h.callers, best.c.name)
+	what := key
+	if h.callers > 1 {
+		what = fmt.Sprintf("%s, %d at a time", key, h.callers)
+	}
+	name := fmt.Sprintf("%s, %s: ours to %s", link.name, what, best.c.name)
 	if h.less {
 		b.report.compare(name, best.value, own.value, goal)
 	} else {

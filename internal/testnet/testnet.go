@@ -1,5 +1,6 @@
-// Package testnet makes network namespaces and links between them, so that one machine can play several hosts. It
-// needs root and the ip command.
+// Package testnet makes network namespaces and links between them, so that one machine can play several hosts: cables, and
+// links that delay, lose, limit and rewrite packets as a test tells them to. It needs root, if only of a user namespace,
+// the ip command, and for such links /dev/net/tun.
 package testnet
 
 import (
