@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
@@ -108,8 +109,35 @@ func (m *Member) Restart() {
 	m.await()
 }
 
-// Freeze stops the member's process without ending it.
-func (m *Member) Freeze() { m.cmd.Process.Signal(syscall.SIGSTOP) } //nolint:errcheck // its own process
+// Freeze stops the member's process without ending it, and waits until it stands still.
+func (m *Member) Freeze() {
+	m.t.Helper()
+	m.cmd.Process.Signal(syscall.SIGSTOP) //nolint:errcheck // its own process
+	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		if m.stopped() {
+			return
+		}
+	}
+	m.t.Fatalf("etcd at %s does not stop", m.URL)
+}
+
+// stopped reports whether every thread of the process is stopped. See proc_pid_stat(5).
+func (m *Member) stopped() bool {
+	stats, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", m.cmd.Process.Pid))
+	if err != nil || len(stats) == 0 {
+		return false
+	}
+	for _, path := range stats {
+		b, err := os.ReadFile(path)
+		if err != nil {
+			return false
+		}
+		if _, after, ok := strings.Cut(string(b), ") "); !ok || !strings.HasPrefix(after, "T") {
+			return false
+		}
+	}
+	return true
+}
 
 // Thaw lets it go on.
 func (m *Member) Thaw() { m.cmd.Process.Signal(syscall.SIGCONT) } //nolint:errcheck // its own process
