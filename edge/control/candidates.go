@@ -55,7 +55,7 @@ func (k candidate) rtt() time.Duration {
 
 func (k candidate) suspect() bool {
 	if k.l != nil {
-		return k.l.s.Suspect()
+		return k.l.suspect()
 	}
 	return k.e.suspect()
 }
@@ -134,7 +134,10 @@ func (c *Control) rank(p plan) (good, suspect []candidate) {
 		}
 		r := ranked{l: l, flows: l.s.Flows()}
 		r.rank = rankOf(l, r.flows, c.bulk.prefer(p, l, explore))
-		if l.s.Suspect() {
+		switch {
+		case l.Suspect():
+			r.rank += 2 * rankSuspect
+		case l.process.silent():
 			r.rank += rankSuspect
 		}
 		list = append(list, r)
@@ -152,6 +155,7 @@ func (c *Control) rank(p plan) (good, suspect []candidate) {
 	return good, suspect[:min(len(suspect), maxAttempts-len(good))]
 }
 
+// rankSuspect is added for sessions of a process that fell silent, twice for those that are suspect themselves.
 const rankSuspect = 100
 
 // rankOf is the place of a session for a flow that prefers a carrier; own says that the flow is worth a session of its

@@ -28,8 +28,11 @@ type live struct {
 	role      tunnel.Role
 	since     time.Time
 
-	due chan struct{} // holds a value when the connector is to be told something; see Control.keep
-	ask atomic.Int32  // bulk sessions wanted, plus one; 0: nothing to say
+	process *process // whose session it is; set by registry.add
+
+	due   chan struct{} // holds a value when the connector is to be told something; see Control.keep
+	proof chan struct{} // holds a value when the connector is to give a sign of life
+	ask   atomic.Int32  // bulk sessions wanted, plus one; 0: nothing to say
 
 	superseded atomic.Int64 // when another process of the connector registered, in Unix nanoseconds; 0: none did later
 }
@@ -67,6 +70,7 @@ func (r *registry) add(l *live, since time.Time) (old *live) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	reg := l.s.Registration()
+	l.process = &process{}
 	for _, o := range r.byName[l.connector.Name] {
 		or := o.s.Registration()
 		switch {
@@ -74,10 +78,14 @@ func (r *registry) add(l *live, since time.Time) (old *live) {
 		case or.Instance != reg.Instance:
 			o.superseded.CompareAndSwap(0, time.Now().UnixNano())
 			o.s.Retire()
-		case or.Index == reg.Index && o.role == l.role:
-			old = o
+		default:
+			l.process = o.process
+			if or.Index == reg.Index && o.role == l.role {
+				old = o
+			}
 		}
 	}
+	l.process.add(l)
 	if old != nil {
 		r.removeLocked(old)
 	}
@@ -105,6 +113,7 @@ func (r *registry) remove(l *live) {
 }
 
 func (r *registry) removeLocked(l *live) {
+	l.process.remove(l)
 	without(r.byTunnel, l.connector.Tunnel, l)
 	without(r.byName, l.connector.Name, l)
 	r.count--
@@ -184,7 +193,7 @@ func (r *registry) viewsOf(k Connector) []SessionView {
 		reg := l.s.Registration()
 		views = append(views, SessionView{Index: reg.Index, Instance: plain(reg.Instance), Remote: l.s.RemoteAddr().String(), Since: l.since,
 			Flows: l.s.Flows(), Draining: l.s.Draining(), Version: plain(reg.Version), Expires: l.s.Cert().NotAfter,
-			Carrier: string(l.s.Carrier()), Role: l.role.String(), RTT: l.s.RTT().Seconds(), Suspect: l.s.Suspect()})
+			Carrier: string(l.s.Carrier()), Role: l.role.String(), RTT: l.s.RTT().Seconds(), Suspect: l.suspect()})
 	}
 	slices.SortFunc(views, func(a, b SessionView) int { return cmp.Or(a.Since.Compare(b.Since), cmp.Compare(a.Index, b.Index)) })
 	return views
@@ -197,7 +206,7 @@ func (c *Control) Handle(_ context.Context, s *tunnel.Session) {
 		s.Close(endRevoked)
 		return
 	}
-	l := &live{s: s, connector: k, role: s.Registration().Role, since: c.now(), due: make(chan struct{}, 1)}
+	l := &live{s: s, connector: k, role: s.Registration().Role, since: c.now(), due: make(chan struct{}, 1), proof: make(chan struct{}, 1)}
 	if old := c.reg.add(l, c.peers.upSince(k.Tunnel, l.since)); old != nil {
 		old.end(endReplaced)
 	}
@@ -222,8 +231,12 @@ func (c *Control) keep(l *live) {
 	look := time.NewTicker(c.reg.twinLook)
 	defer look.Stop()
 	var told []string
+	var probes sync.WaitGroup
+	defer probes.Wait()
 	for {
 		select {
+		case <-l.proof:
+			probes.Go(func() { l.probe(context.Background()) }) // ends with the session
 		case <-look.C:
 			if l.twin() {
 				l.end(endReplaced)
