@@ -188,7 +188,7 @@ func (l *Lab) AddConnector(ctx context.Context, s *Site, plan ConnectorPlan) (*C
 		plan.NS = s.NS
 	}
 	name := "connector-" + plan.Name
-	if err := l.WriteYAML(name+".yaml", l.connectorConfig(s.SitePlan, plan)); err != nil {
+	if err := l.writeConfig(name+".yaml", l.connectorConfig(s.SitePlan, plan)); err != nil {
 		return nil, err
 	}
 	c := &Connector{plan, l.process(name, plan.NS, filepath.Join(l.Plan.Bin, "keyhaven-connector"), "run", "--config", l.Path(name+".yaml"))}

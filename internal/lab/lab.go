@@ -41,8 +41,12 @@ type Plan struct {
 	Etcd      EtcdPlan
 	// Sites are the private networks. The first has the key server.
 	Sites []SitePlan
+	// KeyServers are further ones beside the first site's, over the same token.
+	KeyServers []KeyServerPlan
 	// Zones are what the edge serves.
 	Zones []ZonePlan
+	// Adapt, if set, changes the configuration of a program before it is written to the file of that name in Dir.
+	Adapt func(file string, cfg map[string]any)
 	// Sink, if set, gets each line that a process prints. If nil, the output goes to files, at no cost to the lab.
 	Sink func(process, line string)
 	// Quiet keeps the key server's lines for single operations out of its log, which take time of what is measured.
@@ -90,8 +94,9 @@ type Lab struct {
 	EdgeProc *Process // the first of Edges
 	EtcdProc *Process // nil for a single edge
 	Sites    []*Site
-	// KeyServer is the first site's.
-	KeyServer *Process
+	// KeyServers are the key servers. KeyServer is the first of them, the first site's.
+	KeyServers []*KeyServer
+	KeyServer  *Process
 
 	mu    sync.Mutex // guards procs
 	procs []*Process
@@ -169,8 +174,10 @@ func (l *Lab) makeKeyOwner(ctx context.Context) error {
 	if _, err := l.Tool(ctx, "keyhaven-keyserver", "ca", "init", "--ca-dir", l.Path("key-ca"), "--trust-domain", KeyDomain); err != nil {
 		return err
 	}
-	if _, err := l.Tool(ctx, "keyhaven-keyserver", "ca", "issue", "ks1", "--ca-dir", l.Path("key-ca"), "--out", l.Path("keyserver")); err != nil {
-		return err
+	for i, k := range l.Plan.keyServers() {
+		if _, err := l.Tool(ctx, "keyhaven-keyserver", "ca", "issue", k.Name, "--ca-dir", l.Path("key-ca"), "--out", l.keyServerFile(i, "")); err != nil {
+			return err
+		}
 	}
 	for i := range l.Plan.edges() {
 		if _, err := l.Tool(ctx, "keyhaven-keyserver", "client", "add", edgeName(i), "--ca-dir", l.Path("key-ca"), "--out", l.edgeFile(i, "edge-client", "")); err != nil {

@@ -15,17 +15,19 @@ type obj = map[string]any
 
 // makeConfigs writes the configuration of each program.
 func (l *Lab) makeConfigs(context.Context) error {
-	if err := l.WriteYAML("keyserver.yaml", l.keyServerConfig()); err != nil {
-		return err
+	for i := range l.Plan.keyServers() {
+		if err := l.writeConfig(filepath.Base(l.keyServerFile(i, ".yaml")), l.keyServerConfig(i)); err != nil {
+			return err
+		}
 	}
 	for i := range l.Plan.edges() {
-		if err := l.WriteYAML(filepath.Base(l.edgeFile(i, "edge", ".yaml")), l.edgeConfig(i)); err != nil {
+		if err := l.writeConfig(filepath.Base(l.edgeFile(i, "edge", ".yaml")), l.edgeConfig(i)); err != nil {
 			return err
 		}
 	}
 	for _, s := range l.Plan.Sites {
 		for _, c := range s.connectors() {
-			if err := l.WriteYAML("connector-"+c.Name+".yaml", l.connectorConfig(s, c)); err != nil {
+			if err := l.writeConfig("connector-"+c.Name+".yaml", l.connectorConfig(s, c)); err != nil {
 				return err
 			}
 		}
@@ -33,34 +35,12 @@ func (l *Lab) makeConfigs(context.Context) error {
 	return nil
 }
 
-func (l *Lab) keyServerConfig() obj {
-	var hosts, decrypt []string
-	for _, z := range l.Plan.Zones {
-		hosts = append(hosts, z.Host)
-		if z.Decrypt {
-			decrypt = append(decrypt, z.Host)
-		}
+// writeConfig writes the configuration of a program, as the plan wants it.
+func (l *Lab) writeConfig(name string, cfg obj) error {
+	if l.Plan.Adapt != nil {
+		l.Plan.Adapt(name, cfg)
 	}
-	token := obj{"uri": l.Token.URI()}
-	if len(decrypt) > 0 {
-		token["decrypt"] = decrypt
-	}
-	var clients []obj
-	for i := range l.Plan.edges() {
-		id := "spiffe://" + KeyDomain + "/edge/" + edgeName(i)
-		clients = append(clients, obj{"id": id, "keys": hosts, "operations": []string{"tls-sign"}, "schemes": []string{"*"}, "snis": hosts},
-			obj{"id": id, "operations": []string{"renew"}})
-		if len(decrypt) > 0 {
-			clients = append(clients, obj{"id": id, "keys": decrypt, "operations": []string{"decrypt"}, "snis": decrypt})
-		}
-	}
-	site := l.Plan.Sites[0]
-	return obj{
-		"listen": site.KeyServer, "ops": obj{"listen": site.KeyServerOps}, "modules": []string{l.Token.Module}, "ca_dir": l.Path("key-ca"),
-		"tls":    obj{"cert": l.Path("keyserver", "cert.pem"), "key": l.Path("keyserver", "key.pem"), "ca": l.Path("keyserver", "ca.pem")},
-		"tokens": []obj{token}, "clients": clients, "legacy": obj{"decrypt": len(decrypt) > 0},
-		"control": l.Path("keyserver.sock"), "audit": obj{"mode": "required", "dir": l.Path("audit"), "key_file": l.Path("audit.key"), "checkpoint": "5s"},
-	}
+	return l.WriteYAML(name, cfg)
 }
 
 // EdgeConfig is the first edge's configuration, with a state of its own, as the plan has it, for tests that change it.
@@ -75,6 +55,10 @@ func (l *Lab) EdgeConfig() obj {
 		}
 		zones = append(zones, zone)
 	}
+	var servers, expect []string
+	for _, k := range l.Plan.keyServers() {
+		servers, expect = append(servers, k.Listen), append(expect, "spiffe://"+KeyDomain+"/keyserver/"+k.Name)
+	}
 	return obj{
 		"state":        obj{"file": l.Path("edge-state.db")},
 		"admin":        obj{"socket": l.Path("edge.sock")},
@@ -84,8 +68,7 @@ func (l *Lab) EdgeConfig() obj {
 		"ops":          obj{"listen": l.Plan.Edge.Ops},
 		"visitors": obj{
 			"listen": obj{"tls": []string{l.Plan.Edge.Visitors}},
-			"key_servers": []obj{{"name": "hsm", "vnet": l.Plan.Sites[0].VNet, "servers": []string{l.Plan.Sites[0].KeyServer},
-				"expect": []string{"spiffe://" + KeyDomain + "/keyserver/ks1"}}},
+			"key_servers": []obj{{"name": "hsm", "vnet": l.Plan.Sites[0].VNet, "servers": servers, "expect": expect}},
 			"zones": zones,
 		},
 	}
@@ -94,7 +77,9 @@ func (l *Lab) EdgeConfig() obj {
 func (l *Lab) connectorConfig(s SitePlan, c ConnectorPlan) obj {
 	allow := []obj{allowEntry(s.Origin)}
 	if s.KeyServer != "" {
-		allow = append(allow, allowEntry(s.KeyServer))
+		for _, k := range l.Plan.keyServers() {
+			allow = append(allow, allowEntry(k.Listen))
+		}
 	}
 	var edges []string
 	for _, e := range l.Plan.edges() {
@@ -111,12 +96,7 @@ func allowEntry(hostPort string) obj {
 // makeProcesses prepares the programs, to be started by Start or one by one.
 func (l *Lab) makeProcesses(context.Context) error {
 	bin := func(prog string) string { return filepath.Join(l.Plan.Bin, prog) }
-	level := "debug" // which has a line for each signature, though the audit log has a record of it
-	if l.Plan.Quiet {
-		level = "warn"
-	}
-	l.KeyServer = l.process("keyserver", l.Plan.Sites[0].NS, bin("keyhaven-keyserver"), "run", "--config", l.Path("keyserver.yaml"), "--log-format", "json",
-		"--log-level", level)
+	l.prepareKeyServers(bin("keyhaven-keyserver"))
 	for i, e := range l.Plan.edges() {
 		config := l.edgeFile(i, "edge", ".yaml")
 		name := strings.TrimSuffix(filepath.Base(config), ".yaml")
@@ -140,8 +120,10 @@ func (l *Lab) Start(ctx context.Context) error {
 	if err := l.startEtcd(ctx); err != nil {
 		return err
 	}
-	if err := l.KeyServer.Start(); err != nil {
-		return err
+	for _, k := range l.KeyServers {
+		if err := k.Proc.Start(); err != nil {
+			return err
+		}
 	}
 	for _, e := range l.Edges {
 		if err := e.Proc.Start(); err != nil {
