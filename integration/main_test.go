@@ -74,6 +74,7 @@ func build(dir string, flags ...string) error {
 // A world is an installation and the hosts that it runs on.
 type world struct {
 	*lab.Lab
+	net           *testnet.Net
 	edge, visitor *testnet.Namespace
 	sites         []*testnet.Namespace
 	edgeDev       string // the edge's interface to site a
@@ -85,7 +86,7 @@ func hosts(t *testing.T) *world {
 	n, err := testnet.New("khit")
 	must(t, err)
 	t.Cleanup(func() { check(t, n.Close()) })
-	w := &world{}
+	w := &world{net: n}
 	for _, h := range []struct {
 		name string
 		to   **testnet.Namespace
