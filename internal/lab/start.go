@@ -67,9 +67,9 @@ func (l *Lab) EdgeConfig() obj {
 		"tunnel":       obj{"listen": cmp.Or(l.Plan.Edge.Listen, l.Plan.Edge.Tunnel), "advertise": []string{l.Plan.Edge.Tunnel}},
 		"ops":          obj{"listen": l.Plan.Edge.Ops},
 		"visitors": obj{
-			"listen": obj{"tls": []string{l.Plan.Edge.Visitors}},
+			"listen":      obj{"tls": []string{l.Plan.Edge.Visitors}},
 			"key_servers": []obj{{"name": "hsm", "vnet": l.Plan.Sites[0].VNet, "servers": servers, "expect": expect}},
-			"zones": zones,
+			"zones":       zones,
 		},
 	}
 }
