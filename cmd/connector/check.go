@@ -56,7 +56,7 @@ the configuration is wrong.`,
 
 // look looks at the host, and at the edges if asked to.
 func (s *settings) look(ctx context.Context, src *mtls.Source, edges bool) []check.Finding {
-	cfg := check.Config{Identity: src, Carrier: s.Transport.Carrier, Proxy: s.dialProxy()}
+	cfg := check.Config{Identity: src, Carrier: s.Transport.Carrier, Proxy: s.Transport.Proxy.dialer()}
 	if edges {
 		for _, e := range s.edges {
 			if host, port, err := connector.ParseEdge(e); err == nil { // identity or validate has looked

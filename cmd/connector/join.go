@@ -16,6 +16,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/keyhaven/keyhaven/connector"
 	"github.com/keyhaven/keyhaven/internal/cli"
 	"github.com/keyhaven/keyhaven/mtls"
 	"github.com/keyhaven/keyhaven/tunnel"
@@ -30,12 +31,18 @@ const (
 
 func joinCommand() *cobra.Command {
 	var tokenFile, dir, name string
+	way := transportConfig{Carrier: connector.CarrierAuto}
 	cmd := &cobra.Command{
 		Use:   "join --token-file FILE --dir DIR",
 		Short: "Enrol this connector with a join token",
 		Long: `Join makes a key, which never leaves this host, and has an edge named in the join token certify it. The token is
 used up by that. It is read from a file, from standard input (--token-file -), or from a prompt on a terminal; it is not
-taken as an argument, since other users of this host could read it there.`,
+taken as an argument, since other users of this host could read it there.
+
+It goes over QUIC, or over TCP where UDP does not pass; --proxy names an HTTP proxy for TCP. These flags hold for joining alone:
+say the same under transport in the configuration.`,
+		Example: `  keyhaven-connector join --token-file site1.token --dir /var/lib/keyhaven-connector
+  keyhaven-connector join --token-file site1.token --dir /var/lib/keyhaven-connector --proxy http://proxy.example.com:3128`,
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) > 0 { // not quoted back: it may be the token
 				return cli.UsageError("join takes no argument; give the token with --token-file, where others cannot read it")
@@ -46,16 +53,35 @@ taken as an argument, since other users of this host could read it there.`,
 			if dir == "" {
 				return cli.UsageError("--dir is missing: name the directory for the identity")
 			}
-			return join(cmd, tokenFile, dir, name)
+			if err := way.checkFlags(); err != nil {
+				return err
+			}
+			return join(cmd, tokenFile, dir, name, way)
 		},
 	}
 	cmd.Flags().StringVar(&tokenFile, "token-file", "", `file with the join token, readable by its owner only; "-" is standard input`)
 	cmd.Flags().StringVar(&dir, "dir", "", "directory for key and certificate; made if it is missing")
 	cmd.Flags().StringVar(&name, "name", "", "name to propose for this connector (default: chosen by the edge)")
+	cmd.Flags().StringVar(&way.Carrier, "carrier", way.Carrier, "what to join over: auto, quic or tcp")
+	cmd.Flags().StringVar(&way.Proxy.URL, "proxy", "", "HTTP proxy for TCP, http://host:port or https://host:port")
+	cmd.Flags().StringVar(&way.Proxy.User, "proxy-user", "", "user at the proxy")
+	cmd.Flags().StringVar(&way.Proxy.PasswordFile, "proxy-password-file", "", "file with the password at the proxy, readable by its owner only")
 	return cmd
 }
 
-func join(cmd *cobra.Command, tokenFile, dir, name string) error {
+// checkFlags is check for flags.
+func (t *transportConfig) checkFlags() (err error) {
+	names := map[string]string{"transport.carrier": "--carrier", "transport.proxy.url": "--proxy", "transport.proxy": "--proxy-user, --proxy-password-file"}
+	t.check(func(key, format string, args ...any) {
+		err = errors.Join(err, fmt.Errorf("%s: "+format, append([]any{names[key]}, args...)...))
+	})
+	if err != nil {
+		return cli.UsageError("%v", err)
+	}
+	return t.Proxy.readable("--proxy-password-file")
+}
+
+func join(cmd *cobra.Command, tokenFile, dir, name string, way transportConfig) error {
 	if err := prepare(dir); err != nil { // before the token is used up
 		return err
 	}
@@ -71,7 +97,7 @@ func join(cmd *cobra.Command, tokenFile, dir, name string) error {
 	if err != nil {
 		return err
 	}
-	reply, err := enrol(cmd.Context(), token, csr, name)
+	reply, err := enrol(cmd.Context(), token, csr, name, way)
 	if err != nil {
 		return err
 	}
@@ -175,11 +201,16 @@ func promptToken(ctx context.Context, w io.Writer) (string, error) {
 }
 
 // enrol tries the token's edges in order. An edge's refusal is final; an edge that does not answer is not.
-func enrol(ctx context.Context, token mtls.JoinToken, csr []byte, name string) (tunnel.JoinReply, error) {
+func enrol(ctx context.Context, token mtls.JoinToken, csr []byte, name string, way transportConfig) (tunnel.JoinReply, error) {
+	via := tunnel.DialConfig{Proxy: way.Proxy.dialer()}
+	if way.Carrier != connector.CarrierAuto {
+		via.Carrier = tunnel.Carrier(way.Carrier)
+	}
 	var errs []error
 	for _, edge := range token.Edges {
 		tryCtx, cancel := context.WithTimeout(ctx, joinTimeout)
-		reply, err := tunnel.Join(tryCtx, edge, token, csr, name)
+		via.Addr = edge
+		reply, err := tunnel.JoinWith(tryCtx, via, token, csr, name)
 		cancel()
 		if err == nil {
 			return reply, nil
@@ -199,7 +230,7 @@ func advice(err error) string {
 	case errors.Is(err, tunnel.ErrTokenUsed), errors.Is(err, tunnel.ErrTokenExpired), errors.Is(err, tunnel.ErrTokenUnknown):
 		return " (make one with keyhaven-edge tunnel token create)"
 	case errors.Is(err, tunnel.ErrNoAnswer), errors.Is(err, context.DeadlineExceeded):
-		return " (the token is not used up)"
+		return " (the token is not used up; where this host gets out through a proxy alone, name it with --proxy)"
 	}
 	return ""
 }

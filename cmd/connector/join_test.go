@@ -1,9 +1,15 @@
 package main
 
 import (
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -56,6 +62,12 @@ func TestJoin(t *testing.T) {
 		{"taken directory", in.token(t, hour), []string{"--dir", taken}, 3, []string{taken, "another directory"}},
 		{"no directory", "", []string{"--dir", ""}, 2, []string{"--dir"}},
 		{"no token", "", []string{"--token-file", ""}, 2, []string{"--token-file"}},
+		{"unknown carrier", "", []string{"--carrier", "sctp"}, 2, []string{"--carrier", "auto"}},
+		{"proxy over QUIC alone", "", []string{"--carrier", "quic", "--proxy", "http://127.0.0.1:9"}, 2, []string{"--proxy"}},
+		{"password in the proxy's URL", "", []string{"--proxy", "http://u:canary@127.0.0.1:9"}, 2, []string{"--proxy", "password_file"}},
+		{"half of a proxy's login", "", []string{"--proxy", "http://127.0.0.1:9", "--proxy-user", "u"}, 2, []string{"--proxy-password-file", "both"}},
+		{"password open to others", "", []string{"--proxy", "http://127.0.0.1:9", "--proxy-user", "u", "--proxy-password-file", open}, 3,
+			[]string{"--proxy-password-file", "chmod 600"}},
 		{"token as argument", "", []string{used}, 2, []string{"--token-file"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -76,6 +88,73 @@ func TestJoin(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// A site whose way out is a proxy alone joins through it, and the token is used once.
+func TestJoinThroughProxy(t *testing.T) {
+	t.Parallel()
+	const canary = "s3cret-canary"
+	in := install(t)
+	const edge = "edge.test:7844" // a name that the proxy alone knows
+	var asked atomic.Int32
+	proxy := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		asked.Add(1)
+		r.Header.Set("Authorization", r.Header.Get("Proxy-Authorization"))
+		if user, password, _ := r.BasicAuth(); user != "site" || password != canary {
+			w.WriteHeader(http.StatusProxyAuthRequired)
+			return
+		}
+		if r.Method != http.MethodConnect || r.Host != edge {
+			w.WriteHeader(http.StatusForbidden)
+			return
+		}
+		to, err := net.Dial("tcp", in.addr)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer to.Close() //nolint:errcheck // a test's
+		w.WriteHeader(http.StatusOK)
+		conn, rw, err := http.NewResponseController(w).Hijack()
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer conn.Close() //nolint:errcheck // a test's
+		if err := rw.Flush(); err != nil {
+			t.Error(err)
+			return
+		}
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			io.Copy(to, rw)                //nolint:errcheck // ends with either side
+			to.(*net.TCPConn).CloseWrite() //nolint:errcheck // a test's
+		})
+		io.Copy(conn, to) //nolint:errcheck // ends with either side
+		conn.Close()      //nolint:errcheck // the other copy ends
+		wg.Wait()
+	}))
+	t.Cleanup(proxy.Close)
+	password := write(t, filepath.Join(t.TempDir(), "password"), canary+"\n")
+	wrong := write(t, filepath.Join(t.TempDir(), "wrong"), "other\n")
+	token := in.token(t, time.Now().Add(time.Hour), edge)
+	through := func(carrier, password string) (string, int) {
+		return runProgram(t, token, "join", "--token-file", "-", "--dir", filepath.Join(t.TempDir(), "id"), "--carrier", carrier,
+			"--proxy", proxy.URL, "--proxy-user", "site", "--proxy-password-file", password)
+	}
+	if out, code := through("auto", wrong); code != 1 || !strings.Contains(out, "407") || strings.Contains(out, canary) {
+		t.Errorf("wrong password: exit code %d: %s", code, out)
+	}
+	if out, code := through("auto", password); code != 0 || strings.Contains(out, canary) {
+		t.Errorf("auto: exit code %d: %s", code, out)
+	}
+	token = in.token(t, time.Now().Add(time.Hour), edge)
+	if out, code := through("tcp", password); code != 0 {
+		t.Errorf("tcp: exit code %d: %s", code, out)
+	}
+	if asked.Load() < 3 {
+		t.Errorf("the proxy was asked %d times", asked.Load())
 	}
 }
 

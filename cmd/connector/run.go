@@ -52,7 +52,7 @@ func run(cmd *cobra.Command) error {
 	if err != nil {
 		return err
 	}
-	if err := s.Transport.Proxy.readable(); err != nil {
+	if err := s.Transport.Proxy.readable("transport.proxy.password_file"); err != nil {
 		return err
 	}
 	registry := ops.NewRegistry()
@@ -62,7 +62,7 @@ func run(cmd *cobra.Command) error {
 	}
 	defer in.Close() //nolint:errcheck // nothing depends on how it ends
 	c, err := connector.New(connector.Config{
-		Identity: src, Edges: s.edges, EdgesFile: s.edgesFile(), Carrier: s.Transport.Carrier, Proxy: s.dialProxy(), Bulk: s.Transport.BulkSessions,
+		Identity: src, Edges: s.edges, EdgesFile: s.edgesFile(), Carrier: s.Transport.Carrier, Proxy: s.Transport.Proxy.dialer(), Bulk: s.Transport.BulkSessions,
 		Allow: s.allow, Limits: s.Limits.flows(), DialTimeout: s.Limits.DialTimeout, Resolvers: s.resolvers, ServeDNS: s.DNS.Serve, UDPIdle: s.Limits.UDPIdle,
 		DrainTimeout: s.Drain.Grace, Version: cli.Version(), Logger: log, Registerer: registry, Ingress: in,
 	})

@@ -57,7 +57,7 @@ func (p *proxyConfig) check(fault faultFunc) {
 	case err != nil: // the error would quote the URL, which may hold a password
 		fault("transport.proxy.url", "is no URL; write http://host:port or https://host:port")
 	case u.User != nil:
-		fault("transport.proxy.url", "must not hold a user or a password; use user and password_file")
+		fault("transport.proxy.url", "must not hold a user or a password; give the user by itself, and the password as a file (password_file)")
 	case u.Scheme != "http" && u.Scheme != "https" || u.Hostname() == "" || u.Path != "" && u.Path != "/" || u.RawQuery != "" || u.Fragment != "":
 		fault("transport.proxy.url", "is not of the form http://host:port or https://host:port")
 	}
@@ -66,31 +66,30 @@ func (p *proxyConfig) check(fault faultFunc) {
 	}
 }
 
-// dialProxy returns what the connector asks for its proxy, or nil without one.
-func (s *settings) dialProxy() func() (*tunnel.ProxyConfig, error) {
-	p := s.Transport.Proxy
+// dialer returns what sessions ask for their proxy, or nil without one.
+func (p proxyConfig) dialer() func() (*tunnel.ProxyConfig, error) {
 	if p.URL == "" {
 		return nil
 	}
 	return func() (*tunnel.ProxyConfig, error) {
-		if err := p.readable(); err != nil {
+		if err := p.readable("transport.proxy.password_file"); err != nil {
 			return nil, err
 		}
 		return &tunnel.ProxyConfig{URL: p.URL, User: p.User, PasswordFile: p.PasswordFile}, nil
 	}
 }
 
-// readable reports whether the password is there, and for its owner alone.
-func (p *proxyConfig) readable() error {
+// readable reports whether the password is there, and for its owner alone. key is what names the file.
+func (p *proxyConfig) readable(key string) error {
 	if p.PasswordFile == "" {
 		return nil
 	}
 	info, err := os.Stat(p.PasswordFile)
 	switch {
 	case err != nil:
-		return cli.ConfigError(fmt.Errorf("transport.proxy.password_file: %w", err))
+		return cli.ConfigError(fmt.Errorf("%s: %w", key, err))
 	case info.Mode().Perm()&0o077 != 0 && runtime.GOOS != "windows":
-		return cli.ConfigError(fmt.Errorf("transport.proxy.password_file %s: others may read it; run chmod 600 %s", p.PasswordFile, p.PasswordFile))
+		return cli.ConfigError(fmt.Errorf("%s %s: others may read it; run chmod 600 %s", key, p.PasswordFile, p.PasswordFile))
 	}
 	return nil
 }
