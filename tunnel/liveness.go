@@ -62,7 +62,7 @@ func (s *session) LastHeard() time.Time {
 	return time.Unix(0, s.live.at.Load())
 }
 
-// Suspect reports whether the peer owes an acknowledgement, of a flow's opening, a probe, or a flow's bytes, and nothing
+// Suspect reports whether the peer owes an acknowledgement, of a flow's opening, a probe, or a flow's bytes or packets, and nothing
 // was heard of it for a second or four round-trip times, whichever is longer.
 func (s *session) Suspect() bool {
 	due := s.live.due.Load()

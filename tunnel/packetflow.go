@@ -157,6 +157,7 @@ func (p *packetConn) WritePacket(b []byte) error {
 	if err != nil {
 		return err
 	}
+	p.s.expect()
 	buf := packetBuffers.Get().(*[contextIDLen + MaxPacket]byte)
 	binary.BigEndian.PutUint32(buf[:], p.id)
 	n := copy(buf[contextIDLen:], b)

@@ -30,6 +30,9 @@ const (
 	movePause = 100 * time.Millisecond
 	// maxHeld bounds the packets that wait while a flow moves. More are dropped.
 	maxHeld = 32
+	// doubtTime, or four round-trip times, is how long a session that fell silent may take to show that it lives, before its
+	// flows of packets leave it.
+	doubtTime = 500 * time.Millisecond
 	// maxQuickMoves is how often in a row a flow moves that does not live for a second.
 	maxQuickMoves = 5
 )
@@ -69,7 +72,7 @@ func (n *packetNumbers) collectors() []prometheus.Collector {
 func (c *Control) Drops() *tunnel.PacketDrops { return &c.packets.drops }
 
 // DialPacket opens a UDP flow to where q says, as [Control.Dial] does for flows of bytes. When the session under it is lost,
-// or drains, the flow goes on over another one, of the same connector if it can, where the destination sees no
+// falls silent or drains, the flow goes on over another one, of the same connector if it can, where the destination sees no
 // difference; what is sent meanwhile waits, as far as there is room. The flow is a [tunnel.Drainer] that asks to leave
 // when the routes change, and a [tunnel.PacketReceiver].
 func (c *Control) DialPacket(ctx context.Context, q Query) (tunnel.PacketConn, error) {
@@ -80,7 +83,7 @@ func (c *Control) DialPacket(ctx context.Context, q Query) (tunnel.PacketConn, e
 	if err != nil {
 		return nil, err
 	}
-	p := &packetFlow{c: c, id: id, conn: conn, record: r, changed: make(chan struct{}), leave: make(chan struct{})}
+	p := &packetFlow{c: c, id: id, conn: conn, record: r, changed: make(chan struct{}), doubt: make(chan struct{}, 1), leave: make(chan struct{})}
 	p.ctx, p.cancel = context.WithCancel(context.Background())
 	p.running.Go(p.keep)
 	return p, nil
@@ -120,6 +123,7 @@ type packetFlow struct {
 	ctx     context.Context // ends with Close
 	cancel  context.CancelFunc
 	running sync.WaitGroup
+	doubt   chan struct{} // holds a value when a packet was sent over a session that is suspect
 	leave   chan struct{} // closed when the routes send the flow elsewhere
 	leaving sync.Once
 
@@ -149,15 +153,16 @@ func (p *packetFlow) keep() {
 			p.finish(why)
 			return
 		}
-		if why != errDrains {
+		lives := why == errDrains || why == errSilent
+		if !lives {
 			r.forget() // its place is the next one's
 		}
 		err := p.move(conn, r)
 		if p.ctx.Err() != nil {
 			return
 		}
-		if err != nil && why == errDrains {
-			stuck = true // while it lives
+		if err != nil && lives {
+			stuck, quick = stuck || why == errDrains, 0
 			continue
 		}
 		if err != nil {
@@ -171,13 +176,16 @@ func (p *packetFlow) keep() {
 	}
 }
 
-// errDrains says that a flow's session takes no new flows.
-var errDrains = errors.New("control: the session drains")
+// Why a flow of packets leaves a session that is still there.
+var (
+	errDrains = errors.New("control: the session drains")
+	errSilent = errors.New("control: nothing is heard of the session")
+)
 
 // movable reports whether a flow that ended with err can go on elsewhere. A reset is how another edge says that its session
 // was lost.
 func movable(err error) bool {
-	return err == errDrains || errors.Is(err, tunnel.ErrSessionLost) || errors.Is(err, tunnel.ErrReset)
+	return err == errDrains || err == errSilent || errors.Is(err, tunnel.ErrSessionLost) || errors.Is(err, tunnel.ErrReset)
 }
 
 // watch waits until the flow has to move, or has ended, and says why. A stuck one does not move for a drain.
@@ -197,10 +205,45 @@ func (p *packetFlow) watch(conn tunnel.PacketConn, r *record, stuck bool) error 
 			}
 			leave = nil
 			p.leaving.Do(func() { close(p.leave) })
+		case <-p.doubt:
+			if k := r.via.Load(); k != nil && p.silent(*k) {
+				return errSilent
+			}
 		case <-p.ctx.Done():
 			return net.ErrClosed
 		}
 	}
+}
+
+// silent reports whether the session stays suspect though it is asked for a sign of life.
+func (p *packetFlow) silent(k candidate) bool {
+	if !k.owes() {
+		return false
+	}
+	if k.l != nil {
+		k.l.prove()
+	}
+	tick := time.NewTicker(doubtTime / 10)
+	defer tick.Stop()
+	for end := time.Now().Add(max(doubtTime, 4*k.rtt())); time.Now().Before(end); {
+		select {
+		case <-tick.C:
+		case <-p.ctx.Done():
+			return false
+		}
+		if !k.owes() {
+			return false
+		}
+	}
+	return true
+}
+
+// owes reports whether the session that carries a flow is itself suspect.
+func (k candidate) owes() bool {
+	if k.l != nil {
+		return k.l.Suspect()
+	}
+	return k.e.suspect()
 }
 
 // move opens the flow again and puts it in place of conn.
@@ -233,7 +276,7 @@ func (p *packetFlow) move(conn tunnel.PacketConn, r *record) error {
 	}
 }
 
-// openPacketNear is openPacket with the sessions of one connector first: it has the association.
+// openPacketNear is openPacket with the sessions of one connector first, as far as they are alive: it has the association.
 func (c *Control) openPacketNear(ctx context.Context, q Query, id [16]byte, connector string) (tunnel.PacketConn, *record, error) {
 	p, list, err := c.candidates(q)
 	if err != nil {
@@ -243,15 +286,13 @@ func (c *Control) openPacketNear(ctx context.Context, q Query, id [16]byte, conn
 		return nil, nil, c.down(p)
 	}
 	if connector != "" {
-		slices.SortStableFunc(list, func(a, b candidate) int {
-			switch has := a.connector() == connector; {
-			case has == (b.connector() == connector):
+		near := func(k candidate) int {
+			if k.connector() == connector && !k.suspect() {
 				return 0
-			case has:
-				return -1
 			}
-			return 1
-		})
+			return 1 // the list has those that are suspect last
+		}
+		slices.SortStableFunc(list, func(a, b candidate) int { return near(a) - near(b) })
 	}
 	p.flow.Kind, p.flow.ID = tunnel.KindUDP, id
 	r, err := c.reserve(p)
@@ -370,6 +411,12 @@ func (p *packetFlow) WritePacket(b []byte) error {
 	err := conn.WritePacket(b)
 	if err == nil {
 		r.sent(len(b))
+		if k := r.via.Load(); k != nil && k.owes() {
+			select {
+			case p.doubt <- struct{}{}:
+			default:
+			}
+		}
 	}
 	if err == nil || errors.Is(err, tunnel.ErrPacketTooLong) {
 		return err

@@ -190,3 +190,30 @@ func TestEchoAndResolver(t *testing.T) {
 		t.Errorf("got %q, %v, want the name server's answer", b, err)
 	}
 }
+
+// The connection under a UDP flow falls silent: packets go over another one long before the session counts as lost.
+func TestPacketFlowLeavesSilence(t *testing.T) {
+	e := newBed(t).edge()
+	e.site("plant", "")
+	s := &packetSite{}
+	k := &client{e: e, src: e.enrol("plant", "p1")}
+	hole := newRelay(t, e.addr)
+	lost := k.link(0, tunnel.RoleMain, tunnel.CarrierQUIC, hole.addr, s.serve("p0"))
+	c, err := e.DialPacket(t.Context(), Query{Host: "10.1.2.3", Port: 53})
+	must(t, err)
+	t.Cleanup(func() { c.Close() })
+	if got := converse(t, c, "one"); got[:2] != "p0" {
+		t.Fatalf("got %q, want an answer over the only session", got)
+	}
+	k.link(1, tunnel.RoleMain, tunnel.CarrierQUIC, e.addr, s.serve("p1"))
+	hole.swallow.Store(true)
+	if got := converse(t, c, "two"); got[:2] != "p1" {
+		t.Errorf("got %q, want an answer over the other session", got)
+	}
+	if lost.Err() != nil {
+		t.Errorf("the silent session has ended: %v; the test proves nothing", lost.Err())
+	}
+	if fs := e.Flows(); len(fs) != 1 {
+		t.Errorf("got flows %+v, want one", fs)
+	}
+}
