@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/keyhaven/keyhaven/edge/spec"
+	"github.com/keyhaven/keyhaven/internal/household"
 )
 
 const (
@@ -60,7 +61,7 @@ func mix(x uint64) uint64 {
 
 // pointOf is where a visitor's address lies among the endpoints.
 func pointOf(a netip.Addr) uint64 {
-	bytes := household(a).As16()
+	bytes := household.Of(a).As16()
 	return mix(binary.BigEndian.Uint64(bytes[:8])) ^ binary.BigEndian.Uint64(bytes[8:])*0x9e3779b97f4a7c15
 }
 

@@ -1,7 +1,6 @@
 package balance
 
 import (
-	"net/netip"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -205,13 +204,4 @@ func (p *pool) walk(f func(*endpoint)) {
 	for _, e := range p.endpoints {
 		f(e)
 	}
-}
-
-// household is what counts as one visitor: an IPv4 address, or the /64 that an IPv6 visitor has to itself.
-func household(a netip.Addr) netip.Addr {
-	if a = a.Unmap(); !a.Is6() {
-		return a
-	}
-	p, _ := a.WithZone("").Prefix(64)
-	return p.Addr()
 }

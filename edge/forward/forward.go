@@ -17,6 +17,7 @@ import (
 	"github.com/keyhaven/keyhaven/edge/balance"
 	"github.com/keyhaven/keyhaven/edge/control"
 	"github.com/keyhaven/keyhaven/edge/spec"
+	"github.com/keyhaven/keyhaven/internal/household"
 	"github.com/keyhaven/keyhaven/tunnel"
 )
 
@@ -248,7 +249,7 @@ func (p *port) enter(source netip.Addr, cut context.CancelCauseFunc) (o *open, c
 	limit := p.limit()
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	home := household(source)
+	home := household.Of(source)
 	switch {
 	case !p.admitsLocked(source):
 		return nil, p.cfg, refusedForbidden
@@ -270,7 +271,7 @@ func (p *port) leave(o *open) {
 		return
 	}
 	delete(p.flows, o)
-	home := household(o.source)
+	home := household.Of(o.source)
 	if p.by[home]--; p.by[home] == 0 {
 		delete(p.by, home)
 	}
@@ -283,15 +284,6 @@ func (p *port) limit() int {
 		return defaultMax
 	}
 	return p.cfg.MaxConnections
-}
-
-// household is what counts as one source: an IPv4 address, or the /64 that an IPv6 visitor has to itself.
-func household(a netip.Addr) netip.Addr {
-	if !a.Is6() {
-		return a
-	}
-	prefix, _ := a.Prefix(64)
-	return prefix.Addr()
 }
 
 // open opens the socket if it is not open. The caller holds f.mu.
