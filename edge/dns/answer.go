@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net"
-	"net/netip"
 	"strings"
 	"sync"
 	"time"
@@ -242,59 +241,4 @@ type streamConn struct{ net.Conn }
 func answers(reply, m *mdns.Msg) bool {
 	return reply.Response && reply.Id == m.Id && len(reply.Question) == 1 && reply.Question[0].Qtype == m.Question[0].Qtype &&
 		reply.Question[0].Qclass == m.Question[0].Qclass && strings.EqualFold(reply.Question[0].Name, m.Question[0].Name)
-}
-
-// A limiter lets each source through at a rate, with bursts of a second's worth. The zero value but for rate is ready.
-type limiter struct {
-	rate float64
-
-	mu      sync.Mutex // guards the field below
-	buckets map[netip.Addr]bucket
-}
-
-type bucket struct {
-	left float64
-	at   time.Time
-}
-
-// maxSources bounds the sources that are remembered. When there are more, all are forgotten that have been quiet for a second,
-// and if that is not enough, all.
-const maxSources = 16384
-
-func (l *limiter) allow(from netip.Addr, now time.Time) bool {
-	if from.Is6() {
-		from = netip.PrefixFrom(from, 64).Masked().Addr()
-	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	b, ok := l.buckets[from]
-	if !ok {
-		l.makeRoomLocked(now)
-		b = bucket{left: l.rate, at: now}
-	}
-	b.left = min(l.rate, b.left+now.Sub(b.at).Seconds()*l.rate)
-	b.at = now
-	allowed := b.left >= 1
-	if allowed {
-		b.left--
-	}
-	l.buckets[from] = b
-	return allowed
-}
-
-func (l *limiter) makeRoomLocked(now time.Time) {
-	if l.buckets == nil {
-		l.buckets = map[netip.Addr]bucket{}
-	}
-	if len(l.buckets) < maxSources {
-		return
-	}
-	for a, b := range l.buckets {
-		if now.Sub(b.at) >= time.Second {
-			delete(l.buckets, a)
-		}
-	}
-	if len(l.buckets) >= maxSources {
-		clear(l.buckets)
-	}
 }

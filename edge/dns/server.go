@@ -7,7 +7,6 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -25,12 +24,16 @@ const (
 	maxUDPReply = 1232
 	// maxTCP bounds the connections at a time.
 	maxTCP = 256
+	// maxTCPPerSource bounds those of one source, an IPv4 address or an IPv6 /64.
+	maxTCPPerSource = 32
 	// maxTCPQueries bounds the queries of one connection.
 	maxTCPQueries = 128
 	// tcpTimeout is how long a connection may take for a query, and idle.
 	tcpTimeout = 8 * time.Second
 	// maxAsking bounds the different questions that are being asked at a time; more are answered with SERVFAIL.
 	maxAsking = 1024
+	// maxWaiting bounds the queries that are being answered at a time, such as many for one slow question; more are dropped.
+	maxWaiting = 8192
 	// defaultRate is Config.Rate if that is zero.
 	defaultRate = 200
 )
@@ -90,9 +93,10 @@ type Server struct {
 	cfg     Config
 	log     *slog.Logger
 	metrics *Metrics
-	limiter limiter
+	gate    *gate
 	cache   *cache
 	asking  askers
+	waiting chan struct{} // one entry for each query that is being answered
 
 	udp    net.PacketConn
 	tcp    net.Listener
@@ -116,7 +120,9 @@ func Listen(cfg Config) (*Server, error) {
 	if cfg.Metrics == nil {
 		cfg.Metrics, _ = NewMetrics(nil)
 	}
-	s := &Server{cfg: cfg, log: cfg.Logger.With("vnet", cfg.VNet), metrics: cfg.Metrics, limiter: limiter{rate: float64(cfg.Rate)}, cache: newCache(maxCached)}
+	s := &Server{cfg: cfg, log: cfg.Logger.With("vnet", cfg.VNet), metrics: cfg.Metrics, cache: newCache(maxCached), waiting: make(chan struct{}, maxWaiting)}
+	s.gate = &gate{allow: cfg.Allow, limiter: limiter{rate: float64(cfg.Rate)},
+		denied: s.metrics.queries.WithLabelValues("denied").Inc, limited: s.metrics.queries.WithLabelValues("limited").Inc}
 	var err error
 	if s.udp, err = net.ListenPacket("udp", cfg.Listen); err != nil {
 		return nil, fmt.Errorf("dns: %w", err)
@@ -140,8 +146,9 @@ func (s *Server) Serve(ctx context.Context) error {
 	run, cancel := context.WithCancel(ctx)
 	defer cancel()
 	handler := mdns.HandlerFunc(func(w mdns.ResponseWriter, q *mdns.Msg) { s.handle(run, w, q) })
-	udp := &mdns.Server{PacketConn: s.udp, Handler: handler, UDPSize: mdns.MinMsgSize * 8, MsgAcceptFunc: accept}
-	tcp := &mdns.Server{Listener: netutil.LimitListener(s.tcp, maxTCP), Handler: handler, MaxTCPQueries: maxTCPQueries, MsgAcceptFunc: accept,
+	gated := func(r mdns.Reader) mdns.Reader { return gatedReader{r, s.gate} }
+	udp := &mdns.Server{PacketConn: s.udp, Handler: handler, UDPSize: mdns.MinMsgSize * 8, MsgAcceptFunc: accept, DecorateReader: gated}
+	tcp := &mdns.Server{Listener: netutil.LimitListener(gatedListener{s.tcp, s.gate}, maxTCP), DecorateReader: gated, Handler: handler, MaxTCPQueries: maxTCPQueries, MsgAcceptFunc: accept,
 		ReadTimeout: tcpTimeout, WriteTimeout: tcpTimeout, IdleTimeout: func() time.Duration { return tcpTimeout }}
 	errs := make(chan error, 2)
 	var wg sync.WaitGroup
@@ -188,23 +195,21 @@ func accept(h mdns.Header) mdns.MsgAcceptAction {
 	return mdns.MsgAccept
 }
 
-// handle answers one query.
+// handle answers one query, which has passed the gate.
 func (s *Server) handle(ctx context.Context, w mdns.ResponseWriter, q *mdns.Msg) {
-	from, udp := source(w.RemoteAddr())
-	if !slices.ContainsFunc(s.cfg.Allow, func(p netip.Prefix) bool { return p.Contains(from) }) {
-		s.metrics.queries.WithLabelValues("denied").Inc() // and no answer, which could be sent to somebody else
-		return
-	}
-	if !s.limiter.allow(from, time.Now()) {
-		s.metrics.queries.WithLabelValues("limited").Inc()
+	select {
+	case s.waiting <- struct{}{}:
+		defer func() { <-s.waiting }()
+	default:
+		s.gate.limited()
 		return
 	}
 	reply := s.answer(ctx, q)
 	s.metrics.queries.WithLabelValues(resultOf(reply.Rcode)).Inc()
 	size := mdns.MaxMsgSize
-	if opt := q.IsEdns0(); udp {
+	if _, udp := w.RemoteAddr().(*net.UDPAddr); udp {
 		size = mdns.MinMsgSize
-		if opt != nil {
+		if opt := q.IsEdns0(); opt != nil {
 			size = min(max(int(opt.UDPSize()), mdns.MinMsgSize), maxUDPReply)
 		}
 	}
@@ -212,16 +217,6 @@ func (s *Server) handle(ctx context.Context, w mdns.ResponseWriter, q *mdns.Msg)
 	if err := w.WriteMsg(reply); err != nil {
 		s.log.Debug("DNS reply not sent", "peer", w.RemoteAddr(), "err", err)
 	}
-}
-
-func source(a net.Addr) (from netip.Addr, udp bool) {
-	switch a := a.(type) {
-	case *net.UDPAddr:
-		return a.AddrPort().Addr().Unmap().WithZone(""), true
-	case *net.TCPAddr:
-		return a.AddrPort().Addr().Unmap().WithZone(""), false
-	}
-	return netip.Addr{}, true
 }
 
 func resultOf(rcode int) string {

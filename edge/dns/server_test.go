@@ -243,6 +243,132 @@ func TestWhoMayAsk(t *testing.T) {
 	}
 }
 
+// malformed are messages that a server answers with an error.
+func malformed(t *testing.T) (list [][]byte) {
+	t.Helper()
+	q := new(mdns.Msg).SetQuestion("db.site.internal.", mdns.TypeA)
+	whole, err := q.Pack()
+	if err != nil {
+		t.Fatal(err)
+	}
+	q.Opcode = mdns.OpcodeUpdate
+	update, err := q.Pack()
+	if err != nil {
+		t.Fatal(err)
+	}
+	two := append([]byte(nil), whole...)
+	two[5] = 2 // questions
+	return [][]byte{update, two, whole[:len(whole)-3]}
+}
+
+// Answers to strangers could be meant for somebody whose address they have forged, errors too.
+func TestStrangersGetNoErrors(t *testing.T) {
+	strangers, at := start(t, func(c *Config) { c.Allow = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")} })
+	friends, _ := start(t)
+	ask := func(s *Server, b []byte) int {
+		c, err := net.Dial("udp", s.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		c.SetDeadline(time.Now().Add(30 * time.Second))
+		if s == strangers {
+			c.SetDeadline(time.Now().Add(200 * time.Millisecond))
+		}
+		if _, err := c.Write(b); err != nil {
+			t.Fatal(err)
+		}
+		n, _ := c.Read(make([]byte, 512))
+		return n
+	}
+	for i, b := range malformed(t) {
+		if n := ask(friends, b); n == 0 {
+			t.Errorf("message %d: a friend got no error", i)
+		}
+		if n := ask(strangers, b); n != 0 {
+			t.Errorf("message %d: a stranger got %d bytes", i, n)
+		}
+	}
+	if at.asked.Load() != 0 {
+		t.Error("the site was asked")
+	}
+}
+
+// A stranger's connections are not taken in, so that they cannot keep others out, and one source has its share of them.
+func TestConnectionsOfStrangers(t *testing.T) {
+	s, _ := start(t, func(c *Config) {
+		c.Allow = []netip.Prefix{netip.MustParsePrefix("127.0.0.2/32"), netip.MustParsePrefix("127.0.0.3/32")}
+	})
+	from := func(ip string) net.Conn {
+		d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(ip)}}
+		c, err := d.DialContext(t.Context(), "tcp", s.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { c.Close() })
+		return c
+	}
+	refused := func(c net.Conn, why string) {
+		t.Helper()
+		c.SetReadDeadline(time.Now().Add(30 * time.Second))
+		c.Read(make([]byte, 1)) //nolint:errcheck // it ends, taken in or not
+		if n := testutil.ToFloat64(s.metrics.queries.WithLabelValues(why)); n != 1 {
+			t.Errorf("%v connections were refused as %s, want 1", n, why)
+		}
+	}
+	refused(from("127.0.0.1"), "denied")
+	for range maxTCPPerSource {
+		from("127.0.0.2")
+	}
+	refused(from("127.0.0.2"), "limited")
+	c := &mdns.Conn{Conn: from("127.0.0.3")}
+	if err := c.WriteMsg(new(mdns.Msg).SetQuestion("db.site.internal.", mdns.TypeA)); err != nil {
+		t.Fatal(err)
+	}
+	c.SetReadDeadline(time.Now().Add(30 * time.Second))
+	if r, err := c.ReadMsg(); err != nil || len(r.Answer) != 1 {
+		t.Errorf("another source got %v, %v", r, err)
+	}
+}
+
+// A source that asks too much gets nothing for it, over UDP and TCP.
+func TestRate(t *testing.T) {
+	s, _ := start(t, func(c *Config) { c.Rate = 1 })
+	c := &mdns.Client{Net: "tcp", Timeout: 30 * time.Second}
+	conn, err := c.Dial(s.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	var failed error
+	for range 3 {
+		if _, _, failed = c.ExchangeWithConn(new(mdns.Msg).SetQuestion("db.site.internal.", mdns.TypeA), conn); failed != nil {
+			break
+		}
+	}
+	if n := testutil.ToFloat64(s.metrics.queries.WithLabelValues("limited")); failed == nil || n < 1 {
+		t.Errorf("three queries at once at a rate of 1: got %v, %v counted", failed, n)
+	}
+}
+
+// However many wait for a slow answer, what they hold is bounded.
+func TestWaitingIsBounded(t *testing.T) {
+	s, at := start(t)
+	for range maxWaiting {
+		s.waiting <- struct{}{}
+	}
+	c := mdns.Client{Timeout: 200 * time.Millisecond}
+	if r, _, err := c.Exchange(new(mdns.Msg).SetQuestion("db.site.internal.", mdns.TypeA), s.Addr().String()); err == nil || at.asked.Load() != 0 {
+		t.Errorf("one more than there may be got %v", r)
+	}
+	for range maxWaiting {
+		<-s.waiting
+	}
+	if out := dig(t, s, "db.site.internal", "A"); !strings.Contains(out, "10.0.0.7") {
+		t.Errorf("with room again:\n%s", out)
+	}
+}
+
 func TestLimiter(t *testing.T) {
 	l := limiter{rate: 5}
 	now := time.Unix(1e9, 0)
