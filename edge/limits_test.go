@@ -3,7 +3,6 @@ package edge
 import (
 	"io"
 	"net"
-	"net/netip"
 	"testing"
 	"time"
 
@@ -96,6 +95,39 @@ func TestRedirectConnectionsPerAddress(t *testing.T) {
 	})
 }
 
+// Visitors behind a load balancer are many, but they are counted all the same.
+func TestRedirectConnectionsBehindLoadBalancers(t *testing.T) {
+	w := newWorld(t)
+	w.addZone("a", "p256", echoOrigin(t), "a.test")
+	w.cfg.Listen.Redirect = []string{"127.0.0.1:0"}
+	w.cfg.Listen.ProxyProtocolFrom = []string{"127.0.0.0/8"}
+	w.cfg.Limits.Connections, w.cfg.Limits.ConnectionsPerAddress = 3, 1
+	w.start()
+	ask := func() (net.Conn, string) {
+		c, err := net.Dial("tcp", w.server.RedirectAddrs()[0].String())
+		must(t, err)
+		must(t, c.SetDeadline(time.Now().Add(20*time.Second)))
+		_, _ = io.WriteString(c, "PROXY TCP4 192.0.2.7 198.51.100.1 1234 80\r\nGET / HTTP/1.1\r\n")
+		return c, "Host: a.test\r\n\r\n"
+	}
+	var held []net.Conn
+	for range 3 {
+		c, _ := ask()
+		held = append(held, c)
+	}
+	served := func(c net.Conn, rest string) bool {
+		defer c.Close()
+		_, _ = io.WriteString(c, rest)
+		n, _ := c.Read(make([]byte, 12))
+		return n == 12
+	}
+	eventually(t, "a fourth connection is refused", func() bool { return !served(ask()) })
+	for _, c := range held {
+		_ = c.Close()
+	}
+	eventually(t, "the places are free again", func() bool { return served(ask()) })
+}
+
 func isReset(err error) bool {
 	_, ok := err.(*net.OpError)
 	return ok
@@ -114,12 +146,4 @@ func TestSilentConnectionsStopNobody(t *testing.T) {
 	c, err := w.dialTLS(w.tlsConfig("a.test"))
 	must(t, err)
 	_ = c.Close()
-}
-
-func TestHousehold(t *testing.T) {
-	for a, want := range map[string]string{"192.0.2.7": "192.0.2.7/32", "2001:db8:1:2:3:4:5:6": "2001:db8:1:2::/64"} {
-		if got := household(netip.MustParseAddr(a)).String(); got != want {
-			t.Errorf("%s: %s, want %s", a, got, want)
-		}
-	}
 }

@@ -13,6 +13,7 @@ import (
 
 	"github.com/keyhaven/keyhaven/edge/proxy"
 	"github.com/keyhaven/keyhaven/edge/proxyproto"
+	"github.com/keyhaven/keyhaven/internal/household"
 )
 
 // listeners holds the sockets of a server.
@@ -264,9 +265,11 @@ func (l *limitedListener) Accept() (net.Conn, error) {
 		}
 		from := addrOf(conn.RemoteAddr())
 		if l.trust.Has(from) { // its visitors are many, and the header is read by whoever serves it
-			return proxyproto.Lazily(conn, redirectTimeout), nil
-		}
-		if l.census.enter(from) {
+			if l.census.enterAny() {
+				counted := &countedConn{Conn: conn, closed: sync.OnceFunc(l.census.leaveAny)}
+				return proxyproto.Lazily(counted, redirectTimeout), nil
+			}
+		} else if l.census.enter(from) {
 			return &countedConn{Conn: conn, closed: sync.OnceFunc(func() { l.census.leave(from) })}, nil
 		}
 		_ = conn.Close()
@@ -279,26 +282,16 @@ type census struct {
 
 	mu    sync.Mutex
 	total int
-	by    map[netip.Prefix]int
+	by    map[netip.Addr]int
 }
 
 func newCensus(limit, perAddress int) *census {
-	return &census{limit: limit, perAddress: perAddress, by: make(map[netip.Prefix]int)}
-}
-
-// household is what counts as one address: an IPv4 address, or the /64 that an IPv6 visitor has to itself.
-func household(a netip.Addr) netip.Prefix {
-	bits := a.BitLen()
-	if a.Is6() {
-		bits = 64
-	}
-	p, _ := a.Prefix(bits)
-	return p
+	return &census{limit: limit, perAddress: perAddress, by: make(map[netip.Addr]int)}
 }
 
 // enter counts a connection and reports true, unless a limit is reached.
 func (c *census) enter(a netip.Addr) bool {
-	p := household(a)
+	p := household.Of(a)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.total >= c.limit || c.by[p] >= c.perAddress {
@@ -311,7 +304,7 @@ func (c *census) enter(a netip.Addr) bool {
 
 // leave ends what enter counted.
 func (c *census) leave(a netip.Addr) {
-	p := household(a)
+	p := household.Of(a)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.total--
@@ -320,9 +313,27 @@ func (c *census) leave(a netip.Addr) {
 	}
 }
 
+// enterAny counts a connection whose visitor is not known, and reports true unless the limit for all is reached.
+func (c *census) enterAny() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.total >= c.limit {
+		return false
+	}
+	c.total++
+	return true
+}
+
+// leaveAny ends what enterAny counted.
+func (c *census) leaveAny() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.total--
+}
+
 // nearlyFull reports whether the address has half of the connections that it may have.
 func (c *census) nearlyFull(a netip.Addr) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.by[household(a)] >= c.perAddress/2
+	return c.by[household.Of(a)] >= c.perAddress/2
 }
