@@ -94,6 +94,7 @@ type endpoint struct {
 	mu     sync.Mutex           // guards the fields below
 	addrs  []string             // of the last resolution that succeeded, as host:port
 	failed map[string]time.Time // when addresses failed last
+	narrow bool                 // the path loses large segments of TCP
 }
 
 // connected reports whether a session is up.

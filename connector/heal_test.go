@@ -420,3 +420,40 @@ func TestUp(t *testing.T) {
 		}
 	})
 }
+
+// A path that loses large packets lets TCP connect and then nothing pass: the next attempts are with small segments, also
+// those of other sessions. On another network all begins anew.
+func TestStalledTCP(t *testing.T) {
+	host := &changing{addrs: "192.0.2.8"}
+	d := &dials{host: host.surroundings()}
+	var good atomic.Bool
+	d.answer = func(c tunnel.DialConfig) (session, error) {
+		if c.SmallSegments || good.Load() {
+			return carried(tunnel.CarrierTCP), nil
+		}
+		return nil, fmt.Errorf("both failed: %w", tunnel.ErrStalled)
+	}
+	bubble(t, d, Config{Carrier: CarrierTCP}, func(c *Connector, _ func()) {
+		time.Sleep(2 * backoffCap)
+		if n := len(d.living()); n != SessionsPerEdge {
+			t.Errorf("%d sessions, want %d", n, SessionsPerEdge)
+		}
+		for _, a := range d.living() {
+			if tries := len(d.of(a.reg.Index)); tries > 2 || !a.cfg.SmallSegments {
+				t.Errorf("session %d: %d attempts, small segments is %v, want at most 2 and true", a.reg.Index, tries, a.cfg.SmallSegments)
+			}
+		}
+		good.Store(true)
+		host.set("192.0.2.9", 0)
+		time.Sleep(time.Minute)
+		for _, a := range d.living() {
+			a.s.lose(errors.New("gone"))
+		}
+		time.Sleep(time.Minute)
+		for _, a := range d.living() {
+			if a.cfg.SmallSegments {
+				t.Errorf("session %d: small segments on a network that needs none", a.reg.Index)
+			}
+		}
+	})
+}

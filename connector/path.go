@@ -100,3 +100,21 @@ func (p *path) back() {
 
 // forget starts anew, on another network.
 func (p *path) forget() { *p = path{first: p.first} }
+
+// isNarrow reports whether TCP to the edge is to use small segments.
+func (e *endpoint) isNarrow() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.narrow
+}
+
+// stalled learns that nothing came over a TCP connection with small or with large segments: the next one is with the
+// others. Several attempts at a time are of one mind.
+func (e *endpoint) stalled(small bool) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.narrow == small {
+		e.narrow = !small
+		e.c.log.Info("nothing comes over TCP, trying segments of another size", "edge", e.name, "small", e.narrow)
+	}
+}

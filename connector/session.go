@@ -470,11 +470,14 @@ func (e *endpoint) dial(ctx context.Context, addrs []string, from int, cfg tunne
 	order := e.order(addrs, from)
 	var errs []error
 	for _, addr := range order {
-		cfg.Addr = addr
+		cfg.Addr, cfg.SmallSegments = addr, e.isNarrow()
 		dialCtx, cancel := context.WithTimeout(ctx, max(addrTimeout, tryTimeout/time.Duration(len(order))))
 		s, err := c.dial(dialCtx, cfg)
 		cancel()
 		e.note(addr, err)
+		if errors.Is(err, tunnel.ErrStalled) {
+			e.stalled(cfg.SmallSegments)
+		}
 		if err == nil {
 			c.metrics.attempts.WithLabelValues(e.name, "ok").Inc()
 			return s, nil
@@ -522,6 +525,7 @@ func (e *endpoint) note(addr string, err error) {
 func (e *endpoint) forget() {
 	e.mu.Lock()
 	defer e.mu.Unlock()
+	e.narrow = false
 	clear(e.failed)
 	e.addrs = nil
 }

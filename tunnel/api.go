@@ -62,7 +62,7 @@ type Role byte
 const (
 	// RoleMain sessions carry everything, and are what a connector's presence is judged by.
 	RoleMain Role = 0
-	// RoleBulk sessions carry one bulk flow at a time, so that it has a TCP connection of its own.
+	// RoleBulk sessions carry flows of many bytes, one each as far as they last, so that it has a TCP connection of its own.
 	RoleBulk Role = 1
 )
 
@@ -258,6 +258,9 @@ type DialConfig struct {
 	Proxy func() (*ProxyConfig, error)
 	// SmallPackets keeps QUIC's packets at 1,200 bytes, for paths that lose larger ones.
 	SmallPackets bool
+	// SmallSegments keeps TCP's packets at about 1,050 bytes, in both directions, for paths that lose larger ones without
+	// a word. Only Linux needs that and does it; other systems find out by themselves.
+	SmallSegments bool
 	// OnConfig applies a remote configuration that the edge pushed; its error's text goes back to the edge. One runs at a
 	// time. If nil, configurations are refused as unsupported.
 	OnConfig func(ctx context.Context, version uint64, body []byte) error

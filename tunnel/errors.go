@@ -302,6 +302,18 @@ var ErrPeerLost = errors.New("the peer is gone")
 // ErrNoAnswer says that nothing answered at the edge's address: wrong address, edge down, or the port blocked on the way.
 var ErrNoAnswer = errors.New("no answer: is the address right, the edge up, and its port allowed on the way?")
 
+// ErrStalled says that a TCP connection was made and then nothing came over it. It is an ErrNoAnswer. With
+// [DialConfig.SmallSegments] it may work.
+var ErrStalled error = stalledError{}
+
+type stalledError struct{}
+
+func (stalledError) Error() string {
+	return "connected, but nothing comes: is the edge up, or does the path lose large packets?"
+}
+
+func (stalledError) Unwrap() error { return ErrNoAnswer }
+
 // ErrProxy says that the HTTP proxy did not let a connection through; what it wraps says why and what to do.
 var ErrProxy = errors.New("HTTP proxy")
 

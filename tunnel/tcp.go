@@ -21,7 +21,7 @@ const (
 
 // dialTCP makes a TLS connection to the edge, through the proxy if there is one.
 func (d *dialer) dialTCP(ctx context.Context) (carrier, func(), error) {
-	conn, err := dialTLS(ctx, d.Addr, d.LocalAddr, d.Proxy, d.tls)
+	conn, err := d.dialTLS(ctx)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -34,10 +34,10 @@ func (d *dialer) dialTCP(ctx context.Context) (carrier, func(), error) {
 	return m, func() {}, nil
 }
 
-func dialTLS(ctx context.Context, addr string, local netip.Addr, proxy func() (*ProxyConfig, error), conf *tls.Config) (*tls.Conn, error) {
+func (d *dialer) dialTLS(ctx context.Context) (*tls.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, tcpDialTimeout+handshakeIdle)
 	defer cancel()
-	raw, err := dialThrough(ctx, addr, local, proxy)
+	raw, err := d.dialThrough(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -45,11 +45,11 @@ func dialTLS(ctx context.Context, addr string, local netip.Addr, proxy func() (*
 		tuneTCP(tcp)
 	}
 	cork := &corkConn{Conn: raw}
-	conn := tls.Client(cork, conf)
+	conn := tls.Client(cork, d.tls)
 	if err := conn.HandshakeContext(ctx); err != nil {
 		raw.Close() //nolint:errcheck // nothing is left to lose
 		if errors.Is(err, context.DeadlineExceeded) || isTimeout(err) {
-			return nil, fmt.Errorf("TLS handshake: %w", ErrNoAnswer)
+			return nil, fmt.Errorf("TLS handshake: %w", ErrStalled)
 		}
 		if alertFrom(err) {
 			return nil, fmt.Errorf("tunnel: %w (%w)", ErrCertificate, err)
@@ -60,21 +60,24 @@ func dialTLS(ctx context.Context, addr string, local netip.Addr, proxy func() (*
 	return conn, nil
 }
 
-func dialThrough(ctx context.Context, addr string, local netip.Addr, proxy func() (*ProxyConfig, error)) (net.Conn, error) {
+func (d *dialer) dialThrough(ctx context.Context) (net.Conn, error) {
 	dialer := net.Dialer{Timeout: tcpDialTimeout, KeepAlive: -1}
-	if local.IsValid() {
-		dialer.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(local, 0))
+	if d.LocalAddr.IsValid() {
+		dialer.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(d.LocalAddr, 0))
 	}
-	if proxy != nil {
-		p, err := proxy()
+	if d.SmallSegments {
+		dialer.Control = limitSegments
+	}
+	if d.Proxy != nil {
+		p, err := d.Proxy()
 		if err != nil {
 			return nil, fmt.Errorf("%w: %w", ErrProxy, err)
 		}
 		if p != nil {
-			return p.dial(ctx, &dialer, addr)
+			return p.dial(ctx, &dialer, d.Addr)
 		}
 	}
-	conn, err := dialer.DialContext(ctx, "tcp", addr)
+	conn, err := dialer.DialContext(ctx, "tcp", d.Addr)
 	switch {
 	case err == nil:
 		return conn, nil
