@@ -18,16 +18,23 @@ const (
 const (
 	// measuredFrom is how many bytes a flow must have carried for its throughput to count.
 	measuredFrom = 1 << 20
-	// exploreEvery is how often a bulk flow takes the carrier that measured worse, to measure it again.
+	// exploreEvery is how often a bulk flow takes the carrier that measured worse, to measure it again, and exploreFar how
+	// often if that one measured less than half.
 	exploreEvery = 20
+	exploreFar   = 400
 	// switchAbove is how much better a carrier must measure to be taken instead.
 	switchAbove = 1.25
 	// measureWeight is that of the latest flow in the average.
 	measureWeight = 0.3
 	// maxBulkSessions bounds the bulk sessions that are asked of one connector.
 	maxBulkSessions = 8
+	// bulkSpare is how many bulk sessions a connector of which bulk flows are asked shall have beside those in use, so that
+	// the next flow need not wait for one.
+	bulkSpare = 2
 	// bulkRest is how long a connector keeps bulk sessions that nothing needed.
 	bulkRest = time.Minute
+	// bulkPatience is how long a connector may take to do what it was asked for, before it is asked again.
+	bulkPatience = time.Second
 )
 
 // bulk chooses what carries flows of many bytes.
@@ -45,6 +52,7 @@ type bulkState struct {
 	choice tunnel.Carrier
 	open   int       // bulk flows over TCP now
 	asked  int       // bulk sessions that the connector was last asked for
+	told   time.Time // when
 	needed time.Time // when so many were needed last
 }
 
@@ -58,16 +66,19 @@ func newBulk(mode string, reg *registry) *bulk {
 // A preference is what a flow would like to be carried by.
 type preference struct {
 	carrier tunnel.Carrier
-	own     bool // a session of its own, where there is a spare one
+	own     bool // a bulk session, one of its own where there is a spare one
 }
 
-// explore reports whether p's flow shall take the carrier that measured worse.
-func (b *bulk) explore(p plan) bool {
-	return p.q.Class == tunnel.ClassBulk && p.q.Carrier == "" && b.mode == BulkAuto && rand.IntN(exploreEvery) == 0
+// explore draws a lot that decides whether p's flow takes the carrier that measured worse.
+func (b *bulk) explore(p plan) (lot int) {
+	if p.q.Class == tunnel.ClassBulk && p.q.Carrier == "" && b.mode == BulkAuto {
+		return rand.IntN(exploreFar)
+	}
+	return exploreFar
 }
 
-// prefer returns what p's flow would like of the connector of l.
-func (b *bulk) prefer(p plan, l *live, explore bool) preference {
+// prefer returns what p's flow would like of the connector of l, with what it has drawn from explore.
+func (b *bulk) prefer(p plan, l *live, lot int) preference {
 	carrier := p.q.Carrier
 	switch {
 	case carrier != "":
@@ -76,23 +87,31 @@ func (b *bulk) prefer(p plan, l *live, explore bool) preference {
 	case b.mode != BulkAuto:
 		carrier = tunnel.Carrier(b.mode)
 	default:
-		carrier = b.choice(l.connector.Name)
-		if explore && carrier == tunnel.CarrierTCP {
-			carrier = tunnel.CarrierQUIC
-		} else if explore {
-			carrier = tunnel.CarrierTCP
-		}
+		carrier = b.choose(l.connector.Name, lot)
 	}
 	return preference{carrier, p.q.Class == tunnel.ClassBulk && carrier == tunnel.CarrierTCP}
 }
 
-func (b *bulk) choice(connector string) tunnel.Carrier {
+// choose returns the carrier for a bulk flow with a lot: what measured better, or now and then the other one.
+func (b *bulk) choose(connector string, lot int) tunnel.Carrier {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if s := b.by[connector]; s != nil {
-		return s.choice
+	s := b.by[connector]
+	if s == nil {
+		s = &bulkState{choice: tunnel.CarrierTCP}
 	}
-	return tunnel.CarrierTCP
+	other := tunnel.CarrierTCP
+	if s.choice == other {
+		other = tunnel.CarrierQUIC
+	}
+	winners := exploreFar / exploreEvery
+	if rate, measured := s.rate[other]; measured && rate < s.rate[s.choice]/2 {
+		winners = 1
+	}
+	if lot < winners {
+		return other
+	}
+	return s.choice
 }
 
 func (b *bulk) stateLocked(connector string) *bulkState {
@@ -109,7 +128,7 @@ func (b *bulk) wants(r *record, k candidate) bool {
 	if k.l == nil || r.plan.q.Class != tunnel.ClassBulk {
 		return false
 	}
-	return b.prefer(r.plan, k.l, false).own
+	return b.prefer(r.plan, k.l, exploreFar).own
 }
 
 // begun counts a flow in, and asks its connector for more bulk sessions if it has fewer than such flows.
@@ -118,14 +137,22 @@ func (b *bulk) begun(r *record, k candidate) {
 		return
 	}
 	r.bulky = true
-	name := k.l.connector.Name
+	name, have := k.l.connector.Name, 0
+	for _, l := range b.reg.ofConnector(k.l.connector.Tunnel, name) {
+		if l.role == tunnel.RoleBulk && !l.s.Draining() {
+			have++
+		}
+	}
 	b.mu.Lock()
 	s := b.stateLocked(name)
 	s.open++
-	need := min(s.open, maxBulkSessions)
-	more := need > s.asked
+	now, need := time.Now(), min(s.open+bulkSpare, maxBulkSessions)
+	more := need > s.asked || have < need && now.Sub(s.told) > bulkPatience // it may have closed some
 	if need >= s.asked {
-		s.asked, s.needed = need, time.Now()
+		s.asked, s.needed = need, now
+	}
+	if more {
+		need, s.told = s.asked, now
 	}
 	b.mu.Unlock()
 	if more {

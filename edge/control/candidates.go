@@ -126,14 +126,14 @@ func (c *Control) rank(p plan) (good, suspect []candidate) {
 	}
 	n := min(len(ls), maxRanked)
 	list := make([]ranked, 0, n)
-	explore := c.bulk.explore(p)
+	lot := c.bulk.explore(p)
 	for i, start := 0, rand.IntN(len(ls)); i < len(ls) && len(list) < n; i++ {
 		l := ls[(start+i)%len(ls)]
 		if l.s.Draining() {
 			continue
 		}
 		r := ranked{l: l, flows: l.s.Flows()}
-		r.rank = rankOf(l, r.flows, c.bulk.prefer(p, l, explore))
+		r.rank = rankOf(l, r.flows, c.bulk.prefer(p, l, lot))
 		switch {
 		case l.Suspect():
 			r.rank += 2 * rankSuspect
@@ -159,20 +159,16 @@ func (c *Control) rank(p plan) (good, suspect []candidate) {
 const rankSuspect = 100
 
 // rankOf is the place of a session for a flow that prefers a carrier; own says that the flow is worth a session of its
-// own.
+// own. Where none is idle it shares one of the right carrier, the one with the fewest flows.
 func rankOf(l *live, flows int, want preference) int {
 	right := l.s.Carrier() == want.carrier
 	switch {
 	case l.role == tunnel.RoleBulk && !want.own:
 		return 8 // rather than none
-	case l.role == tunnel.RoleBulk && flows > 0:
-		return 6
-	case right && l.role == tunnel.RoleBulk:
+	case l.role == tunnel.RoleBulk && right && flows == 0:
 		return 0
 	case right:
 		return 1
-	case l.role == tunnel.RoleBulk:
-		return 3
 	}
 	return 2
 }
