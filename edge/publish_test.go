@@ -62,7 +62,7 @@ func TestPublishTakesWhatIsGood(t *testing.T) {
 	)
 	faults := w.faults()
 	for what, text := range map[string]string{
-		"zone thief": "belongs to zone \"a\"", "zone a": "another zone has it", "zone file": "certificate_pem", "zone nogroup": "key_server",
+		"zone thief": "belongs to zone \"a\"", "zone a": "is called \"a\" already", "zone file": "certificate_pem", "zone nogroup": "key_server",
 		"pool mine": "configuration file", "pool bad": "host", "pool leans": "no pool \"bad\"", "port noPool": "no sound pool",
 	} {
 		if !strings.Contains(faults[what], text) {

@@ -55,7 +55,9 @@ func newPing() *cobra.Command {
 				err := p.run(cmd.Context(), count, interval, func(ctx context.Context, seq int) (admin.Echo, error) {
 					return c.Echo(ctx, f.request(p.host, seq, ttl))
 				})
-				p.summary()
+				if p.sent > 0 {
+					p.summary()
+				}
 				if err == nil && p.received == 0 {
 					err = cli.Quiet(errNoReply)
 				}
@@ -97,10 +99,10 @@ func (p *pinger) run(ctx context.Context, count int, interval time.Duration, pin
 		if ctx.Err() != nil {
 			return nil
 		}
-		p.sent++
-		if err != nil {
+		if err != nil { // the edge has not sent it
 			return err
 		}
+		p.sent++
 		p.note(e)
 	}
 	return nil

@@ -77,4 +77,13 @@ func TestTraceOutput(t *testing.T) {
 	if err := trace(t.Context(), &out, 30, 1, refused); !errors.Is(err, errNoReply) || !strings.Contains(out.String(), " 1  10.0.0.1  0.000 ms !X\n") {
 		t.Errorf("refused: got %v and\n%s", err, &out)
 	}
+	nobody := func(context.Context, int, int) (admin.Echo, error) { return admin.Echo{}, errNoReply }
+	out.Reset()
+	if err := trace(t.Context(), &out, 30, 3, nobody); !errors.Is(err, errNoReply) || out.Len() > 0 {
+		t.Errorf("no edge: got %v and %q", err, &out)
+	}
+	p := pinger{w: &out}
+	if err := p.run(t.Context(), 3, 1, func(context.Context, int) (admin.Echo, error) { return admin.Echo{}, errNoReply }); err == nil || p.sent != 0 {
+		t.Errorf("no edge: got %v and %d packets sent", err, p.sent)
+	}
 }

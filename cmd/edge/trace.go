@@ -39,13 +39,17 @@ func newTraceroute() *cobra.Command {
 // trace asks each hop in turn until the host has answered, or refused.
 func trace(ctx context.Context, w io.Writer, hops, tries int, ping func(ctx context.Context, seq, ttl int) (admin.Echo, error)) error {
 	for ttl := 1; ttl <= hops; ttl++ {
-		fmt.Fprintf(w, "%2d ", ttl)
 		last, reached, refused := "", false, false
 		for i := range tries {
 			e, err := ping(ctx, ttl*tries+i, ttl)
 			if err != nil {
-				fmt.Fprintln(w)
+				if i > 0 {
+					fmt.Fprintln(w)
+				}
 				return err
+			}
+			if i == 0 {
+				fmt.Fprintf(w, "%2d ", ttl)
 			}
 			if e.Type == admin.EchoFailed {
 				fmt.Fprintln(w)

@@ -96,8 +96,11 @@ func CompileBeside(others []*Zone, cfgs []Config, hasGroup func(string) bool) (z
 		r := &report{at: "zone " + c.Name, errorf: func(key, format string, args ...any) {
 			faults[i] = append(faults[i], fmt.Errorf("%s: %s", key, fmt.Sprintf(format, args...)))
 		}}
-		if c.Name == "" || names[c.Name] {
-			r.fault("name", "%q is no name, or another zone has it already", c.Name)
+		switch {
+		case c.Name == "":
+			r.fault("name", "is missing")
+		case names[c.Name]:
+			r.fault("name", "another zone, of the configuration file as a rule, is called %q already; give this one another name", c.Name)
 		}
 		c.refuseFiles(r)
 		if r.failed {
