@@ -30,7 +30,7 @@ func newCAInit() *cobra.Command {
 			if _, err := mtls.InitAuthority(dir, domain); err != nil {
 				return err
 			}
-			fmt.Fprintf(cmd.OutOrStdout(), "authority of %s made in %s\n", domain, dir)
+			fmt.Fprintf(cmd.OutOrStdout(), "made the authority of %s in %s; keep ca.key away from others, and make a copy\n", domain, dir)
 			return nil
 		},
 	}
@@ -71,7 +71,7 @@ func caIssue(kind mtls.Kind, short, lifetimeUsage string) *cobra.Command {
 			if err := issueIdentity(authority, id, lifetime, out, replace); err != nil {
 				return err
 			}
-			fmt.Fprintf(cmd.OutOrStdout(), "%s issued to %s\n", id, out)
+			fmt.Fprintf(cmd.OutOrStdout(), "issued %s in %s\n", id, out)
 			return nil
 		},
 	}
