@@ -7,6 +7,7 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -357,6 +358,44 @@ func TestUpgradedConnectionHalfCloses(t *testing.T) {
 	must(t, c.(*tls.Conn).CloseWrite())
 	if got, err := io.ReadAll(br); err != nil || string(got) != "100000 bytes and then the end" {
 		t.Errorf("%q, %v", got, err)
+	}
+}
+
+// An origin that switches protocols unasked gets neither the visitor's connection nor a connection that nobody closes.
+func TestSwitchThatWasNotAskedFor(t *testing.T) {
+	for _, head := range []string{"", "Connection: Upgrade\r\nUpgrade: websocket\r\n"} {
+		ended := make(chan error, 1)
+		ln, err := net.Listen("tcp", "127.0.0.1:0")
+		must(t, err)
+		defer ln.Close()
+		go func() {
+			for {
+				c, err := ln.Accept()
+				if err != nil {
+					return
+				}
+				_, _ = http.ReadRequest(bufio.NewReader(c))
+				_, _ = io.WriteString(c, "HTTP/1.1 101 Switching Protocols\r\n"+head+"\r\n")
+				_ = c.SetReadDeadline(time.Now().Add(20 * time.Second))
+				_, err = c.Read(make([]byte, 1))
+				_ = c.Close()
+				ended <- err
+			}
+		}()
+		w := newWorld(t)
+		w.addZone("a", "p256", "http://"+ln.Addr().String(), "a.test")
+		w.start()
+		for _, version := range versions {
+			res, err := w.client(version).Get("https://a.test/")
+			must(t, err)
+			_ = res.Body.Close()
+			if res.StatusCode != http.StatusBadGateway {
+				t.Errorf("HTTP/%s: got %d, want 502", version, res.StatusCode)
+			}
+			if err := <-ended; err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+				t.Errorf("HTTP/%s: the origin's connection stays open: %v", version, err)
+			}
+		}
 	}
 }
 

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/keyhaven/keyhaven/ingressconf"
+	"github.com/keyhaven/keyhaven/internal/httprelay"
 	"github.com/keyhaven/keyhaven/internal/reqtarget"
 	"github.com/keyhaven/keyhaven/tunnel"
 )
@@ -116,7 +117,7 @@ func (h *Handler) route(v *visit, r *http.Request) (*ingressconf.Target, fault, 
 	case t.Service.Scheme == ingressconf.TCP:
 		return nil, faultBytes, false
 	}
-	if up := strings.TrimSpace(r.Header.Get("Upgrade")); strings.HasPrefix(strings.ToLower(up), "h2c") {
+	if strings.Contains(httprelay.UpgradeOf(r.Header), "h2c") {
 		return nil, faultUpgrade, false // it would carry requests past the rules
 	}
 	if v.origin = now.origins[i]; v.origin == nil {
@@ -246,10 +247,14 @@ func (w *promptWriter) Write(p []byte) (int, error) {
 
 // responseCame looks at a response's header before it is passed on.
 func (h *Handler) responseCame(res *http.Response) error {
+	v := visitOf(res.Request.Context())
+	if err := httprelay.CheckSwitch(v.in.Header, res); err != nil {
+		return err
+	}
 	h.metrics.answered(res.StatusCode)
 	if res.StatusCode == http.StatusSwitchingProtocols {
 		if b, ok := res.Body.(io.ReadWriteCloser); ok {
-			res.Body = &switched{b, visitOf(res.Request.Context()).conn}
+			res.Body = &switched{b, v.conn}
 		}
 	}
 	return nil

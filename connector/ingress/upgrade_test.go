@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"os"
 	"syscall"
 	"testing"
 
@@ -171,6 +172,26 @@ var echoService = grpc.ServiceDesc{
 			}
 		}
 	}}},
+}
+
+// An origin that switches protocols unasked gets neither the flow nor a connection that nobody closes.
+func TestSwitchThatWasNotAskedFor(t *testing.T) {
+	for _, head := range []string{"", "Connection: Upgrade\r\nUpgrade: websocket\r\n"} {
+		ended := make(chan error, 1)
+		addr := rawOrigin(t, func(c *net.TCPConn) {
+			http.ReadRequest(bufio.NewReader(c))                                  //nolint:errcheck // the test then fails
+			io.WriteString(c, "HTTP/1.1 101 Switching Protocols\r\n"+head+"\r\n") //nolint:errcheck // the test then fails
+			_, err := c.Read(make([]byte, 1))
+			ended <- err
+		})
+		bed := newBed(t, "ingress:\n  - service: http://"+addr+"\n")
+		if status, _ := bed.get("http://a.test/"); status != http.StatusBadGateway {
+			t.Errorf("got %d, want 502", status)
+		}
+		if err := <-ended; err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("the origin's connection stays open: %v", err)
+		}
+	}
 }
 
 func TestGRPC(t *testing.T) {

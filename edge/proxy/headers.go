@@ -83,15 +83,3 @@ func forwarded(visitor netip.Addr, host string) string {
 	}
 	return "for=" + node + ";host=" + host + ";proto=https"
 }
-
-// upgradesTo returns the protocol that a request asks to switch to, "" if none.
-func upgradesTo(h http.Header) string {
-	for _, v := range h["Connection"] {
-		for token := range strings.SplitSeq(v, ",") {
-			if strings.EqualFold(strings.TrimSpace(token), "upgrade") {
-				return strings.ToLower(strings.TrimSpace(h.Get("Upgrade")))
-			}
-		}
-	}
-	return ""
-}

@@ -18,6 +18,7 @@ import (
 	"github.com/keyhaven/keyhaven/edge/balance"
 	"github.com/keyhaven/keyhaven/edge/control"
 	"github.com/keyhaven/keyhaven/edge/zone"
+	"github.com/keyhaven/keyhaven/internal/httprelay"
 	"github.com/keyhaven/keyhaven/internal/reqtarget"
 )
 
@@ -184,7 +185,7 @@ func (h *Handler) admit(v *visit, r *http.Request) (fault, bool) {
 	case r.ProtoMajor == 1 && !z.HTTP1, r.ProtoMajor == 2 && !z.HTTP2, r.ProtoMajor == 3 && !z.HTTP3:
 		return faultVersion, false
 	}
-	if up := upgradesTo(r.Header); up != "" && up != "websocket" {
+	if up := httprelay.UpgradeOf(r.Header); up != "" && up != "websocket" {
 		return faultUpgrade, false // an upgrade to h2c would carry requests past every check here
 	}
 	if v.target, err = reqtarget.Of(r); err != nil || (z.ByPath() && v.target.Ambiguous()) {
@@ -257,7 +258,11 @@ func (b *trailerBody) Read(p []byte) (int, error) {
 
 // cleanResponse removes what only the edge may say to visitors. From here on the response has begun.
 func (h *Handler) cleanResponse(res *http.Response) error {
-	if v := visitOf(res.Request.Context()); v.body != nil {
+	v := visitOf(res.Request.Context())
+	if err := httprelay.CheckSwitch(v.in.Header, res); err != nil {
+		return err
+	}
+	if v.body != nil {
 		v.body.relax()
 	}
 	res.Header.Del("Alt-Svc")
