@@ -42,7 +42,7 @@ func poolFlags(cmd *cobra.Command) func(p *spec.PoolConfig) error {
 	f.StringVar(&monitor.Type, "monitor", "", "probe the endpoints: http, https, tcp, icmp, or none")
 	f.StringVar(&monitor.Path, "monitor-path", "", "path of http probes")
 	f.StringVar(&monitor.Expect, "monitor-expect", "", "status codes of a good answer, such as 200-399")
-	f.TextVar(&monitor.Interval, "monitor-interval", spec.Duration(0), "time between probes, such as 10s")
+	f.TextVar(&monitor.Interval, "monitor-interval", spec.Duration(0), "`duration` between two probes, such as 10s")
 	completeFlag(cmd, "steering", words(spec.SteerRandom, spec.SteerRoundRobin, spec.SteerHash, spec.SteerLeastRequests, spec.SteerLeastConnections))
 	completeFlag(cmd, "pool-steering", words(spec.SteerFailover, spec.SteerRandom, spec.SteerLatency, spec.SteerLeastRequests))
 	completeFlag(cmd, "monitor", words(spec.MonitorHTTP, spec.MonitorHTTPS, spec.MonitorTCP, spec.MonitorICMP, "none"))

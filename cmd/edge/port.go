@@ -38,7 +38,7 @@ func portFlags(cmd *cobra.Command) func(p *spec.PortConfig) error {
 	f.StringVar(&given.Service, "service", "", "with --tunnel: host name of the ingress rule")
 	f.StringSliceVar(&given.Allow, "allow", nil, "prefixes of visitors who may connect, such as 192.0.2.0/24; without any nobody may")
 	f.StringVar(&given.ProxyProtocol, "proxy-protocol", "", "tell the service the visitor's address: v1 or v2")
-	f.TextVar(&given.IdleTimeout, "idle-timeout", spec.Duration(0), "end what carries nothing for so long, such as 10m")
+	f.TextVar(&given.IdleTimeout, "idle-timeout", spec.Duration(0), "end what carries nothing for this `duration`, such as 10m")
 	f.IntVar(&given.MaxConnections, "max-connections", 0, "most connections or sessions at a time")
 	completeFlag(cmd, "protocol", words("tcp", "udp"))
 	completeFlag(cmd, "vnet", vnetNames)
