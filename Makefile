@@ -6,12 +6,16 @@ export GOTOOLCHAIN ?= $(shell sed -n 's/^toolchain //p' go.mod)+auto
 GO ?= go
 # How long each fuzz target runs.
 FUZZTIME ?= 5s
+# Of make chaos.
+ROUNDS ?= 4
+DURATION ?= 0s
+SEED ?= 0
 STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
 GOVULNCHECK = golang.org/x/vuln/cmd/govulncheck@v1.8.0
 LDFLAGS = -s -w
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo demo-check test unit netns browser interop peer transit reliability fuzz lint vuln bench clean
+.PHONY: help setup build demo demo-check test unit netns chaos browser interop peer transit reliability fuzz lint vuln bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +47,11 @@ netns: ## the tests over network namespaces (as root, or in a user namespace)
 	@$(GO) test -race -tags netns -run '^$$' ./internal/testnet ./integration >/dev/null
 	./scripts/rootless $(GO) test -race -count=1 -tags netns ./internal/testnet ./integration
 
+chaos: ## faults at random for ROUNDS rounds, or for DURATION; SEED repeats a run
+	@$(GO) build -race -o /dev/null ./cmd/keyserver ./cmd/connector ./cmd/edge
+	@$(GO) test -race -tags netns -run '^$$' ./integration/chaos >/dev/null
+	./scripts/rootless $(GO) test -race -count=1 -tags netns -timeout 0 -v ./integration/chaos -rounds $(ROUNDS) -duration $(DURATION) -seed $(SEED)
+
 browser: ## the tests with a real browser, over HTTP/2 and HTTP/3 (installs Chromium)
 	@./scripts/setup browser
 	./scripts/rootless $(GO) test -race -count=1 -tags 'netns browser' -run Browser -v ./integration
@@ -64,7 +73,7 @@ fuzz: ## each fuzz target for FUZZTIME
 lint: ## gofmt, go vet, staticcheck
 	@bad=$$(gofmt -l $$(git ls-files '*.go')); if [ -n "$$bad" ]; then echo "gofmt would change:"; echo "$$bad"; exit 1; fi
 	$(GO) vet ./...
-	$(GO) vet -tags 'netns browser' ./internal/testnet ./integration
+	$(GO) vet -tags 'netns browser' ./internal/testnet ./integration/...
 	$(GO) run $(STATICCHECK) -tags netns,browser ./...
 	cd interop/vault && $(GO) run $(STATICCHECK) ./...
 	@if cd interop/gokeyless && $(GO) mod download github.com/cloudflare/gokeyless >/dev/null 2>&1; then $(GO) run $(STATICCHECK) -tags pkcs11 ./...; fi
