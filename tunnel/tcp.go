@@ -15,6 +15,8 @@ import (
 const (
 	// tcpDialTimeout bounds the making of a TCP connection, the way through a proxy included.
 	tcpDialTimeout = 5 * time.Second
+	// tlsTimeout bounds the TLS handshake. An edge gives up only later, so that it is this side that sees the silence.
+	tlsTimeout = 4 * time.Second
 	// maxTCPBacklog bounds what the kernel may hold unsent, so that what is urgent has a short way.
 	maxTCPBacklog = 128 << 10
 )
@@ -35,8 +37,6 @@ func (d *dialer) dialTCP(ctx context.Context) (carrier, func(), error) {
 }
 
 func (d *dialer) dialTLS(ctx context.Context) (*tls.Conn, error) {
-	ctx, cancel := context.WithTimeout(ctx, tcpDialTimeout+handshakeIdle)
-	defer cancel()
 	raw, err := d.dialThrough(ctx)
 	if err != nil {
 		return nil, err
@@ -46,6 +46,8 @@ func (d *dialer) dialTLS(ctx context.Context) (*tls.Conn, error) {
 	}
 	cork := &corkConn{Conn: raw}
 	conn := tls.Client(cork, d.tls)
+	ctx, cancel := context.WithTimeout(ctx, tlsTimeout)
+	defer cancel()
 	if err := conn.HandshakeContext(ctx); err != nil {
 		raw.Close() //nolint:errcheck // nothing is left to lose
 		if errors.Is(err, context.DeadlineExceeded) || isTimeout(err) {
