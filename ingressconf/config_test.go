@@ -163,8 +163,8 @@ ingress:
 		}
 	}
 	for host, want := range map[string]bool{"shop.example": true, "xn--bcher-kva.test": false, "other": true} {
-		if got := c.ByPath(host); got != want {
-			t.Errorf("ByPath(%s): got %t, want %t", host, got, want)
+		if got := c.byPath(host); got != want {
+			t.Errorf("byPath(%s): got %t, want %t", host, got, want)
 		}
 	}
 	if got, _ := (*Config)(nil).Match("a", "/"); got != -1 {

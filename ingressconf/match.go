@@ -4,8 +4,10 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 
+	"github.com/keyhaven/keyhaven/internal/reqtarget"
 	"github.com/keyhaven/keyhaven/vnet"
 )
 
@@ -51,8 +53,8 @@ func (c *Config) MatchTCP(host string) (int, *Target) {
 	return -1, nil
 }
 
-// ByPath reports whether the path of a request for host can make a difference.
-func (c *Config) ByPath(host string) bool {
+// byPath reports whether the path of a request for host can make a difference.
+func (c *Config) byPath(host string) bool {
 	for _, t := range c.Targets() {
 		if !t.takesHost(host) {
 			continue
@@ -63,6 +65,22 @@ func (c *Config) ByPath(host string) bool {
 		return false
 	}
 	return false
+}
+
+// Ambiguous reports whether a request for host with the target t could be for another rule than the one that takes it, if the
+// service reads the path in another way. Where no rule looks at the path, none is.
+func (c *Config) Ambiguous(host string, t reqtarget.Target) bool {
+	if !c.byPath(host) {
+		return false
+	}
+	if t.Ambiguous() {
+		return true
+	}
+	i, _ := c.Match(host, t.Path)
+	return slices.ContainsFunc(t.Readings(), func(path string) bool {
+		j, _ := c.Match(host, path)
+		return i != j
+	})
 }
 
 func (t *Target) takesHost(host string) bool {

@@ -165,7 +165,7 @@ func explain(out io.Writer, rules *ingressconf.Config, from, raw string) error {
 	if path == "" {
 		path = "/"
 	}
-	if rules.ByPath(host) && (reqtarget.Target{Path: path}).Ambiguous() {
+	if rules.Ambiguous(host, reqtarget.Target{Path: path}) {
 		return errors.New("refused with status 400: rules for this host look at the path, and this one can be read in more than one way")
 	}
 	fmt.Fprintln(out, strings.Join(rules.Explain(host, path), "\n"))

@@ -107,7 +107,7 @@ func (h *Handler) route(v *visit, r *http.Request) (*ingressconf.Target, fault, 
 		return nil, faultTarget, false
 	}
 	now := h.rules.Load()
-	if now.config.ByPath(host) && target.Ambiguous() {
+	if now.config.Ambiguous(host, target) {
 		return nil, faultTarget, false
 	}
 	i, t := now.config.Match(host, target.Path)

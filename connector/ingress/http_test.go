@@ -27,7 +27,7 @@ func TestRouting(t *testing.T) {
 	bed := newBed(t, fmt.Sprintf(`
 ingress:
   - {hostname: shop.test, path: "^/api/", service: %q}
-  - {hostname: shop.test, path: "%%41$", service: %q}
+  - {hostname: shop.test, path: "%%20$", service: %q}
   - {hostname: "*.below.test", service: %q}
   - {hostname: teapot.test, service: http_status:418}
   - {hostname: gone.test, service: http_status:204}
@@ -42,8 +42,10 @@ ingress:
 	}{
 		{"shop.test", "/api/x?q=1;2&%zz", 200, "a /api/x?q=1;2&%zz shop.test"},
 		{"SHOP.test:8443", "/api/%7euser", 200, "a /api/%7euser SHOP.test:8443"},
-		{"shop.test", "/x/%41", 200, "b /x/%41 shop.test"},
-		{"shop.test", "/x/A", 404, "404 Not Found"},
+		{"shop.test", "/x/%20", 200, "b /x/%20 shop.test"},
+		{"shop.test", "/x/%41", 404, "404 Not Found"},
+		{"shop.test", "/%61pi/x", 400, "path is not valid"}, // the origin of the other rules would read /api/x
+		{"shop.test", "/api;v=1/x", 400, ""},
 		{"shop.test", "/API/x", 404, ""},
 		{"shop.test", "/api/../x", 400, "path is not valid"},
 		{"shop.test", "/api/%2e%2e/x", 400, ""},

@@ -188,7 +188,7 @@ func (h *Handler) admit(v *visit, r *http.Request) (fault, bool) {
 	if up := httprelay.UpgradeOf(r.Header); up != "" && up != "websocket" {
 		return faultUpgrade, false // an upgrade to h2c would carry requests past every check here
 	}
-	if v.target, err = reqtarget.Of(r); err != nil || (z.ByPath() && v.target.Ambiguous()) {
+	if v.target, err = reqtarget.Of(r); err != nil || z.Ambiguous(v.target) {
 		return faultTarget, false
 	}
 	up, ok := z.Upstream(v.target.Path)

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/keyhaven/keyhaven/internal/reqtarget"
 	"github.com/keyhaven/keyhaven/keyless"
 )
 
@@ -194,8 +195,21 @@ func (z *Zone) Upstream(path string) (*Upstream, bool) {
 // Upstreams returns all origins, longest path first.
 func (z *Zone) Upstreams() []*Upstream { return slices.Clone(z.upstreams) }
 
-// ByPath says whether the path of a request decides where it goes.
-func (z *Zone) ByPath() bool { return len(z.upstreams) > 1 || z.upstreams[0].Path != "" }
+// Ambiguous reports whether t could be for another origin than the one its path leads to, if that origin reads the path in
+// another way; a zone whose path decides nothing takes any.
+func (z *Zone) Ambiguous(t reqtarget.Target) bool {
+	if len(z.upstreams) == 1 && z.upstreams[0].Path == "" {
+		return false
+	}
+	if t.Ambiguous() {
+		return true
+	}
+	up, _ := z.Upstream(t.Path)
+	return slices.ContainsFunc(t.Readings(), func(path string) bool {
+		other, _ := z.Upstream(path)
+		return other != up
+	})
+}
 
 // A Table finds zones by name. It is immutable.
 type Table struct {

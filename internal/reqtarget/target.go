@@ -4,6 +4,8 @@ import (
 	"errors"
 	"net/http"
 	"net/url"
+	"slices"
+	"strconv"
 	"strings"
 )
 
@@ -64,6 +66,56 @@ func (t Target) Ambiguous() bool {
 		}
 	}
 	return false
+}
+
+// Readings returns the paths other than t's own that an origin may read out of it: without escapes that nothing needs, which
+// change no path (RFC 3986, section 6.2.2.2), and without the parameters of segments (section 3.3). Where the path decides
+// something, all of them have to decide the same.
+func (t Target) Readings() (list []string) {
+	if !strings.ContainsAny(t.Path, "%;") {
+		return nil
+	}
+	plain := unescapeUnreserved(t.Path)
+	for _, p := range []string{plain, withoutParameters(plain)} {
+		if p != t.Path && !slices.Contains(list, p) {
+			list = append(list, p)
+		}
+	}
+	return list
+}
+
+// unescapeUnreserved decodes the escapes of unreserved characters (RFC 3986, section 2.3).
+func unescapeUnreserved(path string) string {
+	if !strings.Contains(path, "%") {
+		return path
+	}
+	out := make([]byte, 0, len(path))
+	for len(path) > 0 {
+		if len(path) >= 3 && path[0] == '%' {
+			if c, err := strconv.ParseUint(path[1:3], 16, 8); err == nil && unreserved(byte(c)) {
+				out, path = append(out, byte(c)), path[3:]
+				continue
+			}
+		}
+		out, path = append(out, path[0]), path[1:]
+	}
+	return string(out)
+}
+
+func unreserved(c byte) bool {
+	return 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9' || c == '-' || c == '.' || c == '_' || c == '~'
+}
+
+// withoutParameters cuts each segment of path at its first semicolon, escaped or not.
+func withoutParameters(path string) string {
+	segments := strings.Split(path, "/")
+	for i, s := range segments {
+		if at := strings.Index(strings.ToLower(s), "%3b"); at >= 0 {
+			s = s[:at]
+		}
+		segments[i], _, _ = strings.Cut(s, ";")
+	}
+	return strings.Join(segments, "/")
 }
 
 // URL returns a URL that net/http writes as exactly these bytes, for an origin at host.

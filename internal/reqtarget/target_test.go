@@ -2,6 +2,7 @@ package reqtarget
 
 import (
 	"net/http"
+	"slices"
 	"testing"
 )
 
@@ -59,6 +60,28 @@ func FuzzURL(f *testing.F) {
 			t.Fatalf("%q goes to %q", uri, u.Host)
 		}
 	})
+}
+
+func TestReadings(t *testing.T) {
+	for _, tt := range []struct {
+		path string
+		want []string
+	}{
+		{"/", nil},
+		{"/a/b.c", nil},
+		{"/%61dmin", []string{"/admin"}},
+		{"/my%20docs/%C3%A9", nil},
+		{"/admin;x=1/y", []string{"/admin/y"}},
+		{"/%61;x/b", []string{"/a;x/b", "/a/b"}},
+		{"/a%3Bx", []string{"/a"}},
+		{"/100%", nil},
+		{"/%zz%+1%4", nil},
+		{"/%25%36%31", []string{"/%2561"}},
+	} {
+		if got := (Target{Path: tt.path}).Readings(); !slices.Equal(got, tt.want) {
+			t.Errorf("%s: got %q, want %q", tt.path, got, tt.want)
+		}
+	}
 }
 
 func TestAmbiguous(t *testing.T) {
