@@ -6,12 +6,10 @@ import (
 	"io"
 	"net"
 	"strconv"
-	"strings"
 
 	"github.com/spf13/cobra"
 
 	"github.com/keyhaven/keyhaven/edge/admin"
-	"github.com/keyhaven/keyhaven/edge/control"
 )
 
 func newFlow() *cobra.Command {
@@ -44,21 +42,4 @@ func flowList() *cobra.Command {
 	completeFlag(cmd, "vnet", vnetNames)
 	completeFlag(cmd, "tunnel", tunnelNames)
 	return cmd
-}
-
-func newEdge() *cobra.Command {
-	cmd := &cobra.Command{Use: "edge", Short: "The edges of the installation"}
-	cmd.AddCommand(showing(&cobra.Command{Use: "list", Short: "List the edges and whether they are there"},
-		func(ctx context.Context, c *admin.Client, _ []string) ([]control.EdgeView, error) {
-			return c.Edges(ctx)
-		},
-		func(w io.Writer, list []control.EdgeView) { edgeTable(w, list...) }))
-	return cmd
-}
-
-func edgeTable(w io.Writer, list ...control.EdgeView) {
-	row(w, "NAME", "ALIVE", "HERE", "SESSIONS", "ADVERTISED", "STARTED", "VERSION")
-	for _, e := range list {
-		row(w, e.Name, mark(e.Alive), mark(e.Here), e.Sessions, strings.Join(e.Advertise, " "), when(e.Started), e.Version)
-	}
 }

@@ -26,6 +26,24 @@ func connectorNames(ctx context.Context, c *admin.Client, _ []string) (names []s
 	return names, err
 }
 
+func otherEdges(ctx context.Context, c *admin.Client, _ []string) ([]string, error) {
+	return edgesWhere(ctx, c, func(e control.EdgeView) bool { return !e.Here && e.Removed.IsZero() })
+}
+
+func removedEdges(ctx context.Context, c *admin.Client, _ []string) ([]string, error) {
+	return edgesWhere(ctx, c, func(e control.EdgeView) bool { return !e.Removed.IsZero() })
+}
+
+func edgesWhere(ctx context.Context, c *admin.Client, f func(control.EdgeView) bool) (names []string, err error) {
+	list, err := c.Edges(ctx)
+	for _, e := range list {
+		if f(e) {
+			names = append(names, e.Name)
+		}
+	}
+	return names, err
+}
+
 func tokenIDs(ctx context.Context, c *admin.Client, _ []string) (ids []string, err error) {
 	list, err := c.Tokens(ctx, "")
 	for _, t := range list {

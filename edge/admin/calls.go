@@ -224,6 +224,16 @@ func (c *Client) Edges(ctx context.Context) ([]control.EdgeView, error) {
 	return ask[[]control.EdgeView](ctx, c, request{method: get, path: path("edges")})
 }
 
+// RemoveEdge keeps an edge out of the installation.
+func (c *Client) RemoveEdge(ctx context.Context, name string) (control.EdgeView, error) {
+	return ask[control.EdgeView](ctx, c, request{method: post, path: path("edges", name, "remove"), in: nothing{}})
+}
+
+// RestoreEdge takes back RemoveEdge.
+func (c *Client) RestoreEdge(ctx context.Context, name string) (control.EdgeView, error) {
+	return ask[control.EdgeView](ctx, c, request{method: post, path: path("edges", name, "restore"), in: nothing{}})
+}
+
 // Flows returns up to limit open flows of the edge, oldest first, those of a network and a tunnel where they are not
 // empty. A limit of zero is the default, 1000.
 func (c *Client) Flows(ctx context.Context, vnetRef, tunnelRef string, limit int) (FlowList, error) {

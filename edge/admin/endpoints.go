@@ -37,7 +37,7 @@ func (a api) recordEndpoints() []endpoint {
 		{"/v1/cleanup", methods{post: {serve: a.cleanup}}},
 		{"/v1/echo", methods{post: {serve: a.echo}}},
 		{"/v1/connectors", methods{get: {a.listConnectors, []string{"tunnel"}}}},
-		{"/v1/connectors/{name}/revoke", methods{post: {serve: a.revoke}}},
+		{"/v1/connectors/{name}/revoke", methods{post: {serve: naming(a.c.RevokeConnector)}}},
 		{"/v1/routes", methods{get: {a.listRoutes, []string{"vnet"}}, post: {serve: a.addRoute},
 			del: {a.deleteRoute, []string{"vnet", "prefix", "host"}}}},
 		{"/v1/routes/lookup", methods{get: {a.findHost, []string{"vnet", "host"}}}},
@@ -146,13 +146,6 @@ func (a api) cleanup(r *http.Request, _ url.Values) (any, error) {
 
 func (a api) listConnectors(_ *http.Request, q url.Values) (any, error) {
 	return a.c.Connectors(q.Get("tunnel"))
-}
-
-func (a api) revoke(r *http.Request, _ url.Values) (any, error) {
-	if err := body(r, &nothing{}); err != nil {
-		return nil, err
-	}
-	return a.c.RevokeConnector(r.Context(), r.PathValue("name"))
 }
 
 func (a api) listRoutes(_ *http.Request, q url.Values) (any, error) { return a.c.Routes(q.Get("vnet")) }

@@ -23,6 +23,8 @@ func (a api) servingEndpoints() []endpoint {
 		{"/v1/pool-health", methods{get: {a.poolHealth, []string{"pool"}}}},
 		{"/v1/flows", methods{get: {a.listFlows, []string{"vnet", "tunnel", "limit"}}}},
 		{"/v1/edges", methods{get: {serve: a.listEdges}}},
+		{"/v1/edges/{name}/remove", methods{post: {serve: naming(c.RemoveEdge)}}},
+		{"/v1/edges/{name}/restore", methods{post: {serve: naming(c.RestoreEdge)}}},
 		{"/v1/ports", methods{get: {serve: a.listPorts}, post: {serve: creating(c.CreatePort)}}},
 		{"/v1/ports/{name}", methods{get: {serve: reading(c.Port)}, del: {serve: deleting(c.DeletePort)},
 			put: {serve: replacing(c.SetPort, func(p *spec.PortConfig) *string { return &p.Name })}}},
@@ -67,6 +69,16 @@ func replacing[T any](set func(context.Context, T, state.Revision) (control.Stor
 			return nil, badRequest("the body is about %q and the path about %q; names do not change", clip(*n), clip(r.PathValue("name")))
 		}
 		return set(r.Context(), in, rev)
+	}
+}
+
+// naming does something with what the path names; the body is empty.
+func naming[T any](do func(context.Context, string) (T, error)) handler {
+	return func(r *http.Request, _ url.Values) (any, error) {
+		if err := body(r, &nothing{}); err != nil {
+			return nil, err
+		}
+		return do(r.Context(), r.PathValue("name"))
 	}
 }
 

@@ -204,6 +204,7 @@ func (f *follower) reset(entries []state.Entry, _ state.Revision) error {
 	bad := f.c.model.load(entries)
 	f.c.complain(bad)
 	f.c.peers.reset(entries)
+	f.c.applyRemoved()
 	f.c.status.markAll()
 	f.c.sweep(f.c.reg.all())
 	f.c.reroute("")
@@ -264,6 +265,8 @@ func (c *Control) follows(deltas []delta) {
 			networks[vnet.ID(id)] = struct{}{}
 		case prefixVNet:
 			networks[vnet.ID(rest)] = struct{}{}
+		case prefixRemoved:
+			c.applyRemoved()
 		default:
 			all = all || d.key == keyDefaultVNet
 		}

@@ -15,7 +15,7 @@ import (
 // A Query says where a flow shall go, and for whom. Either VNet, Host and Port name a destination, or Tunnel the ingress
 // of a tunnel, whose connectors then choose the service by Host and Port.
 type Query struct {
-	// VNet is the virtual network, by name or id; empty is the default one.
+	// VNet is the virtual network, by name or id; empty is the default one. With Local it is the id.
 	VNet string
 	// Host is an address or a name; with Tunnel, the name that the visitor asked for.
 	Host string
@@ -52,7 +52,7 @@ func (c *Control) plan(q Query) (plan, error) {
 	p := plan{q: q, flow: tunnel.Flow{Kind: tunnel.KindTCP, Port: q.Port, Visitor: q.Visitor, Class: q.Class, Connector: q.Connector}}
 	if q.Tunnel == "" {
 		var err error
-		if p.flow.VNet, p.tunnel, p.flow.Host, err = c.resolve(q.VNet, q.Host); q.Resolver {
+		if p.flow.VNet, p.tunnel, p.flow.Host, err = c.resolve(q); q.Resolver {
 			p.toResolver()
 		}
 		return p, err
@@ -65,9 +65,7 @@ func (c *Control) plan(q Query) (plan, error) {
 	}
 	p.tunnel = t.ID
 	if q.Resolver {
-		c.model.mu.RLock()
-		network, err := c.model.vnetLocked(q.VNet)
-		c.model.mu.RUnlock()
+		network, err := c.network(q)
 		p.flow.VNet = network.ID
 		p.toResolver()
 		return p, err
@@ -90,12 +88,25 @@ func (p plan) destination() string {
 	return fmt.Sprintf("%s port %d in %s", p.flow.Host, p.flow.Port, p.flow.VNet)
 }
 
-// resolve finds the network, the tunnel that has host there, and the form of host to ask the connector for.
-func (c *Control) resolve(ref, host string) (v vnet.ID, tunnelID, canonical string, err error) {
+// network finds the network of q. What another edge forwards names it by its id alone: a name may have gone to another
+// network since.
+func (c *Control) network(q Query) (VNet, error) {
 	m := c.model
 	m.mu.RLock()
-	network, err := m.vnetLocked(ref)
-	m.mu.RUnlock()
+	defer m.mu.RUnlock()
+	if !q.Local {
+		return m.vnetLocked(q.VNet)
+	}
+	if v, ok := m.vnets[vnet.ID(q.VNet)]; ok {
+		return v, nil
+	}
+	return VNet{}, refusal(CodeNotFound, "", "there is no virtual network with the id %q", clip(q.VNet))
+}
+
+// resolve finds the network, the tunnel that has q's host there, and the form of the host to ask the connector for.
+func (c *Control) resolve(q Query) (v vnet.ID, tunnelID, canonical string, err error) {
+	m, host := c.model, q.Host
+	network, err := c.network(q)
 	if err != nil {
 		return "", "", "", err
 	}

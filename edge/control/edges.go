@@ -12,6 +12,9 @@ import (
 func (p *peers) with(tunnelID, connector string) []*peerEdge {
 	p.mu.RLock()
 	defer p.mu.RUnlock()
+	if _, removed := p.removed[p.name]; removed { // the others would refuse it
+		return nil
+	}
 	var ready, resting []*peerEdge
 	for name, v := range p.present[tunnelID] {
 		e := p.edges[name]
@@ -87,6 +90,8 @@ type EdgeView struct {
 	Version   string    `json:"version,omitempty"`
 	Started   time.Time `json:"started"`
 	Sessions  int       `json:"sessions"` // main sessions of connectors
+	Removed   time.Time `json:"removed,omitzero"`
+	Problem   string    `json:"problem,omitempty"` // what is wrong with it
 }
 
 // Edges returns the edges of the installation, sorted by name.
@@ -94,14 +99,21 @@ func (c *Control) Edges() []EdgeView {
 	p := c.peers
 	own := EdgeView{Name: cmp.Or(p.name, c.cfg.Name), Here: true, Alive: true, Advertise: p.own.Advertise, Listen: p.own.Listen,
 		Version: p.own.Version, Started: p.own.Started, Sessions: c.reg.sessions()}
-	views := []EdgeView{own}
 	p.mu.RLock()
 	defer p.mu.RUnlock()
+	own.Removed, own.Problem = p.removed[p.name].Removed, p.problemLocked()
+	views := []EdgeView{own}
+	for name, r := range p.removed {
+		if p.edges[name] == nil && name != p.name {
+			views = append(views, EdgeView{Name: name, Advertise: []string{}, Removed: r.Removed})
+		}
+	}
 	for name, e := range p.edges {
 		if name == p.name {
 			continue
 		}
-		v := EdgeView{Name: name, Alive: e.alive, Advertise: e.rec.Advertise, Listen: e.rec.Listen, Version: e.rec.Version, Started: e.rec.Started}
+		v := EdgeView{Name: name, Alive: e.alive, Advertise: e.rec.Advertise, Listen: e.rec.Listen, Version: e.rec.Version, Started: e.rec.Started,
+			Removed: p.removed[name].Removed}
 		for _, by := range p.present {
 			for _, k := range by[name].Processes {
 				v.Sessions += k.Sessions
@@ -111,4 +123,36 @@ func (c *Control) Edges() []EdgeView {
 	}
 	slices.SortFunc(views, func(a, b EdgeView) int { return cmp.Compare(a.Name, b.Name) })
 	return views
+}
+
+const doubleProblem = "another process has the identity of this edge; give each edge its own"
+
+// A double is another process that tells of itself by the name of this edge. What a process left behind that has ended is
+// none: only one that beats is.
+type double struct {
+	instance string
+	beat     uint64
+	last     time.Time // when it beat, after it was first seen
+}
+
+// seen notes a record and reports whether it is news that its process lives.
+func (d *double) seen(rec edgeRecord, now time.Time) bool {
+	if d.instance != rec.Instance {
+		*d = double{instance: rec.Instance, beat: rec.Beat}
+		return false
+	}
+	if rec.Beat == d.beat {
+		return false
+	}
+	news := d.last.IsZero()
+	d.beat, d.last = rec.Beat, now
+	return news
+}
+
+// problemLocked says what is wrong with this edge, or nothing.
+func (p *peers) problemLocked() string {
+	if p.double.last.IsZero() || time.Since(p.double.last) > beatsMissed*p.every {
+		return ""
+	}
+	return doubleProblem
 }

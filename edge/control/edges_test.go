@@ -33,7 +33,6 @@ type fleet struct {
 
 func newFleet(t *testing.T, members int) *fleet {
 	t.Helper()
-	t.Parallel()
 	return &fleet{bed: newBed(t), members: etcdtest.Start(t, members)}
 }
 
@@ -229,16 +228,19 @@ func TestAdmitPeer(t *testing.T) {
 		{"unknown", id(trustDomain, mtls.KindEdge, "z"), tunnel.ErrUnknown},
 		{"another installation", id("other.test", mtls.KindEdge, "b"), tunnel.ErrNotAllowed},
 		{"a connector", id(trustDomain, mtls.KindConnector, "b"), tunnel.ErrNotAllowed},
+		{"an operator", id(trustDomain, mtls.KindOperator, "b"), tunnel.ErrNotAllowed},
+		{"a key server", id(trustDomain, mtls.KindKeyServer, "b"), tunnel.ErrNotAllowed},
 		{"itself", id(trustDomain, mtls.KindEdge, "a"), tunnel.ErrNotAllowed},
 	} {
 		if err := a.AdmitPeer(t.Context(), tt.id, nil); !errors.Is(err, tt.want) {
 			t.Errorf("%s: %v, want %v", tt.name, err, tt.want)
 		}
 	}
-	lone := newBed(t).edge()
-	if err := lone.AdmitPeer(t.Context(), id(trustDomain, mtls.KindEdge, "b"), nil); !errors.Is(err, tunnel.ErrNotAllowed) {
-		t.Errorf("an edge that is alone: %v, want ErrNotAllowed", err)
-	}
+	t.Run("alone", func(t *testing.T) {
+		if err := only(t).AdmitPeer(t.Context(), id(trustDomain, mtls.KindEdge, "b"), nil); !errors.Is(err, tunnel.ErrNotAllowed) {
+			t.Errorf("an edge that is alone: %v, want ErrNotAllowed", err)
+		}
+	})
 }
 
 // A change made through one edge is in force on the other; both may change at once.

@@ -27,7 +27,8 @@ const patience = 20 * time.Second
 
 const trustDomain = "edge.test"
 
-// A bed is a store file, an authority and an edge identity, over which edges are started and stopped.
+// A bed is a store file, an authority and an edge identity, over which edges are started and stopped. A test with one runs
+// beside others.
 type bed struct {
 	t         *testing.T
 	dir       string
@@ -37,6 +38,7 @@ type bed struct {
 
 func newBed(t *testing.T) *bed {
 	t.Helper()
+	t.Parallel()
 	dir := t.TempDir()
 	a, err := mtls.InitAuthority(filepath.Join(dir, "ca"), trustDomain)
 	must(t, err)

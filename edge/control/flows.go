@@ -262,7 +262,7 @@ func (s *flows) ofTunnel(id string) int {
 // astray reports whether the routes would send a flow elsewhere today, or nowhere.
 func (c *Control) astray(r *record) bool {
 	p, err := c.plan(r.plan.q)
-	return err != nil || p.tunnel != r.plan.tunnel
+	return err != nil || p.tunnel != r.plan.tunnel || p.flow.VNet != r.plan.flow.VNet
 }
 
 // reroute asks the flows to leave that would not be opened, or not to the same tunnel, today: those of the network v, or

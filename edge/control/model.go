@@ -61,6 +61,7 @@ type model struct {
 	ports       map[string]Port
 	zones       map[string]Zone
 	configs     map[string]TunnelConfig // by tunnel id
+	removed     map[string]removedEdge  // by name
 
 	routesOfVNet       map[vnet.ID]set // route keys
 	routesOfTunnel     map[string]set  // route keys
@@ -84,6 +85,7 @@ func (m *model) clearLocked() {
 	m.seen = map[string]seen{}
 	m.routes = map[string]Route{}
 	m.configs = map[string]TunnelConfig{}
+	m.removed = map[string]removedEdge{}
 	m.pools, m.ports, m.zones = map[string]Pool{}, map[string]Port{}, map[string]Zone{}
 	m.routesOfVNet, m.routesOfTunnel, m.connectorsOfTunnel = map[vnet.ID]set{}, map[string]set{}, map[string]set{}
 }
@@ -214,6 +216,8 @@ func (m *model) applyLocked(d delta) error {
 		return applyStored(m.zones, rest, d)
 	case prefixConfig:
 		return applyPlain(m.configs, rest, d)
+	case prefixRemoved:
+		return applyPlain(m.removed, rest, d)
 	}
 	return nil
 }

@@ -208,6 +208,9 @@ func (c *Control) AdmitPeer(_ context.Context, peer mtls.Identity, _ *x509.Certi
 	if c.peers.alone() || peer.Name == c.peers.name {
 		return fmt.Errorf("control: %s has the name of this edge, or this edge has no others: %w", peer, tunnel.ErrNotAllowed)
 	}
+	if c.peers.away(peer.Name) {
+		return fmt.Errorf("control: %s was removed: %w", peer, tunnel.ErrRevoked)
+	}
 	if !c.peers.knows(peer.Name) {
 		return fmt.Errorf("control: %s is not among the edges of the store: %w", peer, tunnel.ErrUnknown)
 	}
@@ -217,7 +220,19 @@ func (c *Control) AdmitPeer(_ context.Context, peer mtls.Identity, _ *x509.Certi
 // HandlePeer serves a flow that another edge forwarded, with the sessions of this edge alone. It is made for
 // [tunnel.ListenConfig].
 func (c *Control) HandlePeer(ctx context.Context, in *tunnel.Incoming) {
+	life, ok := c.peers.leash(in.Peer().Name)
+	if !ok {
+		in.Reject(tunnel.ResultDenied) //nolint:errcheck // it has no business here
+		return
+	}
+	ctx, end := context.WithCancel(ctx)
+	defer end()
+	defer context.AfterFunc(life, end)()
 	f := in.Flow()
+	if !forwardable(f) {
+		in.Reject(tunnel.ResultMalformed) //nolint:errcheck // the other edge sees what comes of it
+		return
+	}
 	q := Query{VNet: string(f.VNet), Host: f.Host, Port: f.Port, Visitor: f.Visitor, Class: f.Class, Tunnel: f.Tunnel,
 		Service: f.Service, Connector: f.Connector, Local: true, Resolver: f.Host == resolverHost && f.Tunnel != ""}
 	dial, cancel := ctx, context.CancelFunc(func() {})
@@ -231,6 +246,15 @@ func (c *Control) HandlePeer(ctx context.Context, in *tunnel.Incoming) {
 	default:
 		c.relayPackets(ctx, dial, in, q)
 	}
+}
+
+// forwardable reports whether f is a flow as edges forward them: into a network, named by its id, or to a tunnel's ingress or
+// name server. Where it goes is for this edge's routes to say.
+func forwardable(f tunnel.Flow) bool {
+	if f.Tunnel != "" {
+		return f.Kind == tunnel.KindIngress || f.Host == resolverHost
+	}
+	return f.Kind != tunnel.KindIngress && f.VNet != ""
 }
 
 // relay joins a forwarded flow of bytes with one of this edge.

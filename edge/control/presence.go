@@ -86,10 +86,13 @@ type peers struct {
 	leaving bool
 	clock   time.Duration // runs only while the store delivers: what counts the silence of others
 	beatAt  time.Time     // when the own beat was seen last
+	double  double        // another process with the name of this edge
 	edges   map[string]*knownEdge
 	present map[string]map[string]presence // by tunnel id and edge name
 	dirty   set                            // tunnels whose presence here is to be written
 	told    []string                       // addresses that connectors were told last
+	removed map[string]removedEdge         // by name
+	leashes map[string]*leash              // by name, of edges that have forwarded something
 }
 
 // A knownEdge is an edge of the store, this one included.
@@ -103,7 +106,7 @@ type knownEdge struct {
 
 func newPeers(c *Control) *peers {
 	p := &peers{name: c.cfg.Name, instance: rand.Text(), identity: c.cfg.Identity, log: c.log, c: c, every: c.cfg.beat, wake: make(chan struct{}, 1),
-		edges: map[string]*knownEdge{}, present: map[string]map[string]presence{}, dirty: set{}}
+		edges: map[string]*knownEdge{}, present: map[string]map[string]presence{}, dirty: set{}, leashes: map[string]*leash{}}
 	p.own = edgeRecord{Instance: p.instance, Advertise: c.cfg.Edges, Listen: c.cfg.Listen, Version: c.cfg.Version, Started: c.now()}
 	p.running, p.stop = context.WithCancel(context.Background())
 	return p
@@ -241,13 +244,13 @@ func (e *peerEdge) setAddrs(addrs []string, instance string) {
 // tickLocked lets the clock run on: the store has delivered this edge's own beat. While it delivers nothing, nobody is
 // taken for gone.
 func (p *peers) tickLocked(rec edgeRecord) {
+	now := time.Now()
 	if rec.Instance != p.instance {
-		if rec.Beat > 1 && !p.leaving {
-			p.log.Error("another process has the identity of this edge; give each edge its own", "edge", p.name)
+		if p.double.seen(rec, now) && !p.leaving {
+			p.log.Error(doubleProblem, "edge", p.name, "listen", rec.Listen)
 		}
 		return
 	}
-	now := time.Now()
 	if !p.beatAt.IsZero() {
 		p.clock += min(now.Sub(p.beatAt), p.every+p.every/2)
 	}
@@ -260,7 +263,8 @@ func (p *peers) judge() {
 	now := time.Now()
 	var moved set
 	for name, e := range p.edges {
-		alive := name == p.name || p.clock-e.seen <= beatsMissed*p.every
+		_, removed := p.removed[name]
+		alive := !removed && (name == p.name || p.clock-e.seen <= beatsMissed*p.every)
 		if alive == e.alive {
 			if !alive && now.Sub(e.goneAt) > forgetAfter && e.seen < 0 {
 				delete(p.edges, name)
@@ -295,10 +299,13 @@ func (p *peers) judge() {
 
 // addrsLocked are the addresses of all edges: this one's first, then the others' by name.
 func (p *peers) addrsLocked(now time.Time) []string {
-	addrs := slices.Clone(p.own.Advertise)
+	var addrs []string
+	if _, removed := p.removed[p.name]; !removed {
+		addrs = slices.Clone(p.own.Advertise)
+	}
 	names := make([]string, 0, len(p.edges))
 	for name, e := range p.edges {
-		if name != p.name && (e.alive || now.Sub(e.goneAt) < forgetAfter) {
+		if _, removed := p.removed[name]; name != p.name && !removed && (e.alive || now.Sub(e.goneAt) < forgetAfter) {
 			names = append(names, name)
 		}
 	}
@@ -381,7 +388,8 @@ func (p *peers) beat(ctx context.Context) {
 	defer p.tell.Unlock()
 	p.mu.Lock()
 	p.own.Beat++
-	rec, leaving := p.own, p.leaving
+	_, removed := p.removed[p.name]
+	rec, leaving := p.own, p.leaving || removed
 	p.mu.Unlock()
 	if leaving || p.alone() {
 		return
@@ -407,6 +415,13 @@ const buryAfter = time.Hour
 func (p *peers) bury(ctx context.Context) {
 	var ops []state.Op
 	p.mu.RLock()
+	for id, by := range p.present { // of edges that took leave, or were removed, and could not clean up
+		for name := range by {
+			if p.edges[name] == nil {
+				ops = append(ops, state.Delete(prefixPresent+id+"/"+name))
+			}
+		}
+	}
 	for name, e := range p.edges {
 		if e.alive || e.seen < 0 || time.Since(e.goneAt) < buryAfter {
 			continue
@@ -437,7 +452,8 @@ func (p *peers) flush(ctx context.Context) {
 			ids = append(ids, id)
 			delete(p.dirty, id)
 		}
-		leaving := p.leaving
+		_, removed := p.removed[p.name]
+		leaving := p.leaving || removed
 		p.mu.Unlock()
 		if len(ids) == 0 {
 			return

@@ -11,7 +11,6 @@ import (
 // Two processes that live with one identity both hear of it: the later one ends the sessions of the earlier, which comes back
 // and does the same.
 func TestTwins(t *testing.T) {
-	t.Parallel()
 	e := newBed(t).edge()
 	e.reg.twinLook = 50 * time.Millisecond
 	e.site("plant", "")
