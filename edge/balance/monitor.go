@@ -19,9 +19,6 @@ import (
 )
 
 const (
-	defaultInterval = 10 * time.Second
-	defaultTimeout  = 5 * time.Second
-
 	maxProbeBody      = 64 << 10
 	maxProbeHeader    = 64 << 10
 	maxProbeRedirects = 5
@@ -32,7 +29,7 @@ const (
 
 // timeoutOf bounds one probe with its retries.
 func timeoutOf(m *spec.Monitor) time.Duration {
-	return m.Timeout.D(defaultTimeout) * time.Duration(1+m.Retries)
+	return m.Patience() * time.Duration(1+m.Retries)
 }
 
 // watchAllLocked starts the monitors that are new and ends those that are gone.
@@ -99,13 +96,13 @@ func (e *endpoint) unwatch() {
 // into step.
 func (b *Balancer) watch(ctx context.Context, e *endpoint, m *spec.Monitor) {
 	pr := newProber(b.cfg.Dialer, &e.cfg, m)
-	interval := m.Interval.D(defaultInterval)
+	interval := m.Every()
 	for {
 		var rtt time.Duration
 		var err error
 		for range 1 + m.Retries {
 			began := time.Now()
-			pctx, cancel := context.WithTimeout(ctx, m.Timeout.D(defaultTimeout))
+			pctx, cancel := context.WithTimeout(ctx, m.Patience())
 			rtt, err = pr.probe(pctx)
 			cancel()
 			if ctx.Err() != nil {
@@ -222,7 +219,7 @@ func (p *prober) probe(ctx context.Context) (time.Duration, error) {
 		p.seq++
 		q := p.query
 		q.Port = 0
-		r, err := p.dialer.Echo(ctx, q, tunnel.EchoRequest{Seq: p.seq, Payload: make([]byte, 32), Timeout: p.m.Timeout.D(defaultTimeout)})
+		r, err := p.dialer.Echo(ctx, q, tunnel.EchoRequest{Seq: p.seq, Payload: make([]byte, 32), Timeout: p.m.Patience()})
 		if err == nil {
 			err = r.Err()
 		}

@@ -190,7 +190,7 @@ func (m *Monitor) check(f faults) {
 	if !http && (m.Path != "" || m.Method != "" || m.Expect != "" || m.Body != "" || len(m.Headers) > 0 || m.HostHeader != "" || m.FollowRedirects) {
 		f.add("type", "path, method, expect, body, headers, host_header and follow_redirects are for http and https")
 	}
-	interval, timeout := m.Interval.D(10*time.Second), m.Timeout.D(5*time.Second)
+	interval, timeout := m.Every(), m.Patience()
 	if interval < minInterval || interval > maxInterval {
 		f.add("interval", "must lie between %v and %v, have %v", minInterval, maxInterval, interval)
 	}

@@ -1,6 +1,9 @@
 package spec
 
-import "net"
+import (
+	"net"
+	"time"
+)
 
 // Ways to choose an endpoint of a pool, for [PoolConfig.Steering].
 const (
@@ -135,7 +138,7 @@ type Monitor struct {
 	VerifyTLS bool `mapstructure:"verify_tls" json:"verify_tls,omitempty"`
 	// Interval is the time between probes. Zero means 10s.
 	Interval Duration `mapstructure:"interval" json:"interval,omitzero"`
-	// Timeout bounds one probe. Zero means 5s.
+	// Timeout bounds one probe. Zero means 5s, or Interval if that is shorter.
 	Timeout Duration `mapstructure:"timeout" json:"timeout,omitzero"`
 	// Retries is how often a failed probe is repeated at once before it counts.
 	Retries int `mapstructure:"retries" json:"retries,omitempty"`
@@ -183,3 +186,9 @@ type PortConfig struct {
 	// a tenth of them, or 16.
 	MaxConnections int `mapstructure:"max_connections" json:"max_connections,omitempty"`
 }
+
+// Every is the time between probes.
+func (m *Monitor) Every() time.Duration { return m.Interval.D(10 * time.Second) }
+
+// Patience bounds one probe.
+func (m *Monitor) Patience() time.Duration { return m.Timeout.D(min(5*time.Second, m.Every())) }
