@@ -23,7 +23,7 @@ const (
 	// muxReadBuffer holds frames' headers and small frames; payloads that are larger go past it.
 	muxReadBuffer = 1 << 10
 	// muxDatagrams and muxDatagramBytes bound the datagrams that wait for their reader; more are dropped.
-	muxDatagrams     = 256
+	muxDatagrams     = 4096
 	muxDatagramBytes = 1 << 20
 	// muxPingEvery is the least time between two pings that measure the round-trip time while streams send.
 	muxPingEvery = 100 * time.Millisecond

@@ -26,13 +26,18 @@ const (
 	messagePacket      = 0x01 // a packet
 	messageUnreachable = 0x02 // u8 code
 	messageSkippable   = 0x80 // types from here on are skipped if they are not known
+	messageNoRoom      = 0x80 // empty; packets of the flow were dropped
 
 	// receiveQueue and receiveQueueBytes bound what waits in a flow for its reader. Full: new packets are dropped.
-	receiveQueue      = 256
-	receiveQueueBytes = 512 << 10
+	receiveQueue      = 4096
+	receiveQueueBytes = 1 << 20
 	// sendQueue and sendQueueBytes bound what waits in a flow for its stream. Full: new packets are dropped.
 	sendQueue      = 64
 	sendQueueBytes = 512 << 10
+	// lossWindow is over how many packets of a flow it is looked at how many the session had no room for, and lossShare the
+	// part of them, one in so many, from which on the flow had better go over another session.
+	lossWindow = 64
+	lossShare  = 16
 	// packetCloseGrace is how long Close waits for messages that are under way.
 	packetCloseGrace = 2 * time.Second
 )
@@ -150,6 +155,7 @@ func (s opener) OpenPacket(ctx context.Context, f Flow) (PacketConn, error) {
 		return nil, &FlowError{Result: r}
 	}
 	p := newPacketConn(s.session, s.LocalAddr(), flowAddr{canonicalHost(f.Host), f.Port}, s.endFlow)
+	p.opener = true
 	err := s.packets.begin(p) // before the peer can send
 	if err == nil {
 		f.context = p.id

@@ -288,6 +288,55 @@ func TestPacketQueues(t *testing.T) {
 	c.Close(CloseShutdown)
 }
 
+// Whoever opened a flow learns that the connection takes too few of its packets, whichever side sends them.
+func TestPacketNoRoom(t *testing.T) {
+	flood := func(c PacketConn, until <-chan struct{}) {
+		b := make([]byte, 1000)
+		for {
+			select {
+			case <-until:
+				return
+			default:
+			}
+			if c.WritePacket(b) != nil {
+				return
+			}
+		}
+	}
+	done := make(chan struct{})
+	_, _, s := pair(t, func(_ context.Context, in *Incoming) {
+		c, err := in.AcceptPacket()
+		if err != nil {
+			return
+		}
+		defer c.Close()
+		if in.Flow().Port == 99 {
+			flood(c, done)
+			return
+		}
+		for err == nil {
+			_, err = ReceivePacket(c)
+		}
+	}, func(_ *ListenConfig, d *DialConfig) { d.Carrier = CarrierQUIC })
+	defer close(done)
+	wait := func(who string, c *packetConn) {
+		t.Helper()
+		select {
+		case <-c.NoRoom():
+		case <-time.After(patience):
+			t.Errorf("%s drops packets, and the opener does not learn it", who)
+		}
+	}
+	here := openPacket(t, s, testUDP)
+	stop := make(chan struct{})
+	go flood(here, stop) // ends before the flow is closed
+	wait("the opener", here)
+	close(stop)
+	f := testUDP
+	f.Port = 99
+	wait("the other side", openPacket(t, s, f))
+}
+
 func TestContextIDs(t *testing.T) {
 	_, c, s := pair(t, echoPackets)
 	var ids []uint32

@@ -14,7 +14,8 @@ const MaxPacket = 65507
 var ErrPacketTooLong = errors.New("tunnel: the packet is longer than a flow carries")
 
 // A PacketConn is an open flow of packets. Packets may be lost, doubled and reordered, but not changed or joined; an empty
-// one is a packet like any other. Its methods may be called concurrently. Those of this package are [Drainer]s and [Ender]s.
+// one is a packet like any other. Its methods may be called concurrently. Those of this package are [Drainer]s, [Ender]s and
+// [Squeezer]s.
 type PacketConn interface {
 	// ReadPacket waits for the next packet and copies it to p; what is longer than p is cut off. The error is an
 	// *UnreachableError if the peer reports that a packet was refused, after which the flow goes on; io.EOF if the peer
@@ -41,6 +42,13 @@ type Ender interface {
 	Ended() <-chan struct{}
 	// Err says why: io.EOF if the peer closed the flow. It is nil before the end.
 	Err() error
+}
+
+// A Squeezer is a flow of packets that knows when its session has too little room for it.
+type Squeezer interface {
+	// NoRoom holds a value after a sixteenth and more of the flow's latest packets of one direction were dropped because
+	// the connection below the session took no more. Only the side that opened the flow learns it, for both directions.
+	NoRoom() <-chan struct{}
 }
 
 // A PacketReceiver is a flow of packets that hands packets over without a copy and without a buffer that waits for them.

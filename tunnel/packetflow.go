@@ -27,6 +27,9 @@ type packetConn struct {
 	release       func() // called once, at the end of Close or Reset
 	ended         chan struct{}
 	running       sync.WaitGroup // the stream's reader and writer
+	opener        bool           // this side opened the flow
+	noRoom        chan struct{}  // holds a value after packets were dropped; of the opener
+	tried, lost   atomic.Int64   // packets written since lossWindow began, and those that were dropped
 
 	mu       sync.Mutex // guards the fields below
 	arrived  sync.Cond  // on mu: there is something for ReadPacket
@@ -42,7 +45,7 @@ type packetConn struct {
 }
 
 func newPacketConn(s *session, local, remote net.Addr, release func()) *packetConn {
-	p := &packetConn{s: s, local: local, remote: remote, release: release, ended: make(chan struct{})}
+	p := &packetConn{s: s, local: local, remote: remote, release: release, ended: make(chan struct{}), noRoom: make(chan struct{}, 1)}
 	p.arrived.L = &p.mu
 	return p
 }
@@ -163,6 +166,7 @@ func (p *packetConn) WritePacket(b []byte) error {
 	n := copy(buf[contextIDLen:], b)
 	err = p.s.car.sendDatagram(buf[:contextIDLen+n])
 	packetBuffers.Put(buf)
+	p.weigh(err)
 	switch {
 	case err == nil:
 		return nil
@@ -173,6 +177,24 @@ func (p *packetConn) WritePacket(b []byte) error {
 		return p.send(messagePacket, b)
 	}
 	return &FlowError{Result: ResultSessionLost, Err: err}
+}
+
+// NoRoom implements Squeezer.
+func (p *packetConn) NoRoom() <-chan struct{} { return p.noRoom }
+
+// weigh counts a packet that was written, and sees to it that the opener learns when too many of them were dropped.
+func (p *packetConn) weigh(err error) {
+	if errors.Is(err, errDatagramDropped) {
+		p.lost.Add(1)
+	}
+	if p.tried.Add(1)%lossWindow != 0 || p.lost.Swap(0) < lossWindow/lossShare {
+		return
+	}
+	if p.opener {
+		notify(p.noRoom)
+		return
+	}
+	p.send(messageNoRoom, nil) //nolint:errcheck // the flow has ended, then
 }
 
 // Unreachable implements PacketConn.
@@ -265,6 +287,8 @@ func (p *packetConn) readStream() {
 			return
 		case typ == messagePacket:
 			p.receive(b)
+		case typ == messageNoRoom:
+			notify(p.noRoom)
 		case typ == messageUnreachable:
 			p.queue(packetEvent{refused: true, code: b[0]})
 		}

@@ -11,8 +11,10 @@ import (
 )
 
 const (
-	// datagramQueue is how many datagrams wait to be sent; more are dropped. quic-go itself holds 32 and then blocks.
-	datagramQueue = 256
+	// datagramQueue is how many datagrams wait to be sent, and datagramWait how long: once one has waited longer, new ones
+	// are dropped until others wait less. quic-go itself holds 32 more and then blocks.
+	datagramQueue = 1024
+	datagramWait  = 100 * time.Millisecond
 	// maxQUICDatagram is more than any UDP path carries.
 	maxQUICDatagram = 16 << 10
 )
@@ -27,11 +29,18 @@ type quicDatagrams struct {
 	lost64  atomic.Uint64
 	largest atomic.Int64 // what quic-go said last
 	askedAt atomic.Int64 // when, in Unix nanoseconds
+	slow    atomic.Bool  // datagrams wait for too long
 
 	mu    sync.Mutex // guards the fields below
-	queue chan *[]byte
+	queue chan queuedDatagram
 	over  bool
 	wg    sync.WaitGroup
+}
+
+// queuedDatagram is a datagram, and when it came, in Unix nanoseconds.
+type queuedDatagram struct {
+	b  *[]byte
+	at int64
 }
 
 func (c *quicCarrier) sendDatagram(b []byte) error {
@@ -42,10 +51,14 @@ func (c *quicCarrier) sendDatagram(b []byte) error {
 	if err != nil {
 		return err
 	}
+	if c.slow.Load() {
+		c.lost64.Add(1)
+		return errDatagramDropped
+	}
 	p := datagramBuffers.Get().(*[]byte)
 	*p = append((*p)[:0], b...)
 	select {
-	case queue <- p:
+	case queue <- queuedDatagram{p, time.Now().UnixNano()}:
 		return nil
 	default:
 		datagramBuffers.Put(p)
@@ -54,7 +67,7 @@ func (c *quicCarrier) sendDatagram(b []byte) error {
 	}
 }
 
-func (c *quicCarrier) startDatagrams() (chan *[]byte, error) {
+func (c *quicCarrier) startDatagrams() (chan queuedDatagram, error) {
 	d := &c.quicDatagrams
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -62,21 +75,22 @@ func (c *quicCarrier) startDatagrams() (chan *[]byte, error) {
 		return nil, c.err()
 	}
 	if d.queue == nil {
-		d.queue = make(chan *[]byte, datagramQueue)
+		d.queue = make(chan queuedDatagram, datagramQueue)
 		d.wg.Go(func() { c.sendDatagrams(d.queue) })
 	}
 	return d.queue, nil
 }
 
-func (c *quicCarrier) sendDatagrams(queue chan *[]byte) {
+func (c *quicCarrier) sendDatagrams(queue chan queuedDatagram) {
 	for {
 		select {
-		case p := <-queue:
-			if err := c.conn.SendDatagram(*p); err != nil { // too large for a path that has become narrower, or the end
+		case d := <-queue:
+			if err := c.conn.SendDatagram(*d.b); err != nil { // too large for a path that has become narrower, or the end
 				c.lost64.Add(1)
 				c.askedAt.Store(0)
 			}
-			datagramBuffers.Put(p)
+			datagramBuffers.Put(d.b)
+			c.slow.Store(len(queue) > 0 && time.Now().UnixNano()-d.at > int64(datagramWait))
 		case <-c.done():
 			return
 		}

@@ -131,32 +131,40 @@ func (b *bulk) wants(r *record, k candidate) bool {
 	return b.prefer(r.plan, k.l, exploreFar).own
 }
 
-// begun counts a flow in, and asks its connector for more bulk sessions if it has fewer than such flows.
+// begun counts a flow in, and asks its connector for more bulk sessions if it has few for such flows.
 func (b *bulk) begun(r *record, k candidate) {
 	if !b.wants(r, k) {
 		return
 	}
 	r.bulky = true
-	name, have := k.l.connector.Name, 0
-	for _, l := range b.reg.ofConnector(k.l.connector.Tunnel, name) {
+	b.need(k.l, 1)
+}
+
+// await asks the connector of l for bulk sessions before there is a flow for them.
+func (b *bulk) await(l *live) { b.need(l, 0) }
+
+// need counts more flows in that are worth bulk sessions, and asks for as many sessions, and some to spare.
+func (b *bulk) need(l *live, more int) {
+	name, have := l.connector.Name, 0
+	for _, l := range b.reg.ofConnector(l.connector.Tunnel, name) {
 		if l.role == tunnel.RoleBulk && !l.s.Draining() {
 			have++
 		}
 	}
 	b.mu.Lock()
 	s := b.stateLocked(name)
-	s.open++
+	s.open += more
 	now, need := time.Now(), min(s.open+bulkSpare, maxBulkSessions)
-	more := need > s.asked || have < need && now.Sub(s.told) > bulkPatience // it may have closed some
+	lacks := need > s.asked || have < need && now.Sub(s.told) > bulkPatience // it may have closed some
 	if need >= s.asked {
 		s.asked, s.needed = need, now
 	}
-	if more {
+	if lacks {
 		need, s.told = s.asked, now
 	}
 	b.mu.Unlock()
-	if more {
-		b.ask(name, k.l.connector.Tunnel, need)
+	if lacks {
+		b.ask(name, l.connector.Tunnel, need)
 	}
 }
 
@@ -166,7 +174,7 @@ func (b *bulk) over(r *record, k candidate) {
 		return
 	}
 	moved, busy := r.in.Load()+r.out.Load(), time.Duration(r.busy.Load())
-	measured := moved >= measuredFrom && busy > 0
+	measured := moved >= measuredFrom && busy > 0 && r.kind != tunnel.KindUDP // which goes at a pace of its own
 	if !measured && !r.bulky {
 		return
 	}

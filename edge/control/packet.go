@@ -153,11 +153,15 @@ func (p *packetFlow) keep() {
 			p.finish(why)
 			return
 		}
-		lives := why == errDrains || why == errSilent
+		lives := why == errDrains || why == errSilent || why == errNoRoom
 		if !lives {
 			r.forget() // its place is the next one's
 		}
-		err := p.move(conn, r)
+		q := r.plan.q
+		if why == errNoRoom {
+			q = overTCP(q)
+		}
+		err := p.move(conn, r, q)
 		if p.ctx.Err() != nil {
 			return
 		}
@@ -180,12 +184,13 @@ func (p *packetFlow) keep() {
 var (
 	errDrains = errors.New("control: the session drains")
 	errSilent = errors.New("control: nothing is heard of the session")
+	errNoRoom = errors.New("control: the session has too little room for packets")
 )
 
 // movable reports whether a flow that ended with err can go on elsewhere. A reset is how another edge says that its session
 // was lost.
 func movable(err error) bool {
-	return err == errDrains || err == errSilent || errors.Is(err, tunnel.ErrSessionLost) || errors.Is(err, tunnel.ErrReset)
+	return err == errDrains || err == errSilent || err == errNoRoom || errors.Is(err, tunnel.ErrSessionLost) || errors.Is(err, tunnel.ErrReset)
 }
 
 // watch waits until the flow has to move, or has ended, and says why. A stuck one does not move for a drain.
@@ -194,6 +199,10 @@ func (p *packetFlow) watch(conn tunnel.PacketConn, r *record, stuck bool) error 
 	leave := r.leave
 	if stuck {
 		leave = nil
+	}
+	var noRoom <-chan struct{}
+	if q, ok := conn.(tunnel.Squeezer); ok {
+		noRoom = q.NoRoom()
 	}
 	for {
 		select {
@@ -209,10 +218,36 @@ func (p *packetFlow) watch(conn tunnel.PacketConn, r *record, stuck bool) error 
 			if k := r.via.Load(); k != nil && p.silent(*k) {
 				return errSilent
 			}
+		case <-noRoom:
+			if p.c.roomier(r) {
+				return errNoRoom
+			}
 		case <-p.ctx.Done():
 			return net.ErrClosed
 		}
 	}
+}
+
+// roomier reports whether a flow of packets that QUIC has too little room for can go over TCP. If there is no such session,
+// one is asked for.
+func (c *Control) roomier(r *record) bool {
+	k := r.via.Load()
+	if k == nil || k.l == nil || k.carrier() == tunnel.CarrierTCP || r.plan.q.Carrier != "" || c.bulk.mode == BulkQUIC {
+		return false
+	}
+	if slices.ContainsFunc(c.reg.ofConnector(r.plan.tunnel, k.connector()), func(l *live) bool {
+		return l.s.Carrier() == tunnel.CarrierTCP && !l.s.Draining() && !l.s.Suspect()
+	}) {
+		return true
+	}
+	c.bulk.await(k.l)
+	return false
+}
+
+// overTCP is q for a flow of packets that needs the room.
+func overTCP(q Query) Query {
+	q.Carrier, q.Class = tunnel.CarrierTCP, tunnel.ClassBulk
+	return q
 }
 
 // silent reports whether the session stays suspect though it is asked for a sign of life.
@@ -246,8 +281,8 @@ func (k candidate) owes() bool {
 	return k.e.suspect()
 }
 
-// move opens the flow again and puts it in place of conn.
-func (p *packetFlow) move(conn tunnel.PacketConn, r *record) error {
+// move opens the flow again, as q has it, and puts it in place of conn.
+func (p *packetFlow) move(conn tunnel.PacketConn, r *record, q Query) error {
 	ctx, cancel := context.WithTimeout(p.ctx, p.c.packets.moveTime)
 	defer cancel()
 	connector := ""
@@ -255,7 +290,7 @@ func (p *packetFlow) move(conn tunnel.PacketConn, r *record) error {
 		connector = k.connector()
 	}
 	for {
-		next, nr, err := p.c.openPacketNear(ctx, r.plan.q, p.id, connector)
+		next, nr, err := p.c.openPacketNear(ctx, q, p.id, connector)
 		if err == nil {
 			nr.in.Store(r.in.Load())
 			nr.out.Store(r.out.Load())

@@ -96,6 +96,39 @@ func packetBed(t *testing.T) (*edge, *packetSite, tunnel.PacketConn, []*link) {
 	return e, s, c, links
 }
 
+// A UDP flow that QUIC has too little room for moves to TCP, for which a session is asked if there is none.
+func TestPacketFlowNeedsRoom(t *testing.T) {
+	e, s, _, _ := packetBed(t)
+	k := &client{e: e, src: e.enrol("site", "c")}
+	k.link(0, tunnel.RoleMain, tunnel.CarrierQUIC, e.addr, s.serve("quic"))
+	c, err := e.DialPacket(t.Context(), Query{Host: "10.0.0.7", Port: 53, Connector: "c"})
+	must(t, err)
+	defer c.Close()
+	carrier := func() string {
+		for _, f := range e.Flows() {
+			if f.Connector == "c" {
+				return f.Carrier
+			}
+		}
+		return ""
+	}
+	if got := carrier(); got != "quic" {
+		t.Fatalf("the flow begins over %q, want quic", got)
+	}
+	packet := make([]byte, 1000)
+	flood := func() {
+		for range 1000 {
+			must(t, c.WritePacket(packet))
+		}
+	}
+	eventually(t, "a session over TCP is asked for", func() bool { flood(); return k.bulk.Load() > 0 })
+	k.link(8, tunnel.RoleBulk, tunnel.CarrierTCP, e.addr, s.serve("tcp"))
+	eventually(t, "the flow is over TCP", func() bool { flood(); return carrier() == "tcp" })
+	if got := converse(t, c, "hello"); got[:4] != "tcp " {
+		t.Errorf("got %q, want the answer over TCP", got)
+	}
+}
+
 func TestPacketFlow(t *testing.T) {
 	e, _, c, _ := packetBed(t)
 	converse(t, c, "hello")

@@ -17,8 +17,11 @@ import (
 
 const (
 	udpIdle = time.Minute
-	// maxEarly is how many packets of a visitor wait for the service to be reached; further ones are dropped.
-	maxEarly = 16
+	// maxEarly and maxEarlyBytes bound what waits of a visitor for the service to be reached, and maxPortEarlyBytes what
+	// waits of all visitors of a port; further packets are dropped.
+	maxEarly          = 1024
+	maxEarlyBytes     = 256 << 10
+	maxPortEarlyBytes = 64 << 20
 	// udpBuffer is what the system is asked to hold of packets that have not been read, in bytes.
 	udpBuffer = 4 << 20
 )
@@ -47,6 +50,7 @@ type udpPort struct {
 	*port
 	conn     *net.UDPConn
 	draining atomic.Bool
+	early    atomic.Int64 // bytes that wait for services to be reached
 
 	mu       sync.Mutex // guards sessions
 	sessions map[netip.AddrPort]*session
@@ -150,6 +154,7 @@ type session struct {
 	flow   tunnel.PacketConn // nil until the service is reached
 	header []byte            // of the PROXY protocol, in front of each packet; nil: none
 	early  [][]byte          // packets that wait for it
+	held   int               // their bytes
 }
 
 // fromVisitor passes a packet on. It never waits.
@@ -160,8 +165,10 @@ func (s *session) fromVisitor(b []byte) {
 	switch {
 	case s.flow != nil:
 		s.writeLocked(b)
-	case len(s.early) < maxEarly:
+	case len(s.early) < maxEarly && s.held+len(b) <= maxEarlyBytes && s.u.early.Load() < maxPortEarlyBytes:
 		s.early = append(s.early, append(make([]byte, 0, len(b)), b...))
+		s.held += len(b)
+		s.u.early.Add(int64(len(b)))
 	default:
 		s.u.count.refused(refusedEarly)
 	}
@@ -185,6 +192,7 @@ func (s *session) writeLocked(b []byte) {
 // run reaches the service and passes its packets on until the session ends.
 func (s *session) run(ctx context.Context, cfg *spec.PortConfig) {
 	flow, header, lease, err := s.dial(ctx, cfg)
+	defer s.dropEarly()
 	if err != nil {
 		s.u.count.failed()
 		s.u.f.log.Debug("port's service cannot be reached", "port", s.u.name, "err", err)
@@ -202,7 +210,7 @@ func (s *session) run(ctx context.Context, cfg *spec.PortConfig) {
 	for _, b := range s.early {
 		s.writeLocked(b)
 	}
-	s.early = nil
+	s.dropEarlyLocked()
 	s.mu.Unlock()
 	idle := watchIdle(cfg.IdleTimeout.D(udpIdle), &s.last, func() { s.cut(errIdle) })
 	defer idle()
@@ -218,6 +226,18 @@ func (s *session) run(ctx context.Context, cfg *spec.PortConfig) {
 		}
 	}
 	s.u.count.bytes(s.in.Load(), s.out.Load())
+}
+
+// dropEarly gives up what waits for the service.
+func (s *session) dropEarly() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.dropEarlyLocked()
+}
+
+func (s *session) dropEarlyLocked() {
+	s.u.early.Add(-int64(s.held))
+	s.early, s.held = nil, 0
 }
 
 // ended counts why the service sends no more. A service that is not there ends the session: the visitor's next packet
