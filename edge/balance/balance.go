@@ -108,6 +108,9 @@ func (b *Balancer) Run(ctx context.Context) error {
 	}
 	b.mu.Unlock()
 	<-ctx.Done()
+	b.mu.Lock()
+	b.ctx = nil // no monitor begins from here on
+	b.mu.Unlock()
 	b.running.Wait()
 	return nil
 }
