@@ -107,12 +107,11 @@ func (p *port) dial(ctx context.Context, cfg *spec.PortConfig, visitor, local ne
 			err = announce(conn, version, visitor, local)
 		}
 		if err == nil {
-			flow, ok := conn.(tunnel.Conn)
-			if !ok {
-				_ = conn.Close()
-				return nil, lease, errors.New("forward: the connection has no half-close")
+			if flow, ok := conn.(tunnel.Conn); ok {
+				return flow, lease, nil
 			}
-			return flow, lease, nil
+			_ = conn.Close()
+			err = errors.New("forward: the connection has no half-close")
 		}
 		if lease == nil {
 			return nil, nil, err
