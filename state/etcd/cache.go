@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/keyhaven/keyhaven/state"
 )
@@ -121,29 +122,29 @@ func (r *reader) text(limit int) []byte {
 	return text
 }
 
-// readCache reads the file; one that others may read is refused, as it holds ticket keys.
-func readCache(path, prefix string) (*snapshot, error) {
+// readCache reads the file and says when it was written; one that others may read is refused, as it holds ticket keys.
+func readCache(path, prefix string) (*snapshot, time.Time, error) {
 	f, err := os.Open(path)
 	if err != nil {
-		return nil, err
+		return nil, time.Time{}, err
 	}
 	defer f.Close()
 	info, err := f.Stat()
 	if err != nil {
-		return nil, err
+		return nil, time.Time{}, err
 	}
 	if info.Mode().Perm()&0o077 != 0 {
-		return nil, fmt.Errorf("file %q has mode %04o and is open to others; run: chmod 600 %s", path, info.Mode().Perm(), path)
+		return nil, time.Time{}, fmt.Errorf("file %q has mode %04o and is open to others; run: chmod 600 %s", path, info.Mode().Perm(), path)
 	}
 	b, err := io.ReadAll(io.LimitReader(f, maxCache))
 	if err != nil {
-		return nil, err
+		return nil, time.Time{}, err
 	}
 	s, err := decodeSnapshot(b, prefix)
 	if err != nil {
-		return nil, fmt.Errorf("file %q: %w", path, err)
+		return nil, time.Time{}, fmt.Errorf("file %q: %w", path, err)
 	}
-	return s, nil
+	return s, info.ModTime(), nil
 }
 
 // writeCache replaces the file as a whole.

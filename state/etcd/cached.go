@@ -53,10 +53,12 @@ func openCached(cfg Config) (*cached, error) {
 		close(c.up)
 	case errors.Is(err, state.ErrUnavailable):
 		var cerr error
-		if c.copy, cerr = readCache(cfg.Cache, cfg.prefix()); cerr != nil {
+		var written time.Time
+		if c.copy, written, cerr = readCache(cfg.Cache, cfg.prefix()); cerr != nil {
 			return nil, fmt.Errorf("%w; and there is no cache to start from: %w", err, cerr)
 		}
-		c.log.Warn("etcd is away; starting from the cache", "path", cfg.Cache, "err", err)
+		c.log.Warn("etcd is away; starting from the cache, without what was changed later", "path", cfg.Cache,
+			"written", written.UTC().Format(time.RFC3339), "err", err)
 	default:
 		return nil, err
 	}

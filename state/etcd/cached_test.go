@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"errors"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
@@ -31,7 +32,7 @@ func TestCachedConformance(t *testing.T) {
 func TestStartWithoutCluster(t *testing.T) {
 	t.Parallel()
 	ms := etcdtest.Start(t, 1)
-	cfg := Config{Endpoints: etcdtest.URLs(ms), Timeout: time.Second, Cache: filepath.Join(t.TempDir(), "cache")}
+	cfg := Config{Endpoints: etcdtest.URLs(ms), Timeout: 300 * time.Millisecond, Cache: filepath.Join(t.TempDir(), "cache")}
 	ctx := t.Context()
 	s := mustOpen(t, cfg)
 	rev, err := state.Create(ctx, s, "x", []byte("1"))
@@ -58,7 +59,13 @@ func TestStartWithoutCluster(t *testing.T) {
 		t.Fatalf("the cache: %v, %v, want mode 0600", info, err)
 	}
 
+	var log bytes.Buffer
+	cfg.Logger = slog.New(slog.NewTextHandler(&log, nil))
 	again := mustOpen(t, cfg)
+	cfg.Logger = nil
+	if want := "written=" + info.ModTime().UTC().Format(time.RFC3339); !strings.Contains(log.String(), want) {
+		t.Errorf("the log does not say %q, how old the state is: %s", want, log.String())
+	}
 	entries, at, err := again.List(ctx, "")
 	if err != nil || len(entries) != 1 || entries[0].Key != "x" || at < rev {
 		t.Errorf("started from the cache: %v at %d, %v", entries, at, err)
