@@ -33,29 +33,46 @@ type told struct {
 type pusher struct {
 	due chan struct{}
 
-	mu    sync.Mutex // guards the field below
-	procs map[processKey]*told
+	mu    sync.Mutex                      // guards the fields below
+	procs map[string]map[processKey]*told // by connector id
+	fresh map[processKey]bool             // that got a session since the last round
+	all   bool                            // the next round is about every process
 }
 
 func newPusher() pusher {
-	return pusher{due: make(chan struct{}, 1), procs: map[processKey]*told{}}
+	return pusher{due: make(chan struct{}, 1), procs: map[string]map[processKey]*told{}, fresh: map[processKey]bool{}}
 }
 
-// mark asks for a round. It never blocks.
+// mark asks for a round over all processes. It never blocks.
 func (p *pusher) mark() {
+	p.mu.Lock()
+	p.all = true
+	p.mu.Unlock()
+	p.wake()
+}
+
+// markProcess asks for a round over one process. It never blocks.
+func (p *pusher) markProcess(k processKey) {
+	p.mu.Lock()
+	p.fresh[k] = true
+	p.mu.Unlock()
+	p.wake()
+}
+
+func (p *pusher) wake() {
 	select {
 	case p.due <- struct{}{}:
 	default:
 	}
 }
 
-// view returns what is known of a connector, nil if it has no session here.
+// view returns what is known of a connector that has a session here.
 func (p *pusher) view(connectorID string) *ConnectorConfig {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	var newest *ConnectorConfig
-	for k, t := range p.procs {
-		if k.connector == connectorID && (newest == nil || t.Applied > newest.Applied) {
+	for _, t := range p.procs[connectorID] {
+		if newest == nil || t.Applied > newest.Applied {
 			c := t.ConnectorConfig
 			newest = &c
 		}
@@ -64,7 +81,11 @@ func (p *pusher) view(connectorID string) *ConnectorConfig {
 }
 
 // sessionUp is called when a main session was admitted.
-func (c *Control) sessionUp(*live) { c.configs.mark() }
+func (c *Control) sessionUp(l *live) { c.configs.markProcess(l.processKey()) }
+
+func (l *live) processKey() processKey {
+	return processKey{l.connector.Tunnel, l.connector.ID, l.s.Registration().Instance}
+}
 
 // runConfigs keeps every process with a session here at its tunnel's configuration, until ctx ends.
 func (c *Control) runConfigs(ctx context.Context) {
@@ -81,30 +102,39 @@ func (c *Control) runConfigs(ctx context.Context) {
 			return
 		case <-c.configs.due:
 		case <-tick.C:
+			c.configs.mark()
 		}
 	}
 }
 
-// configRound forgets processes without a session and returns those that somebody must now tell something.
+// configRound returns the processes that somebody must now tell something. A round over all forgets those without a
+// session; one over those that have just come costs nothing for the others.
 func (c *Control) configRound() map[processKey]bool {
-	here := map[processKey]bool{}
-	for _, l := range c.reg.all() {
-		if reg := l.s.Registration(); reg.Role == tunnel.RoleMain {
-			here[processKey{l.connector.Tunnel, l.connector.ID, reg.Instance}] = true
+	p := &c.configs
+	p.mu.Lock()
+	here, all := p.fresh, p.all
+	p.fresh, p.all = map[processKey]bool{}, false
+	p.mu.Unlock()
+	if all {
+		for _, l := range c.reg.all() {
+			if l.role == tunnel.RoleMain {
+				here[l.processKey()] = true
+			}
 		}
 	}
-	c.configs.mu.Lock()
-	defer c.configs.mu.Unlock()
-	for k, t := range c.configs.procs {
-		if !here[k] && !t.busy {
-			delete(c.configs.procs, k)
-		}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if all {
+		p.forgetLocked(here)
 	}
 	for k := range here {
-		t := c.configs.procs[k]
+		t := p.procs[k.connector][k]
 		if t == nil {
 			t = &told{}
-			c.configs.procs[k] = t
+			if p.procs[k.connector] == nil {
+				p.procs[k.connector] = map[processKey]*told{}
+			}
+			p.procs[k.connector][k] = t
 		}
 		if t.busy || t.settled(c.wantedConfig(k.tunnel), time.Now()) {
 			delete(here, k)
@@ -113,6 +143,20 @@ func (c *Control) configRound() map[processKey]bool {
 		t.busy = true
 	}
 	return here
+}
+
+// forgetLocked drops processes that are not here, unless somebody is telling them something.
+func (p *pusher) forgetLocked(here map[processKey]bool) {
+	for id, procs := range p.procs {
+		for k, t := range procs {
+			if !here[k] && !t.busy {
+				delete(procs, k)
+			}
+		}
+		if len(procs) == 0 {
+			delete(p.procs, id)
+		}
+	}
 }
 
 func (c *Control) wantedConfig(tunnelID string) TunnelConfig {
@@ -132,7 +176,7 @@ func (c *Control) pushConfig(ctx context.Context, k processKey) {
 	for try := 0; ; try++ {
 		want, s := c.wantedConfig(k.tunnel), c.sessionOf(k, try)
 		c.configs.mu.Lock()
-		t := c.configs.procs[k]
+		t := c.configs.procs[k.connector][k]
 		if s == nil || ctx.Err() != nil || t.settled(want, time.Now()) {
 			t.busy = false
 			c.configs.mu.Unlock()

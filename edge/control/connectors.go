@@ -139,9 +139,8 @@ func (c *Control) connectorViewOfLocked(k Connector, w work) ConnectorView {
 		v.Status, v.LastSeen, v.Elsewhere = status, c.now(), w.elsewhereOf(k.Name)
 	}
 	if n := len(v.Sessions); n > 0 {
-		v.Origin, v.Version = v.Sessions[n-1].Remote, v.Sessions[n-1].Version
+		v.Origin, v.Version, v.Config = v.Sessions[n-1].Remote, v.Sessions[n-1].Version, c.configs.view(k.ID)
 	}
-	v.Config = c.configs.view(k.ID)
 	if !k.Revoked.IsZero() {
 		v.Status = statusRevoked
 	}

@@ -30,8 +30,13 @@ const (
 	// forgetAfter is how long connectors are still told the addresses of an edge that is gone, which most often is being
 	// restarted.
 	forgetAfter = time.Minute
-	// presencePause collects changes for one transaction.
+	// presencePause collects changes for one transaction, and presenceRate is how many bytes a second they may make, about.
 	presencePause = 50 * time.Millisecond
+	presenceRate  = 1 << 20
+	// maxPresence bounds the processes in one record, which must fit into a value of the store. More are not told of.
+	maxPresence = 4096
+	// presenceBatch is the size of a transaction from which on the rest goes into the next one: etcd takes 1.5 MiB.
+	presenceBatch = 256 << 10
 )
 
 // Volatile returns the prefixes of the store's keys that change all the time, and are not worth keeping.
@@ -377,7 +382,8 @@ func (p *peers) run(ctx context.Context) {
 			}
 		case <-p.wake:
 			sleep(ctx, presencePause)
-			p.flush(ctx)
+			written := p.flush(ctx)
+			sleep(ctx, min(time.Duration(written)*time.Second/presenceRate, p.every/2))
 		}
 	}
 }
@@ -440,8 +446,9 @@ func (p *peers) bury(ctx context.Context) {
 	}
 }
 
-// flush writes the presence of the tunnels that changed; what cannot be written stays for the next time.
-func (p *peers) flush(ctx context.Context) {
+// flush writes the presence of the tunnels that changed, and returns how many bytes that took; what cannot be written stays
+// for the next time.
+func (p *peers) flush(ctx context.Context) (written int) {
 	for {
 		p.mu.Lock()
 		ids := make([]string, 0, min(len(p.dirty), maxOps))
@@ -453,29 +460,46 @@ func (p *peers) flush(ctx context.Context) {
 			delete(p.dirty, id)
 		}
 		_, removed := p.removed[p.name]
-		leaving := p.leaving || removed
+		silent := p.leaving || removed
 		p.mu.Unlock()
 		if len(ids) == 0 {
-			return
+			return written
 		}
-		ops := make([]state.Op, 0, len(ids))
-		for _, id := range ids {
-			key := prefixPresent + id + "/" + p.name
-			if v := p.c.here(id); len(v.Processes) > 0 && !leaving {
-				ops = append(ops, put(key, v))
-			} else {
-				ops = append(ops, state.Delete(key))
-			}
-		}
+		ops, size := p.presenceOps(ids, silent, p.c.here)
+		p.again(ids[len(ops):])
 		if _, err := p.c.cfg.Store.Txn(ctx, nil, ops); err != nil {
-			p.mu.Lock()
-			for _, id := range ids {
-				p.dirty[id] = struct{}{}
-			}
-			p.mu.Unlock()
+			p.again(ids[:len(ops)])
 			p.notTold(ctx, err)
-			return
+			return written
 		}
+		written += size
+	}
+}
+
+// presenceOps says what this edge has of the tunnels, as of tells, or of as many as go into one transaction.
+func (p *peers) presenceOps(ids []string, silent bool, of func(tunnelID string) presence) (ops []state.Op, size int) {
+	for _, id := range ids {
+		if size >= presenceBatch {
+			break
+		}
+		key := prefixPresent + id + "/" + p.name
+		op := state.Delete(key)
+		if v := of(id); len(v.Processes) > 0 && !silent {
+			v.Processes = v.Processes[:min(len(v.Processes), maxPresence)]
+			op = put(key, v)
+		}
+		ops = append(ops, op)
+		size += len(op.Key) + len(op.Value)
+	}
+	return ops, size
+}
+
+// again keeps tunnels for the next transaction.
+func (p *peers) again(ids []string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, id := range ids {
+		p.dirty[id] = struct{}{}
 	}
 }
 

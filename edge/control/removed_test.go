@@ -195,4 +195,3 @@ func TestBuryOrphans(t *testing.T) {
 		return err == nil && len(ps) == 0
 	})
 }
-

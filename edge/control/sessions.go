@@ -47,8 +47,8 @@ func (l *live) tell() {
 
 func (l *live) end(why tunnel.CloseReason) { l.s.Close(why) }
 
-// A registry holds the live sessions. Slices in byTunnel and byName are never changed in place, so that a reader may go on
-// with one after it has let go of mu.
+// A registry holds the live sessions. What is in the slices of byTunnel and byName is never changed in place, only appended to,
+// so that a reader may go on with one after it has let go of mu.
 type registry struct {
 	mu       sync.RWMutex
 	byTunnel map[string][]*live
@@ -70,7 +70,9 @@ func (r *registry) add(l *live, since time.Time) (old *live) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	reg := l.s.Registration()
-	l.process = &process{}
+	own := &process{}
+	own.alarm = func() { r.challenge(l.connector.Tunnel, own) }
+	l.process = own
 	for _, o := range r.byName[l.connector.Name] {
 		or := o.s.Registration()
 		switch {
@@ -90,8 +92,8 @@ func (r *registry) add(l *live, since time.Time) (old *live) {
 		r.removeLocked(old)
 	}
 	id := l.connector.Tunnel
-	r.byTunnel[id] = with(r.byTunnel[id], l)
-	r.byName[l.connector.Name] = with(r.byName[l.connector.Name], l)
+	r.byTunnel[id] = append(r.byTunnel[id], l)
+	r.byName[l.connector.Name] = append(r.byName[l.connector.Name], l)
 	r.count++
 	if _, up := r.upSince[id]; !up && l.role == tunnel.RoleMain {
 		r.upSince[id] = since
@@ -117,10 +119,6 @@ func (r *registry) removeLocked(l *live) {
 	without(r.byTunnel, l.connector.Tunnel, l)
 	without(r.byName, l.connector.Name, l)
 	r.count--
-}
-
-func with(list []*live, l *live) []*live {
-	return append(list[:len(list):len(list)], l)
 }
 
 func without(m map[string][]*live, key string, l *live) {
