@@ -24,6 +24,8 @@ const (
 	defaultHeaderTTL = 30 * time.Minute
 	// maxValues is how many values of a header one pool remembers. Beyond it the one that was idle longest is forgotten.
 	maxValues = 1 << 16
+	// maxCookies is how many cookies of one name are looked at. A visitor may send any number.
+	maxCookies = 8
 )
 
 // An id names an endpoint to the outside. It says nothing about the endpoint to those without the key.
@@ -124,7 +126,8 @@ func CookieName(pool string, a *spec.Affinity) string {
 func (b *Balancer) byCookie(p *pool, a *spec.Affinity, v *Visit) *Lease {
 	name, now := CookieName(p.cfg.Name, a), time.Now()
 	if v.Request != nil {
-		for _, c := range v.Request.CookiesNamed(name) {
+		cookies := v.Request.CookiesNamed(name)
+		for _, c := range cookies[:min(len(cookies), maxCookies)] {
 			known, ok := b.openCookie(p.cfg.Name, c.Value, now)
 			if e := p.byID[known]; ok && e != nil && e.keeps() && !v.tried(e) {
 				return leaseOf(e)

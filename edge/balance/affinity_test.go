@@ -4,6 +4,7 @@ import (
 	"crypto/sha256"
 	"net/http"
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -72,6 +73,22 @@ func TestCookieKeepsAVisitor(t *testing.T) {
 			t.Error("the cookie outlived its time")
 		}
 	})
+}
+
+// A visitor who sends many cookies costs no more than one who sends a few.
+func TestFewCookiesAreLookedAt(t *testing.T) {
+	cfg := poolOf("p", 1, 1, 1)
+	cfg.Affinity = &spec.Affinity{Type: spec.AffinityCookie, Name: "stay"}
+	b := newBalancer(t, newSite(), cfg)
+	good := pick(t, b, "p", Visit{Request: requestWith()}).Cookie
+	bad := *good
+	bad.Value = strings.Repeat("A", cookieChars)
+	for n, kept := range map[int]bool{maxCookies - 1: true, maxCookies: false} {
+		list := append(slices.Repeat([]*http.Cookie{&bad}, n), good)
+		if l := pick(t, b, "p", Visit{Request: requestWith(list...)}); (l.Cookie == nil) != kept {
+			t.Errorf("behind %d others the good cookie counts: got %v, want %v", n, l.Cookie == nil, kept)
+		}
+	}
 }
 
 // A cookie of one pool, of another key, or changed in any bit, is worth nothing.
