@@ -19,11 +19,12 @@ var identityHeaders = map[string]bool{
 	"x-nf-client-connection-ip": true, "x-vercel-forwarded-for": true, "proxy-client-ip": true, "wl-proxy-client-ip": true,
 	"x-original-host": true, "x-host": true, "x-original-url": true, "x-original-uri": true, "x-envoy-original-path": true, "x-rewrite-url": true,
 	"front-end-https": true, "x-url-scheme": true, "x-scheme": true, "proxy": true,
-	"x-client-cert": true, "x-ssl-client-cert": true, "ssl-client-cert": true, "client-cert": true, "client-cert-chain": true,
+	"x-true-client-ip": true, "x-real-port": true, "x-client-port": true, "x-remote-host": true, "x-remote-port": true, "x-http-host-override": true,
+	"x-client-cert": true, "x-arr-clientcert": true, "x-ssl-client-cert": true, "ssl-client-cert": true, "client-cert": true, "client-cert-chain": true,
 }
 
 // identityPrefixes are families of such headers.
-var identityPrefixes = []string{"x-forwarded-", "x-ssl-client-", "ssl-client-", "x-client-cert-"}
+var identityPrefixes = []string{"x-forwarded-", "x-ssl-client-", "ssl-client-", "x-client-cert-", "x-tls-client-", "x-amzn-mtls-"}
 
 // stripIdentity removes every header that could tell an origin something about the visitor that only the edge may say.
 func stripIdentity(h http.Header) {

@@ -25,7 +25,7 @@ func TestIdentityHeaders(t *testing.T) {
 		"X-Forwarded-Port", "X-Forwarded-Client-Cert", "X-Forwarded-Prefix", "X-Forwarded-User", "Forwarded", "FORWARDED", "X-Real-IP", "X_Real_IP", "X-Real_Ip",
 		"CF-Connecting-IP", "Cf_Connecting_Ip", "True-Client-IP", "True_Client_IP", "X-Client-IP", "X-Cluster-Client-IP", "Client-Ip", "Fastly-Client-IP",
 		"X-Original-URL", "X-Rewrite-URL", "X-Original-Host", "Proxy", "X-Original-Forwarded-For", "X~Real~IP",
-		"X-SSL-Client-Verify", "X_SSL_Client_S_DN", "SSL-Client-Cert", "X-Client-Cert-Subject", "X-Original-URI", "X-Envoy-Original-Path",
+		"X-SSL-Client-Verify", "X_SSL_Client_S_DN", "SSL-Client-Cert", "X-Client-Cert-Subject", "X-ARR-ClientCert", "X-Amzn-Mtls-Clientcert-Leaf", "X_TLS_Client_Subject", "X-True-Client-IP", "X-HTTP-Host-Override", "X-Original-URI", "X-Envoy-Original-Path",
 	} {
 		if !namesIdentity(name) {
 			t.Errorf("%s is passed on", name)
