@@ -249,6 +249,32 @@ func TestUDPMigration(t *testing.T) {
 	})
 }
 
+// The name of an association is worth nothing in another virtual network, nor for another destination: nobody gets at a socket
+// by it that is not its own, whose answers are another's.
+func TestUDPAssociationsStayInTheirNetwork(t *testing.T) {
+	rules := []Rule{{VNet: "default", To: "127.0.0.0/8", Ports: []Ports{AllPorts}}, {VNet: "other", To: "127.0.0.0/8", Ports: []Ports{AllPorts}}}
+	e, _ := udpSite(t, Config{Allow: mustAllow(t, rules...)})
+	o, p := startUDP(t, "127.0.0.1:0"), startUDP(t, "127.0.0.1:0")
+	mine := openPackets(t, e.session(t), o.flow(7))
+	ask(t, mine, []byte("mine"))
+	foreign := o.flow(7)
+	foreign.VNet = "other"
+	ask(t, openPackets(t, e.session(t), foreign), []byte("theirs"))
+	ask(t, openPackets(t, e.session(t), p.flow(7)), []byte("elsewhere"))
+	ask(t, mine, []byte("still mine"))
+	if got := o.sources(); len(got) != 2 {
+		t.Errorf("two networks came from ports %v, want two", got)
+	}
+	if got := p.sources(); len(got) != 1 || slices.Contains(o.sources(), got[0]) {
+		t.Errorf("another destination was asked from ports %v, want one of its own", got)
+	}
+	denied := o.flow(7)
+	denied.VNet = "third"
+	if _, err := tryPackets(t, e.session(t), denied); !errors.Is(err, tunnel.ErrDenied) {
+		t.Errorf("a network without rules: got %v, want ErrDenied", err)
+	}
+}
+
 // startDNS answers A questions for one name, over UDP and TCP, and returns its address.
 func startDNS(t testing.TB, name, addr string) netip.AddrPort {
 	t.Helper()
