@@ -70,9 +70,7 @@ func (r *registry) add(l *live, since time.Time) (old *live) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	reg := l.s.Registration()
-	own := &process{}
-	own.alarm = func() { r.challenge(l.connector.Tunnel, own) }
-	l.process = own
+	l.process = &process{}
 	for _, o := range r.byName[l.connector.Name] {
 		or := o.s.Registration()
 		switch {
