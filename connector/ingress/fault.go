@@ -2,19 +2,14 @@ package ingress
 
 import (
 	"context"
-	"crypto/rand"
-	"crypto/tls"
-	"crypto/x509"
 	"errors"
-	"fmt"
-	"html"
 	"net"
 	"net/http"
 	"os"
-	"strconv"
-	"strings"
 	"sync"
 	"time"
+
+	"github.com/keyhaven/keyhaven/internal/httprelay"
 )
 
 // A fault is an answer that no origin gave. It says which part failed, without addresses or names of the inside.
@@ -54,7 +49,7 @@ func faultOf(err error) fault {
 		return faultDenied
 	case errors.Is(err, errTooLong):
 		return faultLength
-	case isTLS(err):
+	case httprelay.IsTLS(err):
 		return faultTLS
 	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, os.ErrDeadlineExceeded):
 		return faultTimeout
@@ -68,41 +63,10 @@ func faultOf(err error) fault {
 	return faultProtocol
 }
 
-// isTLS reports whether err comes from securing the connection to an origin.
-func isTLS(err error) bool {
-	var (
-		verify  *tls.CertificateVerificationError
-		record  tls.RecordHeaderError
-		alert   tls.AlertError
-		host    x509.HostnameError
-		unknown x509.UnknownAuthorityError
-		invalid x509.CertificateInvalidError
-	)
-	return errors.As(err, &verify) || errors.As(err, &record) || errors.As(err, &alert) ||
-		errors.As(err, &host) || errors.As(err, &unknown) || errors.As(err, &invalid)
-}
-
-// requestID returns a short random name for one request, so that a visitor's report finds the log line.
-func requestID() string { return strings.ToLower(rand.Text()[:16]) }
-
-const pageHTML = `<!DOCTYPE html>
-<html lang="en">
-<head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>%[1]d %[2]s</title></head>
-<body style="font: 16px/1.5 sans-serif; max-width: 40em; margin: 4em auto; padding: 0 1em">
-<h1>%[2]s</h1>
-<p>%[3]s</p>
-<p><small>%[1]d %[4]s &middot; request %[5]s</small></p>
-</body>
-</html>
-`
-
-const pageText = "%[1]d %[4]s: %[2]s\n%[3]s\nrequest %[5]s\n"
-
-// answer sends the page of a fault: HTML to those who ask for it, and text to all others. Statuses that have no body get
-// none.
+// answer sends the page of a fault.
 func (h *Handler) answer(w http.ResponseWriter, r *http.Request, f fault, id string) {
 	if id == "" {
-		id = requestID()
+		id = httprelay.RequestID()
 	}
 	if f.kind != "" {
 		h.log.Debug("request answered by the connector", "request", id, "reason", f.kind, "method", r.Method)
@@ -111,30 +75,7 @@ func (h *Handler) answer(w http.ResponseWriter, r *http.Request, f fault, id str
 	if f.part == "" {
 		f.part = http.StatusText(f.status)
 	}
-	header := w.Header()
-	clear(header)
-	if f.status == http.StatusBadRequest && r.ProtoMajor == 1 {
-		header.Set("Connection", "close") // what follows may not be what it seems
-	}
-	header.Set("Cache-Control", "no-store")
-	header.Set("X-Content-Type-Options", "nosniff")
-	header.Set("X-Request-Id", id)
-	if f.status == http.StatusNoContent || f.status == http.StatusNotModified {
-		w.WriteHeader(f.status)
-		return
-	}
-	format, part, text := pageText, f.part, f.text
-	header.Set("Content-Type", "text/plain; charset=utf-8")
-	if strings.Contains(r.Header.Get("Accept"), "text/html") {
-		format, part, text = pageHTML, html.EscapeString(part), html.EscapeString(text)
-		header.Set("Content-Type", "text/html; charset=utf-8")
-	}
-	body := fmt.Sprintf(format, f.status, part, text, http.StatusText(f.status), id)
-	header.Set("Content-Length", strconv.Itoa(len(body)))
-	w.WriteHeader(f.status)
-	if r.Method != http.MethodHead {
-		_, _ = w.Write([]byte(body)) // the visitor may be gone
-	}
+	httprelay.Page{Status: f.status, Heading: f.part, Text: f.text}.Write(w, r, id)
 }
 
 // throttle lets one event through per second and counts the others.

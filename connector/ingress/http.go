@@ -166,33 +166,7 @@ func rewrite(pr *httputil.ProxyRequest) {
 	if _, ok := v.in.Header["User-Agent"]; !ok {
 		out.Header["User-Agent"] = nil // or net/http would add its own
 	}
-	if out.Body != nil && len(v.in.Trailer) > 0 {
-		out.Trailer = make(http.Header, len(v.in.Trailer))
-		for k := range v.in.Trailer {
-			out.Trailer[k] = nil // announces it
-		}
-		out.Body = &trailerBody{ReadCloser: out.Body, from: v.in, to: out.Trailer}
-	}
-}
-
-// A trailerBody passes on the trailers that a body ends with.
-type trailerBody struct {
-	io.ReadCloser
-	from *http.Request
-	to   http.Header // with the announced names
-}
-
-// Read implements io.Reader.
-func (b *trailerBody) Read(p []byte) (int, error) {
-	n, err := b.ReadCloser.Read(p)
-	if err == io.EOF {
-		for k := range b.to {
-			if vv, ok := b.from.Trailer[k]; ok {
-				b.to[k] = vv
-			}
-		}
-	}
-	return n, err
+	httprelay.PassTrailers(out, v.in, nil)
 }
 
 // errTooLong says that a body does not fit into what is collected.
@@ -266,7 +240,7 @@ func (h *Handler) roundTripFailed(w http.ResponseWriter, r *http.Request, err er
 	if v.in.Context().Err() != nil {
 		panic(http.ErrAbortHandler) // the edge has left: there is nobody to tell
 	}
-	f, id := faultOf(err), requestID()
+	f, id := faultOf(err), httprelay.RequestID()
 	if ok, missed := h.faults.allow(time.Now()); ok {
 		h.log.Warn("origin failed", "request", id, "reason", f.kind, "service", v.origin.target.Service.String(), "err", err, "unlogged", missed)
 	}

@@ -14,29 +14,20 @@ import (
 	"net/http/httputil"
 	"net/netip"
 	"os"
-	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/keyhaven/keyhaven/ingressconf"
+	"github.com/keyhaven/keyhaven/internal/httprelay"
 )
 
 const (
 	originHeaderBytes = 1 << 20          // of a response's header
-	originBuffer      = 32 << 10         // for the copying of a body
 	originPing        = 30 * time.Second // silence of an HTTP/2 connection before it is probed
 	originPingTimeout = 10 * time.Second
 	continueWait      = time.Second // for a 100 from an origin that may not know Expect
 	maxPoolFile       = 1 << 20     // bytes of a file of certificates
 )
-
-// buffers holds the copy buffers of response bodies.
-var buffers = bufferPool{sync.Pool{New: func() any { return new([originBuffer]byte) }}}
-
-type bufferPool struct{ p sync.Pool }
-
-func (b *bufferPool) Get() []byte  { return b.p.Get().(*[originBuffer]byte)[:] }
-func (b *bufferPool) Put(s []byte) { b.p.Put((*[originBuffer]byte)(s)) }
 
 // rules are what holds at one moment. They are never changed.
 type rules struct {
@@ -181,7 +172,7 @@ func (h *Handler) newOrigin(key originKey, t *ingressconf.Target, pem []byte) (*
 		Rewrite:        rewrite,
 		ModifyResponse: h.responseCame,
 		ErrorHandler:   h.roundTripFailed,
-		BufferPool:     &buffers,
+		BufferPool:     &httprelay.Buffers,
 		ErrorLog:       log.New(io.Discard, "", 0), // errors reach the visitor as a cut, and ErrorHandler otherwise
 	}
 	return o, nil

@@ -5,6 +5,7 @@ import (
 	"io"
 	"net"
 
+	"github.com/keyhaven/keyhaven/internal/httprelay"
 	"github.com/keyhaven/keyhaven/tunnel"
 )
 
@@ -47,7 +48,7 @@ func lightCopy(w io.Writer, read func([]byte) (int, error)) (total int64, err er
 	buf := small
 	defer func() {
 		if len(buf) > lightBuffer {
-			buffers.Put(buf)
+			httprelay.Buffers.Put(buf)
 		}
 	}()
 	for {
@@ -65,9 +66,9 @@ func lightCopy(w io.Writer, read func([]byte) (int, error)) (total int64, err er
 		case err != nil:
 			return total, err
 		case n == lightBuffer && len(buf) == lightBuffer:
-			buf = buffers.Get()
+			buf = httprelay.Buffers.Get()
 		case n < lightBuffer && len(buf) > lightBuffer:
-			buffers.Put(buf)
+			httprelay.Buffers.Put(buf)
 			buf = small
 		}
 	}

@@ -10,6 +10,7 @@ import (
 
 	"github.com/keyhaven/keyhaven/edge/balance"
 	"github.com/keyhaven/keyhaven/edge/control"
+	"github.com/keyhaven/keyhaven/internal/httprelay"
 	"github.com/keyhaven/keyhaven/tunnel"
 )
 
@@ -45,6 +46,11 @@ var (
 	faultNoOrigin = fault{http.StatusNotFound, "no_origin", "No origin serves this path", "The host has no origin for the path asked for."}
 )
 
+// write sends the fault's page.
+func (f fault) write(w http.ResponseWriter, r *http.Request, id string) {
+	httprelay.Page{Status: f.status, Heading: f.part, Text: f.text}.Write(w, r, id)
+}
+
 // faultOf classifies an error of a round trip to an origin.
 func faultOf(err error) fault {
 	for _, c := range []struct {
@@ -63,7 +69,7 @@ func faultOf(err error) fault {
 			return c.fault
 		}
 	}
-	if isTLS(err) {
+	if httprelay.IsTLS(err) {
 		return faultTLS
 	}
 	var timeout net.Error

@@ -2,9 +2,6 @@ package proxy
 
 import (
 	"context"
-	"crypto/tls"
-	"crypto/x509"
-	"errors"
 	"io"
 	"log"
 	"net/http"
@@ -16,24 +13,16 @@ import (
 	"github.com/keyhaven/keyhaven/edge/balance"
 	"github.com/keyhaven/keyhaven/edge/control"
 	"github.com/keyhaven/keyhaven/edge/zone"
+	"github.com/keyhaven/keyhaven/internal/httprelay"
 )
 
 const (
 	originIdle        = 90 * time.Second // of a pooled connection
 	originHeaderBytes = 1 << 20          // of a response's header
-	originBuffer      = 32 << 10         // per connection and direction
 	originPing        = 30 * time.Second // silence of an HTTP/2 connection before it is probed
 	originPingTimeout = 10 * time.Second
 	continueWait      = time.Second // for a 100 from an origin that may not know Expect
 )
-
-// buffers holds the copy buffers of response bodies.
-var buffers = bufferPool{sync.Pool{New: func() any { return new([originBuffer]byte) }}}
-
-type bufferPool struct{ p sync.Pool }
-
-func (b *bufferPool) Get() []byte  { return b.p.Get().(*[originBuffer]byte)[:] }
-func (b *bufferPool) Put(s []byte) { b.p.Put((*[originBuffer]byte)(s)) }
 
 // An origin is an upstream of one zone, with its place, or those of its pool.
 type origin struct {
@@ -68,7 +57,7 @@ func (h *Handler) newOrigin(up *zone.Upstream) *origin {
 		Rewrite:        rewrite,
 		ModifyResponse: h.cleanResponse,
 		ErrorHandler:   h.roundTripFailed,
-		BufferPool:     &buffers,
+		BufferPool:     &httprelay.Buffers,
 		ErrorLog:       log.New(io.Discard, "", 0), // errors reach the visitor as a cut, and ErrorHandler otherwise
 	}
 	return o
@@ -153,26 +142,12 @@ func (h *Handler) newTransport(up *zone.Upstream) *http.Transport {
 		ResponseHeaderTimeout:  h.cfg.ResponseTimeout,
 		ExpectContinueTimeout:  continueWait,
 		MaxResponseHeaderBytes: originHeaderBytes,
-		WriteBufferSize:        originBuffer,
-		ReadBufferSize:         originBuffer,
+		WriteBufferSize:        httprelay.BufferSize,
+		ReadBufferSize:         httprelay.BufferSize,
 		HTTP2:                  &http.HTTP2Config{SendPingTimeout: originPing, PingTimeout: originPingTimeout},
 	}
 	if up.TLS != nil {
 		t.TLSClientConfig = up.TLS.Clone()
 	}
 	return t
-}
-
-// isTLS reports whether err comes from securing the connection to an origin.
-func isTLS(err error) bool {
-	var (
-		verify  *tls.CertificateVerificationError
-		record  tls.RecordHeaderError
-		alert   tls.AlertError
-		host    x509.HostnameError
-		unknown x509.UnknownAuthorityError
-		invalid x509.CertificateInvalidError
-	)
-	return errors.As(err, &verify) || errors.As(err, &record) || errors.As(err, &alert) ||
-		errors.As(err, &host) || errors.As(err, &unknown) || errors.As(err, &invalid)
 }

@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"context"
 	"errors"
-	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -212,7 +211,7 @@ func (h *Handler) admit(v *visit, r *http.Request) (fault, bool) {
 }
 
 func (h *Handler) refuse(w http.ResponseWriter, r *http.Request, f fault) {
-	id := requestID()
+	id := httprelay.RequestID()
 	h.log.Debug("request refused", "request", id, "reason", f.kind, "peer", r.RemoteAddr, "method", r.Method)
 	f.write(w, r, id)
 }
@@ -228,32 +227,7 @@ func rewrite(pr *httputil.ProxyRequest) {
 	}
 	stripIdentity(out.Header)
 	setForwarded(out.Header, v.visitor, v.host)
-	if out.Body != nil && len(v.in.Trailer) > 0 {
-		out.Trailer = make(http.Header, len(v.in.Trailer))
-		for k := range v.in.Trailer {
-			out.Trailer[k] = nil // announces it
-		}
-		out.Body = &trailerBody{ReadCloser: out.Body, from: v.in, to: out.Trailer}
-	}
-}
-
-// A trailerBody passes on the trailers that a body ends with.
-type trailerBody struct {
-	io.ReadCloser
-	from *http.Request
-	to   http.Header // with the announced names
-}
-
-func (b *trailerBody) Read(p []byte) (int, error) {
-	n, err := b.ReadCloser.Read(p)
-	if err == io.EOF {
-		for k := range b.to {
-			if vv, ok := b.from.Trailer[k]; ok && !namesIdentity(k) {
-				b.to[k] = vv
-			}
-		}
-	}
-	return n, err
+	httprelay.PassTrailers(out, v.in, namesIdentity)
 }
 
 // cleanResponse removes what only the edge may say to visitors. From here on the response has begun.
@@ -284,7 +258,7 @@ func (h *Handler) roundTripFailed(w http.ResponseWriter, r *http.Request, err er
 		panic(http.ErrAbortHandler) // the visitor has left, or the edge stops: there is nobody to tell
 	}
 	f := faultOf(err)
-	v.id = requestID()
+	v.id = httprelay.RequestID()
 	if h.faults.allow(time.Now(), maxFaultLines) {
 		h.log.Warn("origin failed", "request", v.id, "reason", f.kind, "zone", v.zone.Name, "vnet", v.origin.up.VNet, "origin", v.origin.name(), "err", err)
 	}
