@@ -8,7 +8,6 @@ import (
 	"net"
 	"net/netip"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	mdns "github.com/miekg/dns"
@@ -98,9 +97,8 @@ type Server struct {
 	asking  askers
 	waiting chan struct{} // one entry for each query that is being answered
 
-	udp    net.PacketConn
-	tcp    net.Listener
-	failed atomic.Bool // the last question could not be asked; logged once
+	udp net.PacketConn
+	tcp net.Listener
 }
 
 // Listen opens the sockets of a server that answers nothing before Serve.
