@@ -1,27 +1,28 @@
 package control
 
 import (
+	"sync/atomic"
 	"testing"
-	"time"
-
 	"testing/synctest"
+	"time"
 )
 
 // fakeSibling answers when it is asked, if its process lives.
 type fakeSibling struct {
 	suspect bool
 	lives   bool
-	heard   time.Time
+	heard   atomic.Int64 // Unix nanoseconds
 	asked   int
 }
 
 func (f *fakeSibling) Suspect() bool        { return f.suspect }
-func (f *fakeSibling) LastHeard() time.Time { return f.heard }
+func (f *fakeSibling) LastHeard() time.Time { return time.Unix(0, f.heard.Load()) }
+func (f *fakeSibling) RTT() time.Duration   { return 20 * time.Millisecond }
 func (f *fakeSibling) prove() {
 	if f.asked++; f.lives {
 		go func() {
 			time.Sleep(10 * time.Millisecond)
-			f.heard = time.Now()
+			f.heard.Store(time.Now().UnixNano())
 		}()
 	}
 }
@@ -67,5 +68,47 @@ func TestProcessSilent(t *testing.T) {
 		check("healed", false)
 		b.suspect, c.lives = true, false
 		check("a new suspicion, in which what came before is worth nothing", true)
+	})
+}
+
+// When one process falls silent the others of its tunnel must show that they live, within a fraction of a second.
+func TestProcessChallenged(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var dead, cut, well process
+		first, second, third := &fakeSibling{}, &fakeSibling{}, &fakeSibling{lives: true}
+		dead.add(first)
+		cut.add(second)
+		well.add(third)
+		alarms := 0
+		dead.alarm = func() {
+			alarms++
+			cut.challenge()
+			well.challenge()
+		}
+		first.suspect = true
+		for range 3 {
+			if !dead.silent() {
+				t.Error("the suspect is not silent")
+			}
+		}
+		if alarms != 1 {
+			t.Errorf("%d alarms for one suspicion", alarms)
+		}
+		if cut.silent() || well.silent() {
+			t.Error("silent before there was time to answer")
+		}
+		time.Sleep(challengeWait + time.Millisecond)
+		synctest.Wait()
+		if !cut.silent() || well.silent() {
+			t.Errorf("after the challenge: silent are %v and %v, want only the first", cut.silent(), well.silent())
+		}
+		second.heard.Store(time.Now().UnixNano())
+		if cut.silent() {
+			t.Error("silent though it was heard")
+		}
+		time.Sleep(time.Hour)
+		if cut.silent() || well.silent() {
+			t.Error("silent long after the challenge was met")
+		}
 	})
 }
