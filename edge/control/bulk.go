@@ -33,6 +33,8 @@ const (
 	bulkSpare = 2
 	// bulkRest is how long a connector keeps bulk sessions that nothing needed.
 	bulkRest = time.Minute
+	// bulkForget is how long what was measured of a connector is kept that has no session.
+	bulkForget = 10 * time.Minute
 	// bulkPatience is how long a connector may take to do what it was asked for, before it is asked again.
 	bulkPatience = time.Second
 )
@@ -54,6 +56,7 @@ type bulkState struct {
 	asked  int       // bulk sessions that the connector was last asked for
 	told   time.Time // when
 	needed time.Time // when so many were needed last
+	gone   time.Time // since when it has no session; zero: it has
 }
 
 func newBulk(mode string, reg *registry) *bulk {
@@ -231,7 +234,7 @@ func (l *live) wantBulk(n int) {
 	l.tell()
 }
 
-// rest lets connectors close the bulk sessions that were not needed for a while.
+// rest lets connectors close the bulk sessions that were not needed for a while, and forgets connectors that are gone.
 func (b *bulk) rest(now time.Time) {
 	lower := map[string]int{}
 	b.mu.Lock()
@@ -239,6 +242,14 @@ func (b *bulk) rest(now time.Time) {
 		if need := min(s.open, maxBulkSessions); need < s.asked && now.Sub(s.needed) > bulkRest {
 			s.asked, s.needed = need, now
 			lower[name] = need
+		}
+		switch {
+		case s.open > 0 || b.reg.countOf(name) > 0:
+			s.gone = time.Time{}
+		case s.gone.IsZero():
+			s.gone = now
+		case now.Sub(s.gone) > bulkForget:
+			delete(b.by, name)
 		}
 	}
 	b.mu.Unlock()

@@ -10,7 +10,7 @@ import (
 // [tunnel.ErrEchoTimeout] if nobody answered in time, and a [*tunnel.UnreachableError] if the connector's host knows no way.
 func (c *Control) Echo(ctx context.Context, q Query, e tunnel.EchoRequest) (tunnel.EchoReply, error) {
 	q.Port, q.Class = 0, tunnel.ClassInteractive
-	conn, r, err := c.openPacket(ctx, q, tunnel.KindICMP, [16]byte{})
+	conn, r, err := c.openPacket(ctx, q, tunnel.KindICMP, [16]byte{}, "")
 	c.dials.WithLabelValues(dialResult(err)).Inc()
 	if err != nil {
 		return tunnel.EchoReply{}, err

@@ -460,7 +460,7 @@ func TestForwardedPackets(t *testing.T) {
 	})
 	id, _ := a.Tunnel("plant")
 	eventually(t, "a knows of b's session", func() bool { return len(a.peers.with(id.ID, "")) == 1 })
-	conn, r, err := a.openPacket(t.Context(), Query{Host: "10.1.2.3", Port: 53}, tunnel.KindUDP, [16]byte{1})
+	conn, r, err := a.openPacket(t.Context(), Query{Host: "10.1.2.3", Port: 53}, tunnel.KindUDP, [16]byte{1}, "")
 	must(t, err)
 	defer r.forget()
 	defer conn.Close()

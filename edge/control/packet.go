@@ -9,6 +9,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -43,16 +44,18 @@ type packetNumbers struct {
 	echoes *prometheus.CounterVec
 	drops  tunnel.PacketDrops
 
-	moveTime time.Duration // for tests
+	moveTime atomic.Int64 // nanoseconds; tests shorten it
 }
 
 func newPacketNumbers() *packetNumbers {
-	return &packetNumbers{moveTime: moveTime,
+	n := &packetNumbers{
 		moves: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "keyhaven_edge_udp_moves_total",
 			Help: "UDP flows that went on over another session, or could not, by result (ok, failed)."}, []string{"result"}),
 		echoes: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "keyhaven_edge_echoes_total",
 			Help: "Pings through tunnels, by result (ok, timed_out, unreachable, time_exceeded, failed)."}, []string{"result"}),
 	}
+	n.moveTime.Store(int64(moveTime))
+	return n
 }
 
 func (n *packetNumbers) collectors() []prometheus.Collector {
@@ -78,7 +81,7 @@ func (c *Control) Drops() *tunnel.PacketDrops { return &c.packets.drops }
 func (c *Control) DialPacket(ctx context.Context, q Query) (tunnel.PacketConn, error) {
 	var id [16]byte
 	rand.Read(id[:]) //nolint:errcheck // never fails
-	conn, r, err := c.openPacket(ctx, q, tunnel.KindUDP, id)
+	conn, r, err := c.openPacket(ctx, q, tunnel.KindUDP, id, "")
 	c.dials.WithLabelValues(dialResult(err)).Inc()
 	if err != nil {
 		return nil, err
@@ -283,14 +286,14 @@ func (k candidate) owes() bool {
 
 // move opens the flow again, as q has it, and puts it in place of conn.
 func (p *packetFlow) move(conn tunnel.PacketConn, r *record, q Query) error {
-	ctx, cancel := context.WithTimeout(p.ctx, p.c.packets.moveTime)
+	ctx, cancel := context.WithTimeout(p.ctx, time.Duration(p.c.packets.moveTime.Load()))
 	defer cancel()
 	connector := ""
 	if k := r.via.Load(); k != nil {
 		connector = k.connector()
 	}
 	for {
-		next, nr, err := p.c.openPacketNear(ctx, q, p.id, connector)
+		next, nr, err := p.c.openPacket(ctx, q, tunnel.KindUDP, p.id, connector)
 		if err == nil {
 			nr.in.Store(r.in.Load())
 			nr.out.Store(r.out.Load())
@@ -309,37 +312,6 @@ func (p *packetFlow) move(conn tunnel.PacketConn, r *record, q Query) error {
 			return err // the routes do not lead there any more
 		}
 	}
-}
-
-// openPacketNear is openPacket with the sessions of one connector first, as far as they are alive: it has the association.
-func (c *Control) openPacketNear(ctx context.Context, q Query, id [16]byte, connector string) (tunnel.PacketConn, *record, error) {
-	p, list, err := c.candidates(q)
-	if err != nil {
-		return nil, nil, err
-	}
-	if len(list) == 0 {
-		return nil, nil, c.down(p)
-	}
-	if connector != "" {
-		near := func(k candidate) int {
-			if k.connector() == connector && !k.suspect() {
-				return 0
-			}
-			return 1 // the list has those that are suspect last
-		}
-		slices.SortStableFunc(list, func(a, b candidate) int { return near(a) - near(b) })
-	}
-	p.flow.Kind, p.flow.ID = tunnel.KindUDP, id
-	r, err := c.reserve(p)
-	if err != nil {
-		return nil, nil, err
-	}
-	conn, via, err := p.openInTurn(ctx, list)
-	if err != nil {
-		r.forget()
-		return nil, nil, p.failed(err)
-	}
-	return conn, c.begin(r, via, conn), nil
 }
 
 // replace puts a new conn to use and sends what has waited for it.

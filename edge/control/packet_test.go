@@ -171,7 +171,7 @@ func TestPacketFlowMoves(t *testing.T) {
 		t.Errorf("got flows %+v, want one", fs)
 	}
 	// Nothing is left of the connector: the flow ends, once it has looked for long enough.
-	e.packets.moveTime = 300 * time.Millisecond
+	e.packets.moveTime.Store(int64(300 * time.Millisecond))
 	links[1-i].cut()
 	must(t, c.WritePacket([]byte("three")))
 	must(t, c.SetReadDeadline(time.Now().Add(patience)))

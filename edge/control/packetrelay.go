@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"slices"
 	"sync"
 
 	"github.com/keyhaven/keyhaven/tunnel"
@@ -13,7 +14,7 @@ import (
 // forwarded flow is cut, so that the edge which it came from moves it to another.
 func (c *Control) relayPackets(ctx, dial context.Context, in *tunnel.Incoming, q Query) {
 	f := in.Flow()
-	up, r, err := c.openPacket(dial, q, f.Kind, f.ID)
+	up, r, err := c.openPacket(dial, q, f.Kind, f.ID, "")
 	c.dials.WithLabelValues(dialResult(err)).Inc()
 	if err != nil {
 		in.Reject(peerResult(err)) //nolint:errcheck // the other edge sees what comes of it
@@ -33,8 +34,9 @@ func (c *Control) relayPackets(ctx, dial context.Context, in *tunnel.Incoming, q
 	wg.Wait()
 }
 
-// openPacket opens a flow of packets over a session of this edge, or of another one where q allows that.
-func (c *Control) openPacket(ctx context.Context, q Query, kind tunnel.FlowKind, id [16]byte) (tunnel.PacketConn, *record, error) {
+// openPacket opens a flow of packets over a session of this edge, or of another one where q allows that. The sessions of the
+// connector near, which may have the flow's association, come first, as far as they are alive.
+func (c *Control) openPacket(ctx context.Context, q Query, kind tunnel.FlowKind, id [16]byte, near string) (tunnel.PacketConn, *record, error) {
 	ctx, cancel := c.withTimeout(ctx)
 	defer cancel()
 	p, list, err := c.candidates(q)
@@ -43,6 +45,15 @@ func (c *Control) openPacket(ctx context.Context, q Query, kind tunnel.FlowKind,
 	}
 	if len(list) == 0 {
 		return nil, nil, c.down(p)
+	}
+	if near != "" {
+		rank := func(k candidate) int {
+			if k.connector() == near && !k.suspect() {
+				return 0
+			}
+			return 1 // the list has those that are suspect last
+		}
+		slices.SortStableFunc(list, func(a, b candidate) int { return rank(a) - rank(b) })
 	}
 	p.flow.Kind, p.flow.ID = kind, id
 	r, err := c.reserve(p)

@@ -3,6 +3,7 @@ package control
 import (
 	"fmt"
 	"testing"
+	"time"
 
 	"github.com/keyhaven/keyhaven/state"
 	"github.com/keyhaven/keyhaven/tunnel"
@@ -106,5 +107,25 @@ func TestPresenceFitsTheStore(t *testing.T) {
 			t.Fatal(err)
 		}
 		ids = ids[len(ops):]
+	}
+}
+
+// What was measured of connectors that are gone for long is forgotten, and nothing of those that are there or have flows.
+func TestBulkForgets(t *testing.T) {
+	c := alone()
+	c.register("here", "tn_0")
+	for _, name := range []string{"here", "gone", "flows"} {
+		c.bulk.stateLocked(name)
+	}
+	c.bulk.by["flows"].open = 1
+	now := time.Now()
+	for i, want := range []int{3, 3, 2} {
+		c.bulk.rest(now.Add(time.Duration(i) * (bulkForget/2 + time.Second)))
+		if got := len(c.bulk.by); got != want {
+			t.Errorf("look %d: %d are known, want %d", i, got, want)
+		}
+	}
+	if c.bulk.by["gone"] != nil {
+		t.Error("the one that is gone is still known")
 	}
 }
