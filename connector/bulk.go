@@ -13,14 +13,12 @@ import (
 const (
 	// maxBulk is how many bulk sessions there may be to one edge, since indexes have to last.
 	maxBulk = 8
-	// bulkIdle is how long a bulk session stays without a flow.
-	bulkIdle = time.Minute
-	// bulkLook is how often it is looked at.
+	// bulkLook is how often it is looked whether a bulk session is still wanted.
 	bulkLook = 5 * time.Second
 )
 
-// A bulkSet is the bulk sessions to one edge: as many as the edge asked for, Config.Bulk at most. Those without a flow end
-// after bulkIdle, until the edge asks again.
+// A bulkSet is the bulk sessions to one edge: as many as the edge asked for, Config.Bulk at most. What is not wanted any
+// more ends when it has no flow.
 type bulkSet struct {
 	e *endpoint
 
@@ -61,19 +59,22 @@ func (b *bulkSet) start(ctx, lives context.Context, wg *sync.WaitGroup) {
 	}
 }
 
-// surplus reports whether there are more sessions than are wanted.
-func (b *bulkSet) surplus() bool {
+// shed takes l out, and reports that, if there are more sessions than are wanted.
+func (b *bulkSet) shed(l *bulkLine) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return len(b.lines) > b.want
+	if len(b.lines) <= b.want {
+		return false
+	}
+	delete(b.lines, l.number)
+	return true
 }
 
 // keep dials a bulk session until one is up, or not wanted any more, and again when it was lost.
 func (b *bulkSet) keep(ctx, lives context.Context, l *bulkLine) {
 	c := b.e.c
 	var pauses backoff
-	idle := false
-	for ctx.Err() == nil && !idle && !b.surplus() {
+	for left := false; ctx.Err() == nil && !left && !b.shed(l); {
 		s, err := b.dial(ctx, l.number)
 		if err != nil {
 			c.log.Debug("no bulk session", "edge", b.e.name, "err", err)
@@ -85,13 +86,12 @@ func (b *bulkSet) keep(ctx, lives context.Context, l *bulkLine) {
 			}
 			continue
 		}
-		idle = b.serve(ctx, lives, l, s)
+		left = b.serve(ctx, lives, l, s)
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	delete(b.lines, l.number)
-	if idle {
-		b.want = min(b.want, len(b.lines))
+	if b.lines[l.number] == l {
+		delete(b.lines, l.number)
 	}
 }
 
@@ -105,15 +105,14 @@ func (b *bulkSet) dial(ctx context.Context, number int) (session, error) {
 	return b.e.dial(ctx, addrs, number, tunnel.DialConfig{Registration: reg, Carrier: tunnel.CarrierTCP})
 }
 
-// serve runs a bulk session until it has ended or is left. It reports whether nobody had use for it.
-func (b *bulkSet) serve(ctx, lives context.Context, l *bulkLine, s session) (idle bool) {
+// serve runs a bulk session until it has ended or is left. It reports whether it was left because there were too many.
+func (b *bulkSet) serve(ctx, lives context.Context, l *bulkLine, s session) (left bool) {
 	c := b.e.c
 	c.begin(s, lives, b.e.name, RoleBulk, firstBulk+b.e.slot*maxBulk+l.number)
 	b.show(l, s)
 	defer b.show(l, nil)
 	tick := time.NewTicker(bulkLook)
 	defer tick.Stop()
-	used := time.Now()
 	for {
 		select {
 		case <-ctx.Done():
@@ -128,11 +127,8 @@ func (b *bulkSet) serve(ctx, lives context.Context, l *bulkLine, s session) (idl
 				s.Close(tunnel.CloseInternal)
 			}
 			cancel()
-		case now := <-tick.C:
-			switch {
-			case s.Flows() > 0:
-				used = now
-			case now.Sub(used) >= bulkIdle, b.surplus():
+		case <-tick.C:
+			if s.Flows() == 0 && b.shed(l) {
 				c.retire(s, lives)
 				return true
 			}

@@ -159,6 +159,9 @@ func interleave(addrs []netip.AddrPort) []netip.AddrPort {
 // connect tries the addresses in order, the next one when the last has failed or had attemptDelay, and returns the
 // first connection. If all fail, the error is that of the address tried first. Nothing is left running.
 func (d *dialer) connect(ctx context.Context, addrs []netip.AddrPort) (*net.TCPConn, error) {
+	if len(addrs) == 1 {
+		return d.net.DialTCP(ctx, "tcp", netip.AddrPort{}, addrs[0])
+	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	type outcome struct {

@@ -289,11 +289,16 @@ func TestBulk(t *testing.T) {
 		if n := len(bulk()); n != 3 {
 			t.Errorf("%d bulk sessions, want 3 at most", n)
 		}
+		time.Sleep(10 * time.Minute)
+		if n := len(bulk()); n != 3 {
+			t.Errorf("%d bulk sessions after a while without flows, want 3: the edge wants them", n)
+		}
 		busy := bulk()[1].s
 		busy.flows.Store(1)
-		time.Sleep(bulkIdle + 2*bulkLook)
+		ask(1)
+		time.Sleep(2 * bulkLook)
 		if list := bulk(); len(list) != 1 || list[0].s != busy {
-			t.Errorf("after a while: %+v, want the busy one alone", list)
+			t.Errorf("of one that is wanted: %+v, want the busy one alone", list)
 		}
 		time.Sleep(10 * time.Minute)
 		if list := bulk(); len(list) != 1 || list[0].s != busy {
