@@ -61,6 +61,9 @@ func caIssue(kind mtls.Kind, short, lifetimeUsage string) *cobra.Command {
 		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			authority, err := mtls.OpenAuthority(ca)
+			if errors.Is(err, fs.ErrNotExist) {
+				err = remedy(err, "make an authority with 'keyhaven-edge ca init', or correct --ca-dir")
+			}
 			if err != nil {
 				return err
 			}

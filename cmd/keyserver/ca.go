@@ -51,7 +51,7 @@ func newCAIssue() *cobra.Command {
 		Short: "Make the identity of a key server: key, certificate and root in a directory",
 		Args:  cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			a, err := mtls.OpenAuthority(f.caDir)
+			a, err := f.authority()
 			if err != nil {
 				return err
 			}
@@ -75,6 +75,15 @@ type issueFlags struct {
 	caDir, out string
 	lifetime   time.Duration
 	replace    bool
+}
+
+// authority opens the authority that issues.
+func (f *issueFlags) authority() (*mtls.Authority, error) {
+	a, err := mtls.OpenAuthority(f.caDir)
+	if errors.Is(err, fs.ErrNotExist) {
+		err = fmt.Errorf("%w; make an authority with keyhaven-keyserver ca init, or correct --ca-dir", err)
+	}
+	return a, err
 }
 
 func (f *issueFlags) add(cmd *cobra.Command) {

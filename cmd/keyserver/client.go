@@ -35,7 +35,7 @@ the client shows. Without --csr it makes the key too and writes key.pem, which t
 way that nobody can read.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			a, err := mtls.OpenAuthority(f.caDir)
+			a, err := f.authority()
 			if err != nil {
 				return err
 			}

@@ -167,6 +167,7 @@ func TestExitCodes(t *testing.T) {
 		{3, "no such file", []string{"run", "--config", s.path("none.yaml")}},
 		{1, "address already in use: another program", []string{"run", "--config", s.path("ks.yaml"), "--listen", busy.addr()}},
 		{3, "ops", []string{"check", "--config", s.path("ks.yaml"), "--ops", "10.0.0.1:1"}},
+		{1, "ca init", []string{"ca", "issue", "x", "--ca-dir", s.path("nowhere"), "--out", s.path("x")}},
 		{1, "exists", []string{"ca", "init", "--ca-dir", s.path("ca"), "--trust-domain", "keys.example"}},
 		{1, "--replace", []string{"client", "add", "one", "--ca-dir", s.path("ca"), "--out", s.path("one")}},
 		{1, "--replace", []string{"ca", "issue", "hsm", "--ca-dir", s.path("ca"), "--out", s.path("tls")}},
