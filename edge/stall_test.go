@@ -43,6 +43,7 @@ func (w *world) postHalf(version string, length int64) (status int, body string)
 
 // A body that stops arriving must not hold the edge, the tunnel and the origin for ever.
 func TestStalledUploadsAreCut(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	cut := make(chan error, 10)
 	w.addZone("a", "p256", origin(t, func(rw http.ResponseWriter, r *http.Request) {
@@ -171,6 +172,7 @@ func TestStalledDownloadsAreCut(t *testing.T) {
 
 // A response that comes before the body has arrived must reach the visitor in full, however long the body lasts.
 func TestEarlyResponseToAStalledUpload(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.addZone("a", "p256", origin(t, func(rw http.ResponseWriter, r *http.Request) {
 		http.Error(rw, "too large", http.StatusRequestEntityTooLarge)

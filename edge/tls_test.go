@@ -414,6 +414,7 @@ func TestKeyServerAway(t *testing.T) {
 // A key server that answers too late must cost the waiting visitor its handshake, and nobody else anything: not other
 // QUIC connections on the same socket, and not streams of connections that are up.
 func TestSlowKeyServerStallsNobodyElse(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.addZone("a", "p256", echoOrigin(t), "a.test")
 	w.start()
