@@ -104,7 +104,9 @@ func (p *port) dial(ctx context.Context, cfg *spec.PortConfig, visitor, local ne
 		}
 		conn, err := p.f.cfg.Dialer.Dial(ctx, q)
 		if err == nil && version != "" {
-			err = announce(conn, version, visitor, local)
+			if err = proxyproto.Announce(ctx, conn, version, visitor, local); err != nil {
+				_ = conn.Close()
+			}
 		}
 		if err == nil {
 			if flow, ok := conn.(tunnel.Conn); ok {
@@ -121,18 +123,6 @@ func (p *port) dial(ctx context.Context, cfg *spec.PortConfig, visitor, local ne
 			return nil, nil, err
 		}
 	}
-}
-
-// announce tells the service of the visitor. It closes the connection if it cannot.
-func announce(conn net.Conn, version string, visitor, local netip.AddrPort) error {
-	header, err := proxyproto.Header(version, "tcp", visitor, local)
-	if err == nil {
-		_, err = conn.Write(header)
-	}
-	if err != nil {
-		_ = conn.Close()
-	}
-	return err
 }
 
 // A busyConn notes when it was last of use.

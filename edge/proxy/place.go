@@ -121,18 +121,20 @@ func (p *place) newTransport(class tunnel.FlowClass, visitor *visit) *http.Trans
 	}
 	q := p.query
 	q.Class, q.Carrier = class, tunnel.Carrier(p.up.Carrier)
-	var header func() ([]byte, error)
+	var announce func(context.Context, net.Conn) error
 	if visitor != nil {
 		src, dst := visitor.remote, visitor.local
 		q.Visitor = src
-		header = func() ([]byte, error) { return proxyproto.Header(p.version, "tcp", src, dst) }
+		announce = func(ctx context.Context, conn net.Conn) error {
+			return proxyproto.Announce(ctx, conn, p.version, src, dst)
+		}
 		t.MaxIdleConnsPerHost = perVisitor
 	}
 	if p.addr == "" {
 		t.MaxIdleConns = ingressHosts * max(1, p.h.cfg.IdleConns) // visitors choose the hosts
 	}
 	t.DialContext = func(ctx context.Context, _, addr string) (net.Conn, error) {
-		conn, err := p.dial(ctx, q, addr, header)
+		conn, err := p.dial(ctx, q, addr, announce)
 		if err != nil {
 			return nil, &dialError{err}
 		}
@@ -150,8 +152,8 @@ const (
 	ingressHosts = 4 // times as many idle connections to an ingress as to one origin
 )
 
-// dial opens a connection and sends the header, if there is one.
-func (p *place) dial(ctx context.Context, q control.Query, addr string, header func() ([]byte, error)) (net.Conn, error) {
+// dial opens a connection and announces the visitor on it, unless announce is nil.
+func (p *place) dial(ctx context.Context, q control.Query, addr string, announce func(context.Context, net.Conn) error) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, p.h.cfg.ConnectTimeout)
 	defer cancel()
 	if p.addr == "" {
@@ -161,14 +163,10 @@ func (p *place) dial(ctx context.Context, q control.Query, addr string, header f
 		}
 	}
 	conn, err := p.h.cfg.Dialer.Dial(ctx, q)
-	if err != nil || header == nil {
+	if err != nil || announce == nil {
 		return conn, err
 	}
-	b, err := header()
-	if err == nil {
-		_, err = conn.Write(b)
-	}
-	if err != nil {
+	if err := announce(ctx, conn); err != nil {
 		_ = conn.Close()
 		return nil, err
 	}

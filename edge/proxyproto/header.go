@@ -1,9 +1,11 @@
 package proxyproto
 
 import (
+	"context"
 	"fmt"
 	"net"
 	"net/netip"
+	"time"
 
 	"github.com/pires/go-proxyproto"
 )
@@ -36,6 +38,23 @@ func Header(version, network string, src, dst netip.AddrPort) ([]byte, error) {
 		return nil, fmt.Errorf("proxyproto: %w", err)
 	}
 	return b, nil
+}
+
+// Announce begins a connection over TCP with the header, within ctx. After an error the connection is of no use.
+func Announce(ctx context.Context, conn net.Conn, version string, src, dst netip.AddrPort) error {
+	b, err := Header(version, "tcp", src, dst)
+	if err != nil {
+		return err
+	}
+	stop := context.AfterFunc(ctx, func() { _ = conn.SetWriteDeadline(time.Unix(1, 0)) })
+	_, err = conn.Write(b)
+	if !stop() && err == nil {
+		err = context.Cause(ctx)
+	}
+	if err != nil {
+		return fmt.Errorf("proxyproto: announce the visitor: %w", err)
+	}
+	return nil
 }
 
 func plain(a netip.AddrPort) netip.AddrPort {

@@ -3,9 +3,12 @@ package proxyproto
 import (
 	"bufio"
 	"bytes"
+	"context"
+	"errors"
 	"io"
 	"net"
 	"net/netip"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -47,6 +50,26 @@ func TestHeader(t *testing.T) {
 	}
 	if b, err := Header("v1", "tcp", v4, v4b); err != nil || string(b) != "PROXY TCP4 192.0.2.1 198.51.100.2 1000 443\r\n" {
 		t.Errorf("got %q, %v", b, err)
+	}
+}
+
+// A service behind a session that takes no bytes holds nobody up for longer than it may.
+func TestAnnounceEndsInTime(t *testing.T) {
+	ours, theirs := net.Pipe() // nobody reads
+	defer theirs.Close()
+	defer ours.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+	defer cancel()
+	src := netip.MustParseAddrPort("192.0.2.1:1000")
+	if err := Announce(ctx, ours, "v1", src, src); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("got %v, want that the deadline has passed", err)
+	}
+	go io.Copy(io.Discard, theirs) //nolint:errcheck // it ends with the pipe
+	if err := ours.SetWriteDeadline(time.Time{}); err != nil {
+		t.Fatal(err)
+	}
+	if err := Announce(t.Context(), ours, "v2", src, src); err != nil {
+		t.Error(err)
 	}
 }
 
