@@ -60,30 +60,3 @@ func (w *world) visit(ctx context.Context) error {
 	}
 	return nil
 }
-
-// One edge and one connector of each two can be killed, and visitors go on.
-func TestTwoEdges(t *testing.T) {
-	w := twoEdges(t)
-	must(t, w.visit(t.Context()))
-	for i, e := range w.Edges {
-		must(t, e.Proc.Kill())
-		eventually(t, "visit while "+e.Name+" is gone", w.visit)
-		must(t, w.RestartEdge(t.Context(), i, true))
-	}
-	for _, c := range w.Sites[0].Connectors {
-		must(t, c.Proc.Kill())
-		eventually(t, "visit while connector "+c.Name+" is gone", w.visit)
-		must(t, w.Restart(t.Context(), c, true))
-	}
-	// What is told to one edge holds on the other.
-	_, err := w.EdgeAt(t.Context(), 1, "route", "add", "10.99.0.0/16", "--tunnel", "a")
-	must(t, err)
-	eventually(t, "the first edge knows the route", func(ctx context.Context) error {
-		out, err := w.EdgeAt(ctx, 0, "route", "list")
-		if err == nil && !strings.Contains(out, "10.99.0.0/16") {
-			err = fmt.Errorf("got\n%s", out)
-		}
-		return err
-	})
-	must(t, w.visit(t.Context()))
-}

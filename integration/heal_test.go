@@ -6,7 +6,6 @@ import (
 	"context"
 	"fmt"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -94,40 +93,5 @@ func TestOriginAway(t *testing.T) {
 		if strings.Contains(out, secret) {
 			t.Errorf("the page shows %q:\n%s", secret, out)
 		}
-	}
-}
-
-// A stop lets what is under way finish: an event stream runs to its end while connector and key server drain.
-func TestDrain(t *testing.T) {
-	w := up(t, onePlainZone, (*world).siteA)
-	type result struct {
-		out string
-		err error
-	}
-	done := make(chan result, 1)
-	go func() {
-		out, err := w.curl(t.Context(), plain, "/events?n=30", "-N")
-		done <- result{out, err}
-	}()
-	eventually(t, "the stream begins", func(context.Context) error {
-		out, err := w.Edge(t.Context(), "status", "--output", "json")
-		if err != nil {
-			return err
-		}
-		if !strings.Contains(out, `"flows"`) {
-			return fmt.Errorf("no flows in %s", out)
-		}
-		return nil
-	})
-	time.Sleep(500 * time.Millisecond) // the stream runs three seconds
-	must(t, w.Sites[0].Connector.Signal(syscall.SIGTERM))
-	r := <-done
-	if r.err != nil || !strings.Contains(r.out, "data: 29") {
-		t.Errorf("the stream was cut: %v\n%s", r.err, r.out)
-	}
-	ctx, cancel := context.WithTimeout(t.Context(), 15*time.Second)
-	defer cancel()
-	if err := w.Sites[0].Connector.Wait(ctx); err != nil {
-		t.Errorf("the connector did not end cleanly after its last flow: %v", err)
 	}
 }
