@@ -29,9 +29,12 @@ const (
 	joinTimeout = 15 * time.Second
 )
 
+// byDefault is how join gets to an edge unless flags say otherwise.
+var byDefault = transportConfig{Carrier: connector.CarrierAuto}
+
 func joinCommand() *cobra.Command {
 	var tokenFile, dir, name string
-	way := transportConfig{Carrier: connector.CarrierAuto}
+	way := byDefault
 	cmd := &cobra.Command{
 		Use:   "join --token-file FILE --dir DIR",
 		Short: "Enrol this connector with a join token",
@@ -115,8 +118,12 @@ func join(cmd *cobra.Command, tokenFile, dir, name string, way transportConfig) 
 	if err := os.WriteFile(filepath.Join(dir, joinedFile), append(b, '\n'), 0o600); err != nil {
 		return fmt.Errorf("joined, but: %w; list the edges %v in the configuration", err, edges)
 	}
-	fmt.Fprintf(cmd.OutOrStdout(), "joined as %s, tunnel %s, edges %s\nidentity in %s; next: keyhaven-connector run\n",
-		reply.Identity, reply.Tunnel, strings.Join(edges, " "), dir)
+	next := "keyhaven-connector run"
+	if way != byDefault {
+		next = "write the carrier and proxy under transport in the configuration too, then " + next
+	}
+	fmt.Fprintf(cmd.OutOrStdout(), "joined as %s, tunnel %s, edges %s\nidentity in %s; next: %s\n",
+		reply.Identity, reply.Tunnel, strings.Join(edges, " "), dir, next)
 	return nil
 }
 

@@ -146,7 +146,7 @@ func TestJoinThroughProxy(t *testing.T) {
 	if out, code := through("auto", wrong); code != 1 || !strings.Contains(out, "407") || strings.Contains(out, canary) {
 		t.Errorf("wrong password: exit code %d: %s", code, out)
 	}
-	if out, code := through("auto", password); code != 0 || strings.Contains(out, canary) {
+	if out, code := through("auto", password); code != 0 || strings.Contains(out, canary) || !strings.Contains(out, "under transport") {
 		t.Errorf("auto: exit code %d: %s", code, out)
 	}
 	token = in.token(t, time.Now().Add(time.Hour), edge)
