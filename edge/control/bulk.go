@@ -3,6 +3,7 @@ package control
 import (
 	"math/rand/v2"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/keyhaven/keyhaven/tunnel"
@@ -37,12 +38,16 @@ const (
 	bulkForget = 10 * time.Minute
 	// bulkPatience is how long a connector may take to do what it was asked for, before it is asked again.
 	bulkPatience = time.Second
+	// bulkRemind is how often a connector is asked again that keeps fewer sessions than were asked for, while no flow needs
+	// them.
+	bulkRemind = time.Minute
 )
 
 // bulk chooses what carries flows of many bytes.
 type bulk struct {
-	mode string
-	reg  *registry
+	mode     string
+	reg      *registry
+	expected atomic.Pointer[[]Query] // where such flows may go at any time
 
 	mu sync.Mutex
 	by map[string]*bulkState // by connector name, for those that had such flows
@@ -140,25 +145,21 @@ func (b *bulk) begun(r *record, k candidate) {
 		return
 	}
 	r.bulky = true
-	b.need(k.l, 1)
+	b.need(k.l, 1, bulkPatience)
 }
 
 // await asks the connector of l for bulk sessions before there is a flow for them.
-func (b *bulk) await(l *live) { b.need(l, 0) }
+func (b *bulk) await(l *live) { b.need(l, 0, bulkPatience) }
 
-// need counts more flows in that are worth bulk sessions, and asks for as many sessions, and some to spare.
-func (b *bulk) need(l *live, more int) {
-	name, have := l.connector.Name, 0
-	for _, l := range b.reg.ofConnector(l.connector.Tunnel, name) {
-		if l.role == tunnel.RoleBulk && !l.s.Draining() {
-			have++
-		}
-	}
+// need counts more flows in that are worth bulk sessions, and asks for as many sessions, and some to spare: again after a
+// while if the connector keeps fewer.
+func (b *bulk) need(l *live, more int, again time.Duration) {
+	name, have := l.connector.Name, b.sessions(l.connector)
 	b.mu.Lock()
 	s := b.stateLocked(name)
 	s.open += more
 	now, need := time.Now(), min(s.open+bulkSpare, maxBulkSessions)
-	lacks := need > s.asked || have < need && now.Sub(s.told) > bulkPatience // it may have closed some
+	lacks := need > s.asked || have < need && now.Sub(s.told) > again // it may have closed some
 	if need >= s.asked {
 		s.asked, s.needed = need, now
 	}
@@ -215,7 +216,8 @@ func (b *bulk) ask(connector, tunnelID string, n int) {
 	}
 }
 
-// up tells a new main session what its connector was asked for.
+// up tells the connector of a new session how many bulk sessions are wanted, if it may have others: it keeps what an edge
+// asked for that has been started anew since.
 func (b *bulk) up(l *live) {
 	b.mu.Lock()
 	n := 0
@@ -223,9 +225,19 @@ func (b *bulk) up(l *live) {
 		n = s.asked
 	}
 	b.mu.Unlock()
-	if n > 0 {
-		l.wantBulk(n)
+	if n > 0 || b.sessions(l.connector) > 0 {
+		b.ask(l.connector.Name, l.connector.Tunnel, n)
 	}
+}
+
+// sessions counts the bulk sessions of a connector.
+func (b *bulk) sessions(k Connector) (n int) {
+	for _, l := range b.reg.ofConnector(k.Tunnel, k.Name) {
+		if l.role == tunnel.RoleBulk && !l.s.Draining() {
+			n++
+		}
+	}
+	return n
 }
 
 // wantBulk has the connector told how many bulk sessions are wanted.
@@ -234,12 +246,43 @@ func (l *live) wantBulk(n int) {
 	l.tell()
 }
 
-// rest lets connectors close the bulk sessions that were not needed for a while, and forgets connectors that are gone.
-func (b *bulk) rest(now time.Time) {
+// ExpectBulk says where flows of many bytes may go at any time: the connectors there keep bulk sessions ready. It
+// replaces what was said before. The slice must not be changed any more.
+func (c *Control) ExpectBulk(qs []Query) { c.bulk.expected.Store(&qs) }
+
+// tendBulk sees to the connectors' bulk sessions, every now and then.
+func (c *Control) tendBulk(now time.Time) {
+	tunnels := map[string]bool{}
+	if qs := c.bulk.expected.Load(); qs != nil && c.bulk.mode != BulkQUIC {
+		for _, q := range *qs {
+			if p, err := c.plan(q); err == nil {
+				tunnels[p.tunnel] = true
+			}
+		}
+	}
+	c.bulk.rest(now, tunnels)
+	for id := range tunnels {
+		asked := map[string]bool{}
+		for _, l := range c.reg.of(id) {
+			if name := l.connector.Name; l.role == tunnel.RoleMain && !l.s.Draining() && !asked[name] {
+				asked[name] = true
+				c.bulk.need(l, 0, bulkRemind)
+			}
+		}
+	}
+}
+
+// rest lets connectors close the bulk sessions that were not needed for a while, but for spare ones where flows of the
+// tunnel are expected, and forgets connectors that are gone.
+func (b *bulk) rest(now time.Time, expected map[string]bool) {
 	lower := map[string]int{}
 	b.mu.Lock()
 	for name, s := range b.by {
-		if need := min(s.open, maxBulkSessions); need < s.asked && now.Sub(s.needed) > bulkRest {
+		need := s.open
+		if ls := b.reg.ofConnector("", name); len(ls) > 0 && expected[ls[0].connector.Tunnel] {
+			need += bulkSpare
+		}
+		if need = min(need, maxBulkSessions); need < s.asked && now.Sub(s.needed) > bulkRest {
 			s.asked, s.needed = need, now
 			lower[name] = need
 		}

@@ -131,13 +131,37 @@ func TestBulkSessions(t *testing.T) {
 		t.Errorf("%d sessions count, want the main one", d.Sessions)
 	}
 	first.Close()
-	e.bulk.rest(time.Now().Add(2 * bulkRest))
+	e.bulk.rest(time.Now().Add(2*bulkRest), nil)
 	eventually(t, "what is not needed is given back", func() bool { return k.bulk.Load() == 3 }) // as many as there are such flows
 	for _, f := range e.flowsOpen() {
 		f.forget()
 	}
-	e.bulk.rest(time.Now().Add(4 * bulkRest))
+	e.bulk.rest(time.Now().Add(4*bulkRest), nil)
 	eventually(t, "all is given back", func() bool { return k.bulk.Load() == 0 })
+}
+
+// Where bulk flows are expected there are sessions for them before the first, and after the last.
+func TestExpectedBulkSessions(t *testing.T) {
+	e := newBed(t).edge()
+	e.site("plant", "")
+	k := &client{e: e, src: e.enrol("plant", "p1")}
+	k.link(0, tunnel.RoleMain, tunnel.CarrierQUIC, e.addr, saying("quic"))
+	e.ExpectBulk([]Query{{Host: "no.such.host", Port: 443}, {Host: "10.1.2.3", Port: 443}})
+	eventually(t, "spare sessions are asked for", func() bool { e.tendBulk(time.Now()); return k.bulk.Load() == bulkSpare })
+	e.tendBulk(time.Now().Add(2 * bulkRest))
+	e.bulk.mu.Lock()
+	asked := e.bulk.by["p1"].asked
+	e.bulk.mu.Unlock()
+	if asked != bulkSpare {
+		t.Errorf("after a while %d sessions are asked for, want the spare ones", asked)
+	}
+	e.ExpectBulk(nil)
+	e.tendBulk(time.Now().Add(4 * bulkRest))
+	eventually(t, "they are given back", func() bool { return k.bulk.Load() == 0 })
+	// A connector that kept them through the edge's restart learns that they are not wanted.
+	k.bulk.Store(-1)
+	k.link(8, tunnel.RoleBulk, tunnel.CarrierTCP, e.addr, saying("bulk"))
+	eventually(t, "no session is wanted", func() bool { return k.bulk.Load() == 0 })
 }
 
 func (e *edge) flowsOpen() (list []*record) {

@@ -374,7 +374,7 @@ func (p *peers) run(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case now := <-beat.C:
-			p.c.bulk.rest(now)
+			p.c.tendBulk(now)
 			if !p.alone() {
 				p.beat(ctx)
 				p.flush(ctx)

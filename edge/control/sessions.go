@@ -211,8 +211,8 @@ func (c *Control) Handle(_ context.Context, s *tunnel.Session) {
 		l.end(endRevoked)
 	}
 	c.changed(l)
+	c.bulk.up(l)
 	if l.role == tunnel.RoleMain {
-		c.bulk.up(l)
 		l.tell()
 		c.sessionUp(l)
 	}

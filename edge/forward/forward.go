@@ -130,11 +130,38 @@ func (f *Forwarder) Set(ports []spec.PortConfig) error {
 		}
 		sound = append(sound, p)
 	}
+	f.expect(sound)
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.configs = sound
 	f.applyLocked()
 	return errors.Join(errs...)
+}
+
+// An expecter is a dialer that makes ready for flows of many bytes.
+type expecter interface{ ExpectBulk(qs []control.Query) }
+
+// expect tells the dialer where connections of TCP ports may go. Where pools lead to shows with the first one.
+func (f *Forwarder) expect(ports []spec.PortConfig) {
+	e, ok := f.cfg.Dialer.(expecter)
+	if !ok {
+		return
+	}
+	var qs []control.Query
+	for _, c := range ports {
+		if c.Protocol == "tcp" && c.Pool == "" {
+			qs = append(qs, destination(&c, c.Listen))
+		}
+	}
+	e.ExpectBulk(qs)
+}
+
+// destination is where a port without a pool leads.
+func destination(c *spec.PortConfig, listen string) control.Query {
+	if c.Tunnel != "" {
+		return control.Query{Tunnel: c.Tunnel, Service: "tcp", Host: c.Service, Port: portOf(listen)}
+	}
+	return control.Query{VNet: c.VNet, Host: c.Host, Port: c.Port}
 }
 
 // applyLocked makes the ports be as configured: first what goes, as its address may be taken by what comes.
@@ -344,12 +371,10 @@ func (p *port) close(why error) {
 
 // target returns where a connection goes. lease is nil without a pool.
 func (p *port) target(ctx context.Context, cfg *spec.PortConfig, visitor netip.AddrPort, tried []*balance.Lease) (q control.Query, version string, lease *balance.Lease, err error) {
-	q.Visitor, q.Class, version = visitor, tunnel.ClassBulk, cfg.ProxyProtocol
+	version = cfg.ProxyProtocol
 	switch {
-	case cfg.Tunnel != "":
-		q.Tunnel, q.Service, q.Host, q.Port = cfg.Tunnel, "tcp", cfg.Service, portOf(p.listen)
 	case cfg.Pool == "":
-		q.VNet, q.Host, q.Port = cfg.VNet, cfg.Host, cfg.Port
+		q = destination(cfg, p.listen)
 	case p.f.cfg.Balancer == nil:
 		return q, version, nil, balance.ErrNoPool
 	default:
@@ -363,6 +388,7 @@ func (p *port) target(ctx context.Context, cfg *spec.PortConfig, visitor netip.A
 			version = lease.ProxyProtocol()
 		}
 	}
+	q.Visitor, q.Class = visitor, tunnel.ClassBulk
 	return q, version, lease, nil
 }
 

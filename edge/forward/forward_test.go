@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -35,6 +36,8 @@ type direct struct {
 	hold  chan struct{} // if not nil, dials wait for it
 	dials atomic.Int64
 	wrote atomic.Int64 // packets
+
+	expected []control.Query // bulk flows
 }
 
 func (d *direct) Dial(ctx context.Context, q control.Query) (net.Conn, error) {
@@ -135,6 +138,27 @@ func eventually(t testing.TB, what string, ok func() bool) {
 func portAt(name, protocol, addr string) spec.PortConfig {
 	ap := netip.MustParseAddrPort(addr)
 	return spec.PortConfig{Name: name, Protocol: protocol, Listen: "127.0.0.1:0", Host: ap.Addr().String(), Port: ap.Port(), Allow: []string{"127.0.0.0/8"}}
+}
+
+// ExpectBulk remembers what it is told.
+func (d *direct) ExpectBulk(qs []control.Query) { d.expected = qs }
+
+// The dialer is told where TCP ports lead to.
+func TestExpectedDestinations(t *testing.T) {
+	d := &direct{}
+	f, err := New(Config{Dialer: d})
+	must(t, err)
+	allow := []string{"127.0.0.0/8"}
+	must(t, f.Set([]spec.PortConfig{
+		{Name: "a", Protocol: "tcp", Listen: "127.0.0.1:22", VNet: "v", Host: "10.0.0.1", Port: 2222, Allow: allow},
+		{Name: "b", Protocol: "udp", Listen: "127.0.0.1:53", Host: "10.0.0.1", Port: 53, Allow: allow},
+		{Name: "c", Protocol: "tcp", Listen: "127.0.0.1:25", Tunnel: "t", Service: "mail", Allow: allow},
+		{Name: "d", Protocol: "tcp", Listen: "127.0.0.1:80", Pool: "p", Allow: allow},
+	}))
+	want := []control.Query{{VNet: "v", Host: "10.0.0.1", Port: 2222}, {Tunnel: "t", Service: "tcp", Host: "mail", Port: 25}}
+	if !slices.Equal(d.expected, want) {
+		t.Errorf("got %+v, want %+v", d.expected, want)
+	}
 }
 
 // echoUDP answers each packet with itself, after what prefix makes of it.
