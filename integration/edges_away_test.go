@@ -255,4 +255,3 @@ func (w *world) edgeKilled(t *testing.T) {
 	w.wholeOnBoth(t)
 	visitors.end(t, "while "+killed.Name+" was killed and came back")
 }
-

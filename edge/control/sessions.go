@@ -70,7 +70,9 @@ func (r *registry) add(l *live, since time.Time) (old *live) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	reg := l.s.Registration()
-	l.process = &process{}
+	own := &process{}
+	own.alarm = func() { r.challenge(l.connector.Tunnel, own) }
+	l.process = own
 	for _, o := range r.byName[l.connector.Name] {
 		or := o.s.Registration()
 		switch {
