@@ -1,6 +1,7 @@
 package edge
 
 import (
+	"crypto/tls"
 	"fmt"
 	"io"
 	"net"
@@ -139,6 +140,36 @@ func TestReloadAndDrain(t *testing.T) {
 			t.Errorf("HTTP/%s: the request in flight ended with %s", versions[i], got)
 		}
 	}
+	<-stopped
+}
+
+// A visitor whose connection was accepted before the edge stops is let in and served, once.
+func TestStopLetsHandshakesFinish(t *testing.T) {
+	w := newWorld(t)
+	w.addZone("a", "p256", echoOrigin(t), "a.test")
+	w.start()
+	raw, err := net.Dial("tcp", w.addr())
+	must(t, err)
+	c := tls.Client(raw, w.tlsConfig("a.test"))
+	defer c.Close()
+	// Connections are accepted in their order, so one that is served shows that raw was accepted.
+	res, err := w.client("1.1").Get("https://a.test/")
+	must(t, err)
+	_ = res.Body.Close()
+	stopped := make(chan struct{})
+	go func() { defer close(stopped); w.stop() }()
+	eventually(t, "the listener is closed", func() bool {
+		c, err := net.Dial("tcp", w.addr())
+		if err == nil {
+			_ = c.Close()
+		}
+		return err != nil
+	})
+	must(t, c.HandshakeContext(t.Context()))
+	if res, _ := roundTrip(t, c, "GET / HTTP/1.1\r\nHost: a.test\r\n\r\n"); res.StatusCode != 200 || !res.Close {
+		t.Errorf("got %d, close %v; want 200 and the connection's end", res.StatusCode, res.Close)
+	}
+	_ = c.Close()
 	<-stopped
 }
 

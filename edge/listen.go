@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/http"
 	"net/netip"
 	"sync"
 	"time"
@@ -135,8 +136,9 @@ type tlsListener struct {
 	opened  func(delta int)
 	result  func(h *handshake, cs tls.ConnectionState, err error)
 
+	fresh tracker // of connections that have not asked for anything yet
 	ready chan net.Conn
-	done  chan struct{} // closed when run has stopped accepting
+	done  chan struct{} // closed when no more connections are made ready
 }
 
 // Accept returns the next connection whose handshake has succeeded.
@@ -152,11 +154,11 @@ func (l *tlsListener) Accept() (net.Conn, error) {
 // acceptPause is waited after a failed accept, such as for want of descriptors.
 const acceptPause = 50 * time.Millisecond
 
-// run accepts until the listener is closed, waits for the handshakes in progress, which end with ctx, and returns.
-func (l *tlsListener) run(ctx context.Context) error {
+// run accepts until ctx ends and the listener is closed, waits for the handshakes in progress, which hctx cuts, and returns.
+func (l *tlsListener) run(ctx, hctx context.Context) error {
 	var wg sync.WaitGroup
-	defer wg.Wait()
 	defer close(l.done)
+	defer wg.Wait()
 	for {
 		select {
 		case l.conns <- struct{}{}:
@@ -177,11 +179,11 @@ func (l *tlsListener) run(ctx context.Context) error {
 			continue
 		}
 		if l.trust.Has(addrOf(raw.RemoteAddr())) {
-			wg.Go(func() { l.behind(ctx, raw) })
+			wg.Go(func() { l.behind(hctx, raw) })
 			continue
 		}
 		if conn := l.count(raw); conn != nil {
-			wg.Go(func() { l.handshake(ctx, conn) })
+			wg.Go(func() { l.handshake(hctx, conn) })
 		}
 	}
 }
@@ -228,6 +230,8 @@ func (l *tlsListener) handshake(ctx context.Context, raw *countedConn) {
 		_ = raw.Close()
 		return
 	}
+	l.fresh.begin()
+	raw.known = sync.OnceFunc(l.fresh.end)
 	select {
 	case l.ready <- conn:
 	case <-ctx.Done():
@@ -235,15 +239,29 @@ func (l *tlsListener) handshake(ctx context.Context, raw *countedConn) {
 	}
 }
 
+// stated learns what becomes of connections: who is idle has asked before, or speaks HTTP/2 and will be told.
+func (l *tlsListener) stated(c net.Conn, now http.ConnState) {
+	if conn, ok := c.(*tls.Conn); ok && now == http.StateIdle {
+		conn.NetConn().(*countedConn).known()
+	}
+}
+
 // A countedConn gives back its place when it is closed.
 type countedConn struct {
 	net.Conn
 	closed  func()
+	known   func()        // notes that the visitor has asked, or has gone; may be called again. Set when the handshake is done
 	visitor proxy.Visitor // whose connection it is
 }
 
+// freshKey is where a request's context has its connection.
+type freshKey struct{}
+
 func (c *countedConn) Close() error {
 	err := c.Conn.Close()
+	if c.known != nil {
+		c.known()
+	}
 	c.closed()
 	c.visitor.Close()
 	return err

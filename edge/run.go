@@ -24,6 +24,7 @@ const (
 	quicUnverified    = 200 // new QUIC connections a second without proof of address; beyond it visitors must prove theirs
 	redirectTimeout   = 10 * time.Second
 	redirectHeader    = 8 << 10
+	handshakeGrace    = 3 * time.Second        // for handshakes in progress when the server stops; a signature takes less
 	lingerHTTP3       = 500 * time.Millisecond // for the last bytes to idle QUIC connections at the end
 )
 
@@ -99,6 +100,9 @@ func (s *Server) handler(w http.ResponseWriter, r *http.Request) {
 	now := s.now.Load()
 	s.requests.begin()
 	now.requests.begin()
+	if c, ok := r.Context().Value(freshKey{}).(*countedConn); ok {
+		c.known()
+	}
 	defer s.requests.end()
 	defer now.requests.end()
 	now.proxy.ServeHTTP(w, r)
@@ -134,13 +138,22 @@ func (s *Server) serveTLS(ctx context.Context, g *errgroup.Group, base context.C
 		ErrorLog:          s.serverLog(),
 		BaseContext:       func(net.Listener) context.Context { return base },
 		ConnContext:       visitorContext,
+		ConnState:         tl.stated,
 	}
 	actx, stop := context.WithCancel(ctx)
-	g.Go(func() error { return tl.run(actx) })
+	hctx, cut := context.WithCancel(base)
+	g.Go(func() error { defer cut(); return tl.run(actx, hctx) })
 	g.Go(func() error { return ignoreServerClosed(srv.Serve(tl)) })
 	return func(ctx context.Context) {
 		stop()
 		_ = tl.Close()
+		// Who is being let in still is, and has its first request served.
+		grace, cancel := context.WithTimeout(ctx, handshakeGrace)
+		context.AfterFunc(grace, cut)
+		srv.SetKeepAlivesEnabled(false)
+		<-tl.done
+		_ = tl.fresh.wait(grace) // as Shutdown drops their requests
+		cancel()
 		if srv.Shutdown(ctx) != nil {
 			_ = srv.Close()
 		}
@@ -151,7 +164,7 @@ func (s *Server) serveTLS(ctx context.Context, g *errgroup.Group, base context.C
 func visitorContext(ctx context.Context, c net.Conn) context.Context {
 	if t, ok := c.(*tls.Conn); ok {
 		if conn, ok := t.NetConn().(*countedConn); ok {
-			return proxy.WithVisitor(ctx, &conn.visitor)
+			return proxy.WithVisitor(context.WithValue(ctx, freshKey{}, conn), &conn.visitor)
 		}
 	}
 	return ctx
