@@ -3,6 +3,7 @@ package tunnel
 import (
 	"bytes"
 	"context"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"slices"
@@ -74,6 +75,12 @@ func TestOldPeer(t *testing.T) {
 	}
 }
 
+// What a program of minor version 0 wrote for testRegistration, and for a flow to 10.20.0.20 port 8080 of the network "default".
+const (
+	oldRegister = "0100003001010010303132333435363738396162636465660200010103000676302e302e3104000473697465050005616d643634"
+	oldFlow     = "0101001c01000764656661756c7402000a31302e32302e302e32300300021f90"
+)
+
 // TestOldFrames: an old peer must be able to skip all that is new in registrations, and skips the new frames.
 func TestOldFrames(t *testing.T) {
 	reg := testRegistration
@@ -82,10 +89,21 @@ func TestOldFrames(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	was, err := hex.DecodeString(oldRegister)
+	if err != nil {
+		t.Fatal(err)
+	}
 	old := testRegistration
-	was, _ := appendRegister(nil, old)
+	old.Connections = 4 // as many as old connectors always had
+	if got, err := parseRegister(was[frameHeaderLen:]); err != nil || got != old {
+		t.Errorf("an old connector's registration is read as %+v, %v; want %+v", got, err, old)
+	}
 	if !bytes.HasPrefix(b[frameHeaderLen:], was[frameHeaderLen:]) {
 		t.Error("the old items have changed")
+	}
+	flow := Flow{Kind: KindTCP, VNet: "default", Host: "10.20.0.20", Port: 8080}
+	if f, err := appendFlow(nil, flow, false); err != nil || hex.EncodeToString(f) != oldFlow {
+		t.Errorf("a flow's header is %x, %v; want %s, as old connectors read it", f, err, oldFlow)
 	}
 	for it := readItems(b[len(was):], nil); ; {
 		tag, _, ok, err := it.next()
