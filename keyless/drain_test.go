@@ -125,3 +125,41 @@ func TestClientLeavesSuspectConnections(t *testing.T) {
 		})
 	}
 }
+
+// A drain is no failure, not even of a young connection after failed attempts: requests wait for the next one.
+func TestDrainOfYoungConnection(t *testing.T) {
+	addr, _ := startServer(t, &Server{TLS: serverTLS(), Handler: handlerFunc(func(context.Context, *Request) ([]byte, error) { return []byte("done"), nil })})
+	drain, again, gate := make(chan struct{}), make(chan struct{}), make(chan struct{})
+	dials := 0 // there is one link, which dials one at a time
+	c := startClient(t, ClientConfig{Servers: []string{addr}, TLS: clientTLS, ConnsPerServer: 1, Dial: func(ctx context.Context, addr string) (net.Conn, error) {
+		switch dials++; dials {
+		case 1, 2:
+			return nil, errors.New("not yet")
+		case 4:
+			close(again)
+			<-gate
+		}
+		raw, err := new(net.Dialer).DialContext(ctx, "tcp", addr)
+		if err != nil || dials > 3 {
+			return raw, err
+		}
+		return drainable{raw, drain}, nil
+	}})
+	eventually(t, "the connection", c.Healthy)
+	close(drain)
+	<-again
+	done := make(chan error, 1)
+	go func() {
+		_, err := c.Do(t.Context(), &Operation{Opcode: OpCustom, CustomFunc: "wait"})
+		done <- err
+	}()
+	select {
+	case err := <-done:
+		t.Fatalf("the request did not wait: %v", err)
+	case <-time.After(50 * time.Millisecond):
+	}
+	close(gate)
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}

@@ -51,7 +51,9 @@ func (l *link) run() {
 				return
 			}
 			c.log.Info("key server connection ended", "peer", l.remote.addr, "err", err)
-			if !errors.Is(err, errDraining) {
+			if errors.Is(err, errDraining) {
+				backoff = minBackoff // no failure, however young the connection is
+			} else {
 				l.remote.failed(err)
 			}
 			if time.Since(born) >= provenAfter {
