@@ -15,7 +15,7 @@ GOVULNCHECK = golang.org/x/vuln/cmd/govulncheck@v1.8.0
 LDFLAGS = -s -w
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo demo-check test unit netns chaos browser interop peer transit reliability fuzz lint vuln bench clean
+.PHONY: help setup build demo demo-check test unit netns chaos upgrade browser interop peer transit reliability fuzz lint vuln bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,14 @@ chaos: ## faults at random for ROUNDS rounds, or for DURATION; SEED repeats a ru
 	@$(GO) test -race -tags netns -run '^$$' ./integration/chaos >/dev/null
 	./scripts/rootless $(GO) test -race -count=1 -tags netns -timeout 0 -v ./integration/chaos -rounds $(ROUNDS) -duration $(DURATION) -seed $(SEED)
 
+idle: ## what 10,000 idle WebSockets and UDP sessions cost (netns has the same test with 1,000)
+	KEYHAVEN_FULL=1 ./scripts/rootless $(GO) test -race -count=1 -tags netns -timeout 20m -run TestIdle -v ./integration
+
+upgrade: ## the programs of the previous minor version, built from the history, beside the present ones
+	@$(GO) build -race -o /dev/null ./cmd/keyserver ./cmd/connector ./cmd/edge ./demo
+	@$(GO) test -race -tags 'netns upgrade' -run '^$$' ./integration >/dev/null
+	./scripts/rootless $(GO) test -race -count=1 -tags 'netns upgrade' -run 'Upgrade|RollingRestart|OldConfigurations' -v ./integration
+
 browser: ## the tests with a real browser, over HTTP/2 and HTTP/3 (installs Chromium)
 	@./scripts/setup browser
 	./scripts/rootless $(GO) test -race -count=1 -tags 'netns browser' -run Browser -v ./integration
@@ -73,8 +81,8 @@ fuzz: ## each fuzz target for FUZZTIME
 lint: ## gofmt, go vet, staticcheck
 	@bad=$$(gofmt -l $$(git ls-files '*.go')); if [ -n "$$bad" ]; then echo "gofmt would change:"; echo "$$bad"; exit 1; fi
 	$(GO) vet ./...
-	$(GO) vet -tags 'netns browser' ./internal/testnet ./integration/...
-	$(GO) run $(STATICCHECK) -tags netns,browser ./...
+	$(GO) vet -tags 'netns browser upgrade' ./internal/testnet ./integration/...
+	$(GO) run $(STATICCHECK) -tags netns,browser,upgrade ./...
 	cd interop/vault && $(GO) run $(STATICCHECK) ./...
 	@if cd interop/gokeyless && $(GO) mod download github.com/cloudflare/gokeyless >/dev/null 2>&1; then $(GO) run $(STATICCHECK) -tags pkcs11 ./...; fi
 

@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -59,9 +60,23 @@ func buildAndRun(m *testing.M) (int, error) {
 	return m.Run(), nil
 }
 
+// plainBin builds the programs once more, as users run them.
+var plainBin = sync.OnceValues(func() (string, error) {
+	dir := filepath.Join(filepath.Dir(bin), "plain")
+	return dir, build(dir)
+})
+
+// plainPrograms holds the programs without the race detector, for tests of time and memory.
+func plainPrograms(t *testing.T) string {
+	t.Helper()
+	dir, err := plainBin()
+	must(t, err)
+	return dir
+}
+
 // build compiles the programs into dir.
 func build(dir string, flags ...string) error {
-	for _, prog := range []string{"cmd/keyserver", "cmd/connector", "cmd/edge", "demo"} {
+	for _, prog := range []string{"cmd/keyserver", "cmd/connector", "cmd/edge", "demo", "integration/swarm"} {
 		out := filepath.Join(dir, "keyhaven-"+filepath.Base(prog))
 		args := append(append([]string{"build"}, flags...), "-o", out, "../"+prog)
 		if msg, err := exec.Command("go", args...).CombinedOutput(); err != nil {

@@ -276,7 +276,9 @@ func (w *twoByTwo) safeRetry(t *testing.T) {
 			if err != nil {
 				return err
 			}
-			var v struct{ Health struct{ Endpoints []endpoint } }
+			var v struct {
+				Health struct{ Endpoints []endpoint }
+			}
 			if err := json.Unmarshal([]byte(out), &v); err != nil {
 				return err
 			}

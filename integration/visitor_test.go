@@ -4,9 +4,13 @@ package integration
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
+	"math/rand/v2"
 	"net/http"
 	"net/netip"
 	"os"
@@ -154,9 +158,7 @@ func TestForwardingHeaders(t *testing.T) {
 // One gigabyte each way, through the edge and the tunnel, with memory that does not grow with it. The programs are those
 // that users run: with the race detector they would take minutes, and more memory.
 func TestGigabyte(t *testing.T) {
-	plainBin := t.TempDir()
-	must(t, build(plainBin))
-	w := upWith(t, plainBin, onePlainZone, (*world).siteA)
+	w := upWith(t, plainPrograms(t), onePlainZone, (*world).siteA)
 	const size = 1 << 30
 	out, err := w.curl(t.Context(), plain, "/download?n="+strconv.Itoa(size), "-m", "300", "-o", "/dev/null", "-w", "%{size_download}")
 	if err != nil || out != strconv.Itoa(size) {
@@ -165,11 +167,16 @@ func TestGigabyte(t *testing.T) {
 	file := w.Path("gigabyte")
 	f, err := os.Create(file)
 	must(t, err)
-	must(t, f.Truncate(size))
+	sum, block := sha256.New(), make([]byte, 1<<20)
+	rand.NewChaCha8([32]byte{1}).Read(block)
+	for i := range uint64(size / len(block)) {
+		binary.BigEndian.PutUint64(block, i)
+		must2(t)(io.MultiWriter(f, sum).Write(block))
+	}
 	must(t, f.Close())
 	out, err = w.curl(t.Context(), plain, "/upload", "-m", "300", "-T", file)
-	if err != nil || !strings.HasPrefix(out, strconv.Itoa(size)+" ") {
-		t.Errorf("upload: got %q, %v", out, err)
+	if want := fmt.Sprintf("%d %x\n", size, sum.Sum(nil)); err != nil || out != want {
+		t.Errorf("upload: got %q, %v; want %q", out, err, want)
 	}
 	for name, pid := range map[string]int{"edge": w.EdgeProc.PID(), "connector": w.Sites[0].Connector.PID()} {
 		kib := peakMemory(t, pid)
