@@ -120,7 +120,7 @@ func TestBulkForgets(t *testing.T) {
 	c.bulk.by["flows"].open = 1
 	now := time.Now()
 	for i, want := range []int{3, 3, 2} {
-		c.bulk.rest(now.Add(time.Duration(i) * (bulkForget/2 + time.Second)), nil)
+		c.bulk.rest(now.Add(time.Duration(i)*(bulkForget/2+time.Second)), nil)
 		if got := len(c.bulk.by); got != want {
 			t.Errorf("look %d: %d are known, want %d", i, got, want)
 		}
