@@ -14,7 +14,7 @@ import (
 )
 
 // routes measures look-ups in tables of distinct random routes over 16 networks, for an address inside each route in an
-// order that no cache foresees, and what a table takes beside the routes' own texts.
+// order that no cache foresees, as an edge does for each flow, and what a table takes beside the routes' own texts.
 func (b *bench) routes(ctx context.Context) error {
 	runtime.LockOSThread() // whose processor time counts, not what others take of the machine
 	defer runtime.UnlockOSThread()
@@ -43,7 +43,7 @@ func (b *bench) routes(ctx context.Context) error {
 				for threadTime()-began < b.window/2 && ctx.Err() == nil {
 					for range 1000 {
 						q := &asked[count%n]
-						if _, ok := table.Lookup(q.in, q.addr); !ok {
+						if _, ok := table.LookupTunnel(q.in, q.addr); !ok {
 							return fmt.Errorf("no route for %v in %s", q.addr, q.in)
 						}
 						count++

@@ -79,7 +79,7 @@ func benchLookup(b *testing.B, routes []Route) {
 	i := 0
 	for b.Loop() {
 		q := &asked[i]
-		if _, ok := table.Lookup(q.vnet, q.addr); !ok {
+		if _, ok := table.LookupTunnel(q.vnet, q.addr); !ok {
 			b.Fatalf("no route for %v", q)
 		}
 		if i++; i == len(asked) {

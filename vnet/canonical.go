@@ -100,6 +100,37 @@ func plain(s string) bool {
 	return !strings.Contains(s, "xn--")
 }
 
+// canonical reports whether s is in the form of [CanonicalHost], and does not begin with "*.". Of names with hyphens in a
+// row, among them internationalised ones, it says no, and CanonicalHost knows.
+func canonical(s string) bool {
+	if len(s) > maxHost {
+		return false
+	}
+	before, label := byte('.'), 0 // the byte before, and where its label begins
+	for i := range len(s) {
+		c := s[i]
+		switch {
+		case !hostBytes[c] || c == '-' && (before == '.' || before == '-'):
+			return false
+		case c != '.':
+		case before == '.' || before == '-' || i-label > maxLabel:
+			return false
+		default:
+			label = i + 1
+		}
+		before = c
+	}
+	return before != '.' && before != '-' && len(s)-label <= maxLabel && !numeric(s[label:])
+}
+
+// hostBytes are what canonical names consist of.
+var hostBytes = func() (is [256]bool) {
+	for c := range is {
+		is[c] = hostByte(byte(c)) || c == '.'
+	}
+	return is
+}()
+
 func hostByte(c byte) bool {
 	return c >= 'a' && c <= 'z' || c >= '0' && c <= '9' || c == '-' || c == '_'
 }

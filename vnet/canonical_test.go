@@ -126,3 +126,24 @@ func FuzzParsePrefix(f *testing.F) {
 		}
 	})
 }
+
+// FuzzQuickForm holds the quick check of names against the thorough one.
+func FuzzQuickForm(f *testing.F) {
+	for _, s := range []string{"", ".", "a", "a.", ".a", "a..b", "-a", "a-", "a-b", "a.-b", "a-.b", "xn--a", "a--b", "1", "a.1", "a.0x1f", "a_b.c", "*.a", "A.b", "ä.b", "10.0.0.1"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		if canonical(s) {
+			if got, err := CanonicalHost(s); err != nil || got != s {
+				t.Errorf("canonical(%q): got true, want false: its form is %q, %v", s, got, err)
+			}
+		} else if checkHost(s) == "" && plain(s) {
+			for i := 1; i < len(s); i++ {
+				if s[i-1] == '-' && s[i] == '-' {
+					return
+				}
+			}
+			t.Errorf("canonical(%q): got false, want true", s)
+		}
+	})
+}

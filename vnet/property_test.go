@@ -119,6 +119,9 @@ func (w world) compare(t *testing.T, table *Table, o oracle) {
 		if got != want || ok != wantOK {
 			t.Fatalf("Lookup(%s, %s): got %v %v, want %v %v", v, a, got, ok, want, wantOK)
 		}
+		if tunnel, ok := table.LookupTunnel(v, a); tunnel != want.Tunnel || ok != wantOK {
+			t.Fatalf("LookupTunnel(%s, %s): got %q %v, want %q %v", v, a, tunnel, ok, want.Tunnel, wantOK)
+		}
 		got, ok = table.LookupHost(v, host)
 		want, wantOK = o.lookupHost(v, host)
 		if got != want || ok != wantOK {
@@ -233,22 +236,75 @@ func checkShape(t *testing.T, w world, table *Table, o oracle) {
 
 // sameShape compares subtrees but for the ways, whose numbers tell the order of changes.
 func sameShape(a, b tree) bool {
-	if a.len() != b.len() || (a.node == nil) != (b.node == nil) || !slices.EqualFunc(a.entries(), b.entries(), func(x, y entry) bool {
-		return x.order(y) == 0
-	}) {
+	if a.len() != b.len() || (a.node == nil) != (b.node == nil) {
 		return false
 	}
+	alike := func(x, y entry) bool { return x.order(y) == 0 }
 	if a.node == nil {
-		return a.len() <= fewMax
+		x, y := a.block, b.block
+		same := slices.EqualFunc(x.appendTo(nil), y.appendTo(nil), alike)
+		x.first, y.first = nil, nil
+		return same && x == y
 	}
 	x, y := a.node, b.node
-	if x.depth != y.depth || x.skips(y.key) || x.ends != y.ends || x.best != y.best || x.n <= fewMax || x.four != y.four {
+	if x.depth != y.depth || x.skips(y.key) || x.ends != y.ends || x.best != y.best || x.four != y.four || !slices.EqualFunc(x.ended, y.ended, alike) {
 		return false
 	}
-	for i := range uint(16) {
-		if !sameShape(x.tree(i), y.tree(i)) {
+	for i := range x.subs {
+		if !sameShape(x.subs[i], y.subs[i]) {
 			return false
 		}
 	}
 	return true
+}
+
+// TestDense fills a table with neighbours, one by one, so that there are nodes at the depths of single addresses and of
+// many names, and empties it again.
+func TestDense(t *testing.T) {
+	var routes []Route
+	for i := range 3000 {
+		a := [16]byte{0: 0xfd, 13: byte(i % 7), 14: byte(i >> 8), 15: byte(i)}
+		routes = append(routes,
+			Route{VNet: "v", Tunnel: "six", Prefix: netip.PrefixFrom(netip.AddrFrom16(a), 128)},
+			Route{VNet: "v", Tunnel: "four", Prefix: netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 1, byte(i >> 8), byte(i)}), 32)},
+			Route{VNet: "v", Tunnel: "name", Host: fmt.Sprintf("host-%d.example", i)})
+	}
+	rand.Shuffle(len(routes), func(i, j int) { routes[i], routes[j] = routes[j], routes[i] })
+	has := func(table *Table, r Route) bool {
+		if r.Host != "" {
+			found, ok := table.LookupHost("v", r.Host)
+			return ok && found == r
+		}
+		tunnel, ok := table.LookupTunnel("v", r.Prefix.Addr())
+		return ok && tunnel == r.Tunnel
+	}
+	table, built := (*Table)(nil), mustBuild(t, routes...)
+	for i, r := range routes {
+		next, err := table.With(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if table = next; !has(table, r) || !has(built, r) {
+			t.Fatalf("%s is not found", r)
+		}
+		if i%3 == 0 && i < len(routes)-1 && has(table, routes[len(routes)-1]) {
+			t.Fatalf("%s is found before it is there", routes[len(routes)-1])
+		}
+	}
+	if !sameShape(table.network("v").v6, built.network("v").v6) || !sameShape(table.network("v").v4, built.network("v").v4) {
+		t.Error("the trie's shape depends on the order of changes")
+	}
+	full := table
+	for _, r := range routes {
+		next, err := table.Without(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if table = next; has(table, r) || !has(full, r) {
+			t.Fatalf("%s: got %v after its deletion and %v before, want false and true", r, has(table, r), has(full, r))
+		}
+	}
+	if table.Len() != 0 {
+		t.Errorf("Len of the emptied table: got %d, want 0", table.Len())
+	}
 }

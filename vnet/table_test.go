@@ -66,6 +66,9 @@ func TestLookup(t *testing.T) {
 		if got.Tunnel != tt.want || ok != (tt.want != "") {
 			t.Errorf("Lookup(%q, %s): got %q, %v, want %q", tt.vnet, tt.addr, got.Tunnel, ok, tt.want)
 		}
+		if tunnel, found := table.LookupTunnel(tt.vnet, netip.MustParseAddr(tt.addr)); tunnel != tt.want || found != ok {
+			t.Errorf("LookupTunnel(%q, %s): got %q, %v, want %q", tt.vnet, tt.addr, tunnel, found, tt.want)
+		}
 	}
 	if _, ok := table.Lookup("blue", netip.Addr{}); ok {
 		t.Error("Lookup of the zero address: got a route")
@@ -292,7 +295,7 @@ func TestEqualHashes(t *testing.T) {
 			hash = h
 			var table *Table
 			names := []string{"a.example", "b.example", "c.example", "d.test", "e.test", "*.f.test"}
-			for i := range 3 * fewMax {
+			for i := range 2 * dictFew {
 				names = append(names, fmt.Sprintf("%c.test%c", 'a'+i%26, 'a'+i/26))
 			}
 			for i, n := range names {

@@ -3,132 +3,62 @@ package vnet
 import (
 	"cmp"
 	"math/bits"
-	"net/netip"
 	"slices"
-	"unsafe"
 )
 
 // The trie of one address family of one virtual network.
 //
-// What a look-up costs in a large table is the memory that it fetches, line by line, each only when the one before has
-// said where. So the trie is small, and few of the lines on a path are far: a subtree of up to fewMax routes is one row
-// of them; above the rows stand nodes, few enough for a cache. A node looks at four bits of the address. It holds the
-// routes whose prefix ends inside them, and sixteen subtrees. Bits that all routes below have in common are skipped (the
-// node's depth). A subtree is a node if and only if it has more than fewMax routes, so the shape depends on the set of
-// routes only, not on the order in which they came.
+// What a look-up costs in a large table is the memory that it fetches from afar, so there is one such place: the line of a
+// block where the route must be. Above the blocks stand nodes, few enough for a cache. A node looks at four bits of the
+// address. It holds the routes whose prefix ends inside them, and sixteen subtrees. Bits that all routes below have in
+// common are skipped (the node's depth). A subtree is a node if and only if its routes do not fit into a block, so the
+// shape depends on the set of routes only, not on the order in which they came.
 //
-// Nodes and rows are never changed once a Table holds them. A change copies the nodes from the root to the place of
-// change, and one row, and shares all others.
+// Nodes and blocks are never changed once a Table holds them. A change copies the nodes from the root to the place of
+// change, and one block, and shares all others.
 
-// key is an address as a big-endian number, left-aligned: an IPv4 address has its four octets in the top of hi.
-type key struct{ hi, lo uint64 }
-
-func keyOf(a netip.Addr) key {
-	if a.Is4() {
-		b := a.As4()
-		return key{hi: uint64(b[0])<<56 | uint64(b[1])<<48 | uint64(b[2])<<40 | uint64(b[3])<<32}
-	}
-	b := a.As16()
-	var k key
-	for i := range 8 {
-		k.hi = k.hi<<8 | uint64(b[i])
-		k.lo = k.lo<<8 | uint64(b[8+i])
-	}
-	return k
-}
-
-// addr is the address of which k is the key.
-func (k key) addr(four bool) netip.Addr {
-	if four {
-		return netip.AddrFrom4([4]byte{byte(k.hi >> 56), byte(k.hi >> 48), byte(k.hi >> 40), byte(k.hi >> 32)})
-	}
-	var b [16]byte
-	for i := range 8 {
-		b[i] = byte(k.hi >> (56 - 8*i))
-		b[8+i] = byte(k.lo >> (56 - 8*i))
-	}
-	return netip.AddrFrom16(b)
-}
-
-// nibble returns the i-th group of four bits, 0 to 31.
-func (k key) nibble(i int) uint {
-	if i < 16 {
-		return uint(k.hi>>(60-4*uint(i))) & 15
-	}
-	return uint(k.lo>>(124-4*uint(i))) & 15
-}
-
-// common returns the number of leading bits that k and o share, 0 to 128.
-func (k key) common(o key) int {
-	if d := k.hi ^ o.hi; d != 0 {
-		return bits.LeadingZeros64(d)
-	}
-	return 64 + bits.LeadingZeros64(k.lo^o.lo)
-}
-
-// A tree is a subtree: a node, or up to fewMax routes in a row.
+// A tree is a subtree: a node, or a block, or nothing.
 type tree struct {
-	node *node
-	few  row
+	node  *node
+	block block
 }
 
 func (t tree) len() int {
 	if t.node != nil {
 		return int(t.node.n)
 	}
-	return int(t.few.n)
+	return int(t.block.n)
 }
 
-// entries returns the routes that stand at the tree's root, in order.
-func (t tree) entries() []entry {
-	if t.node != nil {
-		return t.node.row()
-	}
-	return t.few.entries()
-}
-
-// A node takes three lines of a cache, the first of which tells where to go on.
+// A node stands above blocks and other nodes.
 type node struct {
-	key   key                // the bits before depth are those of every route below; the others do not count
-	best  uint64             // for each value of the nibble four bits: the index of the longest prefix that holds it, or 0
-	lens  [16]uint8          // of the rows; isNode for subtrees that are nodes
-	n     uint32             // routes in the subtree
-	ends  uint16             // the indexes in use, see index
-	depth uint8              // which nibble the node looks at, 0 to 31
-	four  bool               // whether rows below are of IPv4
-	subs  [16]unsafe.Pointer // to the rows' first entries, or to nodes
-	ended *entry             // the first of the routes that end here, by index
+	key   key     // the bits before depth are those of every route below; the others do not count
+	best  uint64  // for each value of the nibble four bits: the index of the longest prefix that holds it, or 0
+	n     uint32  // routes in the subtree
+	ends  uint16  // the indexes in use, see index
+	depth uint8   // which nibble the node looks at, 0 to 31
+	four  bool    // whether blocks below are of IPv4
+	ended []entry // the routes that end here, by index
+	subs  [16]tree
 }
 
-const isNode = 0xff
-
-// tree returns the subtree for a value of the nibble.
-func (n *node) tree(nibble uint) tree {
-	if n.lens[nibble] == isNode {
-		return tree{node: (*node)(n.subs[nibble])}
+// sub returns the subtree where k is, if it is below n at all.
+func (n *node) sub(k key) *tree {
+	part := k.hi
+	if n.depth >= 16 {
+		part = k.lo
 	}
-	return tree{few: row{n.subs[nibble], n.lens[nibble], n.four}}
-}
-
-func (n *node) set(nibble uint, t tree) {
-	if t.node != nil {
-		n.subs[nibble], n.lens[nibble] = unsafe.Pointer(t.node), isNode
-	} else {
-		n.subs[nibble], n.lens[nibble] = t.few.first, t.few.n
-	}
+	return &n.subs[part>>(60-4*n.depth&63)&15]
 }
 
 // at returns the place of an index among the routes that end here.
 func (n *node) at(index uint) int { return bits.OnesCount16(n.ends & (1<<index - 1)) }
 
-// row returns the routes that end here, by index.
-func (n *node) row() []entry { return unsafe.Slice(n.ended, bits.OnesCount16(n.ends)) }
-
 // index returns the index of a prefix that ends inside the node's nibble: 1<<l | v, 1 to 15, if it ends after l (0 to 3)
 // bits with value v.
 func (n *node) index(k key, prefixBits uint8) uint {
 	l := uint(prefixBits - 4*n.depth)
-	return 1<<l | k.nibble(int(n.depth))>>(4-l)
+	return 1<<l | k.nibble(n.depth)>>(4-l)
 }
 
 // endsHere reports whether a prefix of so many bits, which is not shorter than what the node skips, ends here.
@@ -137,31 +67,27 @@ func (n *node) endsHere(prefixBits uint8) bool { return prefixBits < 4*n.depth+4
 // skips reports whether k lacks the bits that the node skips.
 func (n *node) skips(k key) bool { return n.key.common(k) < 4*int(n.depth) }
 
-// lookup returns the entry with the longest prefix that holds k.
-func (t tree) lookup(k key) (entry, bool) {
-	var best *entry
-	n := t.node
-	for n != nil {
-		if n.skips(k) {
-			break
-		}
-		nibble := k.nibble(int(n.depth)) & 15
-		if i := uint(n.best>>(4*nibble)) & 15; i != 0 {
-			best = &n.row()[n.at(i)]
-		}
-		if n.lens[nibble] != isNode {
-			t.few = row{n.subs[nibble], n.lens[nibble], n.four}
-			break
-		}
-		n = (*node)(n.subs[nibble])
+// lookup returns the entry with the longest prefix that holds k. At first it believes that k has the bits that nodes skip,
+// and goes to the block where k then is: a route there that holds k shows that it was right.
+func (t *tree) lookup(k key) (entry, bool) {
+	sub := t
+	for sub.node != nil {
+		sub = sub.node.sub(k)
 	}
-	if e, ok := t.few.lookup(k); ok {
+	if e, ok := sub.block.lookup(k); ok {
 		return e, true
 	}
-	if best == nil {
-		return entry{}, false
+	return t.lookupAbove(k)
+}
+
+// lookupAbove is lookup where no block has a route that holds k.
+func (t *tree) lookupAbove(k key) (best entry, ok bool) {
+	for n := t.node; n != nil && !n.skips(k); n = n.sub(k).node {
+		if i := uint(n.best>>(4*k.nibble(n.depth))) & 15; i != 0 {
+			best, ok = n.ended[n.at(i)], true
+		}
 	}
-	return *best, true
+	return best, ok
 }
 
 // get returns the entry of exactly this prefix.
@@ -173,35 +99,24 @@ func (t tree) get(k key, prefixBits uint8) (entry, bool) {
 		}
 		if n.endsHere(prefixBits) {
 			if i := n.index(k, prefixBits); n.ends&(1<<i) != 0 {
-				return n.row()[n.at(i)], true
+				return n.ended[n.at(i)], true
 			}
 			return entry{}, false
 		}
-		t = n.tree(k.nibble(int(n.depth)))
+		t = n.subs[k.nibble(n.depth)]
 	}
-	for _, e := range t.few.entries() {
-		if e.key == k && e.bits == prefixBits {
-			return e, true
-		}
-	}
-	return entry{}, false
+	return t.block.get(k, prefixBits)
 }
 
 // newTree makes the subtree of entries that are sorted by key.
 func newTree(sorted []entry, four bool) tree {
-	if len(sorted) <= fewMax {
-		few := slices.SortedFunc(slices.Values(sorted), entry.order)
-		return tree{few: newRow(few, four)}
+	if b, ok := newBlock(sorted, four); ok {
+		return tree{block: b}
 	}
-	first, last := sorted[0].key, sorted[len(sorted)-1].key
-	depth := first.common(last)
-	for i := range sorted {
-		depth = min(depth, int(sorted[i].bits))
-	}
-	n := &node{key: first, depth: uint8(depth / 4), four: four, n: uint32(len(sorted))}
+	n := &node{key: sorted[0].key, depth: uint8(shared(sorted) / 4), four: four, n: uint32(len(sorted))}
 	for len(sorted) > 0 {
-		nibble, rest := sorted[0].key.nibble(int(n.depth)), 1
-		for rest < len(sorted) && sorted[rest].key.nibble(int(n.depth)) == nibble {
+		nibble, rest := sorted[0].key.nibble(n.depth), 1
+		for rest < len(sorted) && sorted[rest].key.nibble(n.depth) == nibble {
 			rest++
 		}
 		below := sorted[:rest]
@@ -213,7 +128,7 @@ func newTree(sorted []entry, four bool) tree {
 		for _, e := range below[:short] {
 			n.end(e)
 		}
-		n.set(nibble, newTree(below[short:], four))
+		n.subs[nibble] = newTree(below[short:], four)
 	}
 	return tree{node: n}
 }
@@ -222,16 +137,17 @@ func newTree(sorted []entry, four bool) tree {
 func (t tree) insert(e entry, four bool) tree {
 	n := t.node
 	if n == nil {
-		few := t.few.insert(e)
-		if len(few) <= fewMax {
-			return tree{few: newRow(few, four)}
+		var room [blockMax + 1]entry
+		routes := append(t.block.appendTo(room[:0]), e)
+		if b, ok := newBlock(routes, four); ok {
+			return tree{block: b}
 		}
-		slices.SortFunc(few, byKey)
-		return newTree(few, four)
+		slices.SortFunc(routes, byKey)
+		return newTree(routes, four)
 	}
 	if depth := min(e.key.common(n.key), int(e.bits)) / 4; depth < int(n.depth) {
 		m := &node{key: e.key, depth: uint8(depth), four: four, n: n.n}
-		m.set(n.key.nibble(depth), t)
+		m.subs[n.key.nibble(m.depth)] = t
 		m.put(e)
 		return tree{node: m}
 	}
@@ -252,18 +168,18 @@ func (n *node) put(e entry) {
 		n.end(e)
 		return
 	}
-	nibble := e.key.nibble(int(n.depth))
-	n.set(nibble, n.tree(nibble).insert(e, n.four))
+	nibble := e.key.nibble(n.depth)
+	n.subs[nibble] = n.subs[nibble].insert(e, n.four)
 }
 
 // end adds e, whose prefix ends here.
 func (n *node) end(e entry) {
 	i := n.index(e.key, e.bits)
-	n.setEnds(n.ends|1<<i, slices.Insert(slices.Clone(n.row()), n.at(i), e))
+	n.setEnds(n.ends|1<<i, slices.Insert(slices.Clone(n.ended), n.at(i), e))
 }
 
 func (n *node) setEnds(ends uint16, ended []entry) {
-	n.ends, n.ended, n.best = ends, unsafe.SliceData(ended), 0
+	n.ends, n.ended, n.best = ends, ended, 0
 	for nibble := range uint(16) {
 		for i := (16 | nibble) >> 1; i > 0; i >>= 1 {
 			if ends&(1<<i) != 0 {
@@ -282,31 +198,34 @@ func (n *node) clone() *node {
 // remove returns t without a prefix, which must be there.
 func (t tree) remove(k key, prefixBits uint8) tree {
 	if t.node == nil {
-		few := slices.DeleteFunc(t.few.entries(), func(e entry) bool { return e.key == k && e.bits == prefixBits })
-		return tree{few: newRow(few, t.few.four)}
+		var room [blockMax]entry
+		rest := slices.DeleteFunc(t.block.appendTo(room[:0]), func(e entry) bool { return e.key == k && e.bits == prefixBits })
+		b, _ := newBlock(rest, t.block.four) // fewer fit too
+		return tree{block: b}
 	}
 	n := t.node.clone()
 	n.n--
 	if n.endsHere(prefixBits) {
 		i := n.index(k, prefixBits)
-		n.setEnds(n.ends&^(1<<i), slices.Delete(slices.Clone(n.row()), n.at(i), n.at(i)+1))
+		n.setEnds(n.ends&^(1<<i), slices.Delete(slices.Clone(n.ended), n.at(i), n.at(i)+1))
 	} else {
-		nibble := k.nibble(int(n.depth))
-		n.set(nibble, n.tree(nibble).remove(k, prefixBits))
+		nibble := k.nibble(n.depth)
+		n.subs[nibble] = n.subs[nibble].remove(k, prefixBits)
 	}
 	t = tree{node: n}
-	if n.n <= fewMax {
-		few := make([]entry, 0, n.n)
+	if n.n <= blockMax {
+		routes := make([]entry, 0, n.n)
 		t.all(func(e entry) bool {
-			few = append(few, e)
+			routes = append(routes, e)
 			return true
 		})
-		slices.SortFunc(few, entry.order)
-		return tree{few: newRow(few, n.four)}
+		if b, ok := newBlock(routes, n.four); ok {
+			return tree{block: b}
+		}
 	}
 	if n.ends == 0 {
-		for i := range uint(16) {
-			if only := n.tree(i); only.len() == int(n.n) {
+		for _, only := range n.subs {
+			if only.len() == int(n.n) {
 				return only
 			}
 		}
@@ -317,34 +236,39 @@ func (t tree) remove(k key, prefixBits uint8) tree {
 // overlapping calls yield for each entry whose prefix holds the given one or lies in it, until yield returns false. It
 // reports whether it came to the end.
 func (t tree) overlapping(k key, prefixBits uint8, yield func(entry) bool) bool {
-	if n := t.node; n != nil {
-		if n.key.common(k) < min(4*int(n.depth), int(prefixBits)) {
-			return true
-		}
-		for i := range uint(16) {
-			if !n.tree(i).overlapping(k, prefixBits, yield) {
-				return false
-			}
-		}
+	check := func(e entry) bool {
+		return k.common(e.key) < int(min(e.bits, prefixBits)) || yield(e)
 	}
-	for _, e := range t.entries() {
-		if k.common(e.key) >= int(min(e.bits, prefixBits)) && !yield(e) {
+	n := t.node
+	if n == nil {
+		return t.all(check)
+	}
+	if n.key.common(k) < min(4*int(n.depth), int(prefixBits)) {
+		return true
+	}
+	for _, sub := range n.subs {
+		if !sub.overlapping(k, prefixBits, yield) {
 			return false
 		}
 	}
-	return true
+	return every(n.ended, check)
 }
 
 // all calls yield for each entry, in no order, until yield returns false. It reports whether it came to the end.
 func (t tree) all(yield func(entry) bool) bool {
-	if t.node != nil {
-		for i := range uint(16) {
-			if !t.node.tree(i).all(yield) {
-				return false
-			}
+	if t.node == nil {
+		return t.block.all(yield)
+	}
+	for _, sub := range t.node.subs {
+		if !sub.all(yield) {
+			return false
 		}
 	}
-	for _, e := range t.entries() {
+	return every(t.node.ended, yield)
+}
+
+func every(entries []entry, yield func(entry) bool) bool {
+	for _, e := range entries {
 		if !yield(e) {
 			return false
 		}

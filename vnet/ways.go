@@ -9,8 +9,8 @@ import (
 // this number instead of the texts, so that they are small and without pointers.
 type way uint32
 
-// maxWay is the greatest way that fits into a packed entry.
-const maxWay = 1<<26 - 1
+// maxWay is the greatest way that fits into an entry.
+const maxWay = 1<<wayBits - 1
 
 // ways is a persistent list of what ways stand for. Routes without a comment share their tunnel's way; one with a
 // comment has a way of its own. The zero value is empty.

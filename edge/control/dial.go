@@ -110,21 +110,22 @@ func (c *Control) resolve(q Query) (v vnet.ID, tunnelID, canonical string, err e
 	if err != nil {
 		return "", "", "", err
 	}
-	var r vnet.Route
 	var ok bool
 	if a, aerr := netip.ParseAddr(host); aerr == nil && a.Zone() == "" {
 		a = a.Unmap()
 		canonical = a.String()
-		r, ok = m.table.Load().Lookup(network.ID, a)
+		tunnelID, ok = m.table.Load().LookupTunnel(network.ID, a)
 	} else if canonical, err = canonicalHost(host); err != nil {
 		return "", "", "", err
 	} else {
+		var r vnet.Route
 		r, ok = m.table.Load().LookupHost(network.ID, canonical)
+		tunnelID = r.Tunnel
 	}
 	if !ok {
 		return "", "", "", refusal(CodeNoRoute, "add one with 'route add'", "virtual network %q has no route to %s", network.Name, canonical)
 	}
-	return network.ID, r.Tunnel, canonical, nil
+	return network.ID, tunnelID, canonical, nil
 }
 
 // DialContext is [Control.Dial] of a TCP flow to host and port in the network ref.
