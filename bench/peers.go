@@ -14,6 +14,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/keyhaven/keyhaven/internal/lab"
 	"github.com/keyhaven/keyhaven/internal/testnet"
 )
 
@@ -305,7 +306,18 @@ func (b *bench) startFRP(ctx context.Context, c *contender, public, private *tes
 	if err := c.spawn(public.Command(ctx, filepath.Join(b.dir, "frps"), "-c", "frps.toml")); err != nil {
 		return err
 	}
-	if err := sleep(ctx, 300*time.Millisecond); err != nil { // frpc gives up if frps does not listen yet
+	control := port
+	if protocol != "tcp" {
+		control++
+	}
+	err := lab.Eventually(ctx, func(ctx context.Context) error { // frpc gives up if frps does not listen yet
+		conn, err := public.Dial(ctx, netip.AddrPortFrom(c.link.public, control).String())
+		if err == nil {
+			conn.Close()
+		}
+		return err
+	})
+	if err != nil {
 		return err
 	}
 	return c.spawn(private.Command(ctx, filepath.Join(b.dir, "frpc"), "-c", "frpc.toml"))
