@@ -255,6 +255,7 @@ func (p *process) serve(ctx context.Context, hangups <-chan os.Signal) error {
 		run(&namesDone, ctx, "names", s.Serve)
 	}
 
+	p.awaitReady(ctx)
 	err := p.visitors.Run(ctx)
 	if err != nil && ctx.Err() == nil {
 		fail(fmt.Errorf("visitors: %w", err))
@@ -273,6 +274,25 @@ func (p *process) serve(ctx context.Context, hangups <-chan os.Signal) error {
 	}
 	p.log.Info("edge down")
 	return closed
+}
+
+// readyWait is how long the first visitors of a starting edge wait for a key server to be reached.
+const readyWait = 3 * time.Second
+
+// awaitReady gives connectors and key servers a moment to be there. Visitors who come meanwhile wait in the queues of the
+// listeners, which are open, where they would otherwise be turned away.
+func (p *process) awaitReady(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, readyWait)
+	defer cancel()
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	for p.ready(ctx) != nil {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+	}
 }
 
 // ready reports what keeps the edge from serving visitors.
