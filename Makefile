@@ -15,7 +15,7 @@ GOVULNCHECK = golang.org/x/vuln/cmd/govulncheck@v1.8.0
 LDFLAGS = -s -w
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo demo-check test unit netns chaos upgrade browser interop peer transit reliability fuzz lint vuln bench clean
+.PHONY: help setup build demo demo-check test unit netns chaos idle upgrade browser interop peer transit reliability fuzz lint vuln bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
