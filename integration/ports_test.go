@@ -65,13 +65,7 @@ func (f *flowSites) ports(t *testing.T) {
 	})
 	t.Run("nobody behind it", func(t *testing.T) {
 		f.port(t, "empty", "--listen", "203.0.113.1:7030", "--to", "10.20.0.20:7030", "--allow", "203.0.113.0/24")
-		c, err := f.visitor.Dial(t.Context(), "203.0.113.1:7030")
-		must(t, err)
-		defer c.Close()
-		c.SetDeadline(time.Now().Add(20 * time.Second))
-		if n, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
-			t.Errorf("got %d bytes and %v, want a reset", n, err)
-		}
+		f.noWay(t, "203.0.113.2", "203.0.113.1:7030")
 	})
 }
 
