@@ -14,9 +14,21 @@ import (
 // replace it by what [Table.With] and [Table.Without] return: a change costs a few microseconds however many routes
 // there are, since the new table shares the rest with the old one.
 type Table struct {
-	nets dict[*network]
-	ways ways
-	n    int
+	front [frontPlaces]*network
+	nets  dict[*network]
+	ways  ways
+	n     int
+}
+
+// frontPlaces is how many networks a look-up may find without the dictionary: each in the one place that the end of its id
+// gives, where the last one set stands.
+const frontPlaces = 128
+
+func frontPlace(v ID) uint32 {
+	if len(v) < 2 {
+		return 0
+	}
+	return (uint32(v[len(v)-1]) | uint32(v[len(v)-2])<<8) * 0x9e3779b1 >> 25
 }
 
 // network holds the routes of one virtual network.
@@ -118,7 +130,7 @@ func build(routes []Route) *Table {
 		w := t.network(r.VNet)
 		if w == nil {
 			w = newNetwork(r.VNet)
-			t.nets = t.nets.with(string(w.id), w, true)
+			t.set(w, true)
 		}
 		w.n++
 		if r.Host == "" {
@@ -158,10 +170,19 @@ func (t *Table) network(v ID) *network {
 	if t == nil {
 		return nil
 	}
+	if w := t.front[frontPlace(v)&(frontPlaces-1)]; w != nil && w.id == v {
+		return w
+	}
 	if e := t.nets.get(string(v)); e != nil {
 		return e.val
 	}
 	return nil
+}
+
+// set puts a network in the place of the one of its id. Nobody else may see t yet, and with fresh set, its dictionary neither.
+func (t *Table) set(w *network, fresh bool) {
+	t.front[frontPlace(w.id)] = w
+	t.nets = t.nets.with(string(w.id), w, fresh)
 }
 
 // Len returns the number of routes.
@@ -210,7 +231,7 @@ func (t *Table) With(r Route) (*Table, error) {
 		*f = f.insert(entry{keyOf(a), x, uint8(r.Prefix.Bits())}, a.Is4())
 	}
 	w.n++
-	next.nets = next.nets.with(string(w.id), w, false)
+	next.set(w, false)
 	next.n++
 	return next, nil
 }
@@ -227,9 +248,14 @@ func (t *Table) Without(r Route) (*Table, error) {
 	if !ok {
 		return nil, fmt.Errorf("vnet: delete %s in vnet %q: %w", r.Destination(), r.VNet, ErrNotFound)
 	}
-	next := &Table{nets: t.nets, ways: t.ways, n: t.n - 1}
+	next := new(Table)
+	*next = *t
+	next.n--
 	next.ways.drop(x)
 	if old.n == 1 {
+		if at := &next.front[frontPlace(r.VNet)]; *at == old {
+			*at = nil
+		}
 		next.nets = next.nets.without(string(r.VNet))
 		return next, nil
 	}
@@ -243,7 +269,7 @@ func (t *Table) Without(r Route) (*Table, error) {
 		f := w.family(a)
 		*f = f.remove(keyOf(a), uint8(r.Prefix.Bits()))
 	}
-	next.nets = next.nets.with(string(w.id), &w, false)
+	next.set(&w, false)
 	return next, nil
 }
 
