@@ -14,7 +14,6 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/net/http2"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
@@ -153,7 +152,8 @@ func (f *flowSites) get(t *testing.T, host, version, path string) (*bufio.Reader
 		return f.visitor.Dial(ctx, edgeVisitors)
 	}}
 	if version == "2" {
-		must(t, http2.ConfigureTransport(transport))
+		transport.Protocols = new(http.Protocols)
+		transport.Protocols.SetHTTP2(true)
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	req, err := http.NewRequestWithContext(ctx, "GET", "https://"+host+path, nil)
