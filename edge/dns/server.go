@@ -122,14 +122,31 @@ func Listen(cfg Config) (*Server, error) {
 	s.gate = &gate{allow: cfg.Allow, limiter: limiter{rate: float64(cfg.Rate)},
 		denied: s.metrics.queries.WithLabelValues("denied").Inc, limited: s.metrics.queries.WithLabelValues("limited").Inc}
 	var err error
-	if s.udp, err = net.ListenPacket("udp", cfg.Listen); err != nil {
+	if s.udp, s.tcp, err = listen(cfg.Listen); err != nil {
 		return nil, fmt.Errorf("dns: %w", err)
 	}
-	// Both on one port, also if that was 0.
-	if s.tcp, err = net.Listen("tcp", s.udp.LocalAddr().String()); err != nil {
-		return nil, fmt.Errorf("dns: %w", errors.Join(err, s.udp.Close()))
-	}
 	return s, nil
+}
+
+// listen opens both sockets on one port. For port 0 that is one that is free for both.
+func listen(addr string) (net.PacketConn, net.Listener, error) {
+	_, port, err := net.SplitHostPort(addr)
+	if err != nil {
+		return nil, nil, err
+	}
+	for tries := 1; ; tries++ {
+		udp, err := net.ListenPacket("udp", addr)
+		if err != nil {
+			return nil, nil, err
+		}
+		tcp, err := net.Listen("tcp", udp.LocalAddr().String())
+		if err == nil {
+			return udp, tcp, nil
+		}
+		if err = errors.Join(err, udp.Close()); port != "0" || tries == 10 {
+			return nil, nil, err
+		}
+	}
 }
 
 // Addr is where the server listens.
