@@ -185,6 +185,38 @@ func TestForwardedFlow(t *testing.T) {
 	}
 }
 
+// A flow over another edge learns that the session there drains, so that who keeps it for later lets go of it, and the drain
+// ends.
+func TestForwardedFlowLearnsOfDrain(t *testing.T) {
+	f := newFleet(t, 1)
+	a, b := f.edge("a"), f.edge("b")
+	meet(a, b)
+	a.site("plant", "")
+	l := b.link(a.enrol("plant", "p1"), "i1", 0, echoing("p1"))
+	var conn net.Conn
+	eventually(t, "a can reach the tunnel", func() (ok bool) {
+		var err error
+		conn, err = a.open("", "10.1.2.3")
+		return err == nil
+	})
+	defer conn.Close()
+	drained := make(chan error, 1)
+	go func() {
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		defer cancel()
+		drained <- l.Drain(ctx)
+	}()
+	select {
+	case <-conn.(tunnel.Drainer).Draining():
+	case <-time.After(patience):
+		t.Error("the flow was not asked to leave")
+	}
+	conn.Close()
+	if err := <-drained; err != nil {
+		t.Errorf("the drain: %v", err)
+	}
+}
+
 // Three edges of which two believe, wrongly, that the other has a session: nothing goes round in circles.
 func TestOneHopAtMost(t *testing.T) {
 	f := newFleet(t, 1)

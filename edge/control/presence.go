@@ -190,6 +190,7 @@ func (p *peers) applyLocked(d delta) error {
 	}
 	id, edge, _ := strings.Cut(rest, "/")
 	p.c.status.mark(id)
+	before := p.present[id][edge].draining()
 	delete(p.present[id], edge)
 	if len(p.present[id]) == 0 {
 		delete(p.present, id)
@@ -205,7 +206,22 @@ func (p *peers) applyLocked(d delta) error {
 		p.present[id] = map[string]presence{}
 	}
 	p.present[id][edge] = v
+	if e := p.edges[edge]; e != nil && v.draining() > before {
+		// Which of the flows over that edge it is about is not known here. One that asks to leave in vain is opened anew.
+		p.c.flows.expelWhere(func(r *record) bool {
+			k := r.via.Load()
+			return k != nil && k.e == &e.peerEdge && r.plan.tunnel == id
+		})
+	}
 	return nil
+}
+
+// draining is how many sessions take no flows any more.
+func (v presence) draining() (n int) {
+	for _, p := range v.Processes {
+		n += p.Draining
+	}
+	return n
 }
 
 func (p *peers) applyEdgeLocked(name string, d delta) error {
