@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"github.com/keyhaven/keyhaven/edge/zone"
+
+	"golang.org/x/net/http2"
 )
 
 func TestAltSvcOnlyWhereHTTP3Is(t *testing.T) {
@@ -170,6 +172,39 @@ func TestStopLetsHandshakesFinish(t *testing.T) {
 		t.Errorf("got %d, close %v; want 200 and the connection's end", res.StatusCode, res.Close)
 	}
 	_ = c.Close()
+	<-stopped
+}
+
+// A connection of HTTP/2 that was let in and has not asked yet has its first request served when the edge stops.
+func TestStopServesFirstRequests(t *testing.T) {
+	w := newWorld(t)
+	w.addZone("a", "p256", echoOrigin(t), "a.test")
+	w.start()
+	conf := w.tlsConfig("a.test")
+	conf.NextProtos = []string{"h2"}
+	c, err := tls.Dial("tcp", w.addr(), conf)
+	must(t, err)
+	defer c.Close()
+	h2, err := new(http2.Transport).NewClientConn(c)
+	must(t, err)
+	must(t, h2.Ping(t.Context()))
+	stopped := make(chan struct{})
+	go func() { defer close(stopped); w.stop() }()
+	eventually(t, "the listener is closed", func() bool {
+		c, err := net.Dial("tcp", w.addr())
+		if err == nil {
+			_ = c.Close()
+		}
+		return err != nil
+	})
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "https://a.test/", nil)
+	must(t, err)
+	res, err := h2.RoundTrip(req)
+	must(t, err)
+	_ = res.Body.Close()
+	if res.StatusCode != 200 {
+		t.Errorf("got %d", res.StatusCode)
+	}
 	<-stopped
 }
 

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"net/http"
 	"net/netip"
 	"sync"
 	"time"
@@ -236,13 +235,6 @@ func (l *tlsListener) handshake(ctx context.Context, raw *countedConn) {
 	case l.ready <- conn:
 	case <-ctx.Done():
 		_ = conn.Close()
-	}
-}
-
-// stated learns what becomes of connections: who is idle has asked before, or speaks HTTP/2 and will be told.
-func (l *tlsListener) stated(c net.Conn, now http.ConnState) {
-	if conn, ok := c.(*tls.Conn); ok && now == http.StateIdle {
-		conn.NetConn().(*countedConn).known()
 	}
 }
 

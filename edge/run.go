@@ -25,6 +25,7 @@ const (
 	redirectTimeout   = 10 * time.Second
 	redirectHeader    = 8 << 10
 	handshakeGrace    = 3 * time.Second        // for handshakes in progress when the server stops; a signature takes less
+	firstRequestGrace = time.Second            // for the first requests of new connections then; some never send any
 	lingerHTTP3       = 500 * time.Millisecond // for the last bytes to idle QUIC connections at the end
 )
 
@@ -81,6 +82,7 @@ func (s *Server) Run(ctx context.Context) error {
 
 // drain stops the listeners and waits for requests in flight, WebSockets included, up to the drain timeout.
 func (s *Server) drain(drains []func(context.Context), abort context.CancelFunc) {
+	s.stopping.Store(true)
 	ctx, cancel := context.WithTimeout(context.Background(), s.cfg.Limits.DrainTimeout)
 	defer cancel()
 	var g errgroup.Group
@@ -102,6 +104,9 @@ func (s *Server) handler(w http.ResponseWriter, r *http.Request) {
 	now.requests.begin()
 	if c, ok := r.Context().Value(freshKey{}).(*countedConn); ok {
 		c.known()
+	}
+	if s.stopping.Load() && r.ProtoMajor == 1 && r.Header.Get("Upgrade") == "" {
+		w.Header().Set("Connection", "close")
 	}
 	defer s.requests.end()
 	defer now.requests.end()
@@ -138,7 +143,6 @@ func (s *Server) serveTLS(ctx context.Context, g *errgroup.Group, base context.C
 		ErrorLog:          s.serverLog(),
 		BaseContext:       func(net.Listener) context.Context { return base },
 		ConnContext:       visitorContext,
-		ConnState:         tl.stated,
 	}
 	actx, stop := context.WithCancel(ctx)
 	hctx, cut := context.WithCancel(base)
@@ -147,12 +151,13 @@ func (s *Server) serveTLS(ctx context.Context, g *errgroup.Group, base context.C
 	return func(ctx context.Context) {
 		stop()
 		_ = tl.Close()
-		// Who is being let in still is, and has its first request served.
+		// Who is being let in still is, and has its first request served: Shutdown would cut connections that have had none.
 		grace, cancel := context.WithTimeout(ctx, handshakeGrace)
 		context.AfterFunc(grace, cut)
-		srv.SetKeepAlivesEnabled(false)
 		<-tl.done
-		_ = tl.fresh.wait(grace) // as Shutdown drops their requests
+		cancel()
+		first, cancel := context.WithTimeout(ctx, firstRequestGrace)
+		_ = tl.fresh.wait(first)
 		cancel()
 		if srv.Shutdown(ctx) != nil {
 			_ = srv.Close()

@@ -72,6 +72,7 @@ type Server struct {
 
 	now      atomic.Pointer[snapshot]
 	requests tracker // in flight, hijacked connections included
+	stopping atomic.Bool
 
 	ctx     context.Context
 	stop    context.CancelFunc // ends what runs beside the requests
