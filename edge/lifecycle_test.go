@@ -1,6 +1,7 @@
 package edge
 
 import (
+	"context"
 	"crypto/tls"
 	"fmt"
 	"io"
@@ -11,8 +12,6 @@ import (
 	"time"
 
 	"github.com/keyhaven/keyhaven/edge/zone"
-
-	"golang.org/x/net/http2"
 )
 
 func TestAltSvcOnlyWhereHTTP3Is(t *testing.T) {
@@ -180,14 +179,14 @@ func TestStopServesFirstRequests(t *testing.T) {
 	w := newWorld(t)
 	w.addZone("a", "p256", echoOrigin(t), "a.test")
 	w.start()
-	conf := w.tlsConfig("a.test")
-	conf.NextProtos = []string{"h2"}
-	c, err := tls.Dial("tcp", w.addr(), conf)
+	transport := &http.Transport{TLSClientConfig: w.tlsConfig("a.test"), Protocols: new(http.Protocols),
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "tcp", w.addr())
+		}}
+	transport.Protocols.SetHTTP2(true)
+	h2, err := transport.NewClientConn(t.Context(), "https", "a.test:443")
 	must(t, err)
-	defer c.Close()
-	h2, err := new(http2.Transport).NewClientConn(c)
-	must(t, err)
-	must(t, h2.Ping(t.Context()))
+	defer h2.Close()
 	stopped := make(chan struct{})
 	go func() { defer close(stopped); w.stop() }()
 	eventually(t, "the listener is closed", func() bool {
