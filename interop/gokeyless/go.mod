@@ -1,6 +1,6 @@
 module github.com/keyhaven/keyhaven/interop/gokeyless
 
-go 1.26.0
+go 1.26.9
 
 toolchain go1.27.4
 
@@ -47,7 +47,7 @@ require (
 	github.com/googleapis/enterprise-certificate-proxy v0.3.2 // indirect
 	github.com/googleapis/gax-go/v2 v2.13.0 // indirect
 	github.com/lziest/ttlcache v0.0.0-20160918175801-3c85255853f2 // indirect
-	github.com/miekg/dns v1.1.68 // indirect
+	github.com/miekg/dns v1.1.73 // indirect
 	github.com/miekg/pkcs11 v1.1.2 // indirect
 	github.com/mitchellh/go-homedir v1.1.0 // indirect
 	github.com/munnerz/goautoneg v0.0.0-20191010083416-a7dc8b61c822 // indirect
