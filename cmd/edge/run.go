@@ -250,6 +250,7 @@ func (p *process) serve(ctx context.Context, hangups <-chan os.Signal) error {
 	run(&carryingDone, carrying, "tunnels", p.tunnels.Serve)
 	p.log.Info("edge up", "peer", p.ids.own.Identity().String(), "tunnels", p.tunnels.Addr().String(), "socket", p.cfg.Admin.Socket)
 	behindDone.Go(func() { p.followHangups(ctx, hangups) })
+	behindDone.Go(func() { ops.BoundGarbage(behind, mostGarbage) })
 	behindDone.Go(func() { p.leave(ctx) })
 	for _, s := range p.names {
 		run(&namesDone, ctx, "names", s.Serve)
@@ -275,6 +276,9 @@ func (p *process) serve(ctx context.Context, hangups <-chan os.Signal) error {
 	p.log.Info("edge down")
 	return closed
 }
+
+// mostGarbage is how many bytes of memory may await collection, roughly.
+const mostGarbage = 64 << 20
 
 // readyWait is how long the first visitors of a starting edge wait for a key server to be reached.
 const readyWait = 3 * time.Second
