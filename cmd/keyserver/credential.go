@@ -23,7 +23,7 @@ func takeCredential(uri string) (rest, name string, err error) {
 	if m == nil {
 		return uri, "", nil
 	}
-	if name, err = url.PathUnescape(uri[m[4]:m[5]]); err != nil || name == "" || name != filepath.Base(name) || strings.HasPrefix(name, ".") {
+	if name, err = url.PathUnescape(uri[m[4]:m[5]]); err != nil || name == "" || strings.ContainsRune(name, filepath.Separator) || strings.HasPrefix(name, ".") {
 		return uri, "", errors.New("pin-source: what follows credential: is no name of a credential; write that of LoadCredential=NAME:PATH in the systemd unit")
 	}
 	// Between others an "&" stays, at either end none does.
