@@ -12,7 +12,7 @@ import (
 const (
 	garbageLook = 2 * time.Second
 	// leastGOGC bounds how often a large heap is collected.
-	leastGOGC = 25
+	leastGOGC = 15
 	// defaultGOGC is Go's: the heap may double before it is collected.
 	defaultGOGC = 100
 )
