@@ -1,6 +1,6 @@
 module github.com/keyhaven/keyhaven/interop/gokeyless
 
-go 1.26.9
+go 1.26.0
 
 toolchain go1.27.4
 
