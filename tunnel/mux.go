@@ -4,7 +4,9 @@ import (
 	"bufio"
 	"context"
 	"crypto/tls"
+	"maps"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -54,12 +56,13 @@ type mux struct {
 	reason   CloseReason
 	tell     bool // the peer has to be told reason
 	streams  map[uint64]*muxStream
-	next     uint64 // the next stream that this side begins
-	peerNext uint64 // and the peer
-	opened   int    // streams of this side that have not ended
-	accepted int    // and of the peer
-	maxOpen  int    // how many the peer takes
-	credit   int64  // what this side may still send
+	fresh    map[*muxStream]struct{} // opened here, and nothing sent yet: no number, thus not in streams
+	next     uint64                  // the next stream that this side begins
+	peerNext uint64                  // and the peer
+	opened   int                     // streams of this side that have not ended
+	accepted int                     // and of the peer
+	maxOpen  int                     // how many the peer takes
+	credit   int64                   // what this side may still send
 	starved  []*muxStream
 
 	wake    sync.Cond // of the writing goroutine
@@ -92,7 +95,7 @@ func newMux(conn *tls.Conn, raw *corkConn, dialled bool, l Limits, maxIncoming i
 	m := &mux{
 		conn: conn, raw: raw, state: conn.ConnectionState(), idle: l.IdleTimeout, maxIncoming: maxIncoming,
 		window: max(l.FlowWindow, initialFlowWindow), session: max(l.SessionWindow, initialSessionWindow),
-		doneCh: make(chan struct{}), streams: make(map[uint64]*muxStream), credit: initialSessionWindow, maxOpen: 1,
+		doneCh: make(chan struct{}), streams: make(map[uint64]*muxStream), fresh: make(map[*muxStream]struct{}), credit: initialSessionWindow, maxOpen: 1,
 		next: 2, peerNext: 1, batch: 1,
 		incomingCh: make(chan struct{}, 1), dgramCh: make(chan struct{}, 1),
 	}
@@ -126,7 +129,9 @@ func (m *mux) openStream() (stream, error) {
 		return nil, errStreamLimit
 	}
 	m.opened++
-	return newMuxStream(m, 0, true), nil
+	s := newMuxStream(m, 0, true)
+	m.fresh[s] = struct{}{}
+	return s, nil
 }
 
 func (m *mux) acceptStream(ctx context.Context) (stream, error) {
@@ -174,13 +179,12 @@ func (m *mux) fail(err error, reason CloseReason, tell bool) {
 	if m.pingTime != nil {
 		m.pingTime.Stop()
 	}
-	open := make([]*muxStream, 0, len(m.streams))
+	open := slices.AppendSeq(slices.Collect(maps.Values(m.streams)), maps.Keys(m.fresh))
 	lost := &FlowError{Result: ResultSessionLost, Err: err}
-	for _, s := range m.streams {
+	for _, s := range open {
 		s.endSendLocked(lost)
-		open = append(open, s)
 	}
-	m.streams, m.waiting, m.starved, m.incoming, m.bulk = nil, nil, nil, nil, nil
+	m.streams, m.fresh, m.waiting, m.starved, m.incoming, m.bulk = nil, nil, nil, nil, nil, nil
 	m.wake.Broadcast()
 	m.mu.Unlock()
 	// The writer may hang in a write, the reader always does.

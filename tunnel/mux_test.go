@@ -125,6 +125,35 @@ func TestMuxWindows(t *testing.T) {
 	}
 }
 
+// TestMuxFailsUnsentStreams: a stream that was opened and has sent nothing has no number yet, and ends with the carrier as
+// any other does, for who uses it later and for who waits in it.
+func TestMuxFailsUnsentStreams(t *testing.T) {
+	m := looseMux(t, true)
+	m.maxOpen = 2
+	idle, err := m.openStream()
+	if err != nil {
+		t.Fatal(err)
+	}
+	waits, err := m.openStream()
+	if err != nil {
+		t.Fatal(err)
+	}
+	read := make(chan error, 1)
+	go func() {
+		_, err := waits.Read(make([]byte, 1))
+		read <- err
+	}()
+	m.fail(errMalformed, CloseProtocol, false)
+	if _, err := idle.Write([]byte("x")); !errors.Is(err, errMalformed) {
+		t.Errorf("Write: %v, want %v", err, errMalformed)
+	}
+	idle.closeWrite()
+	idle.abortRead(ResultClosed)
+	if err := <-read; !errors.Is(err, errMalformed) {
+		t.Errorf("Read: %v, want %v", err, errMalformed)
+	}
+}
+
 // FuzzMux plays a peer that has a certificate, against either side's decoder of the TCP carrier's frames.
 func FuzzMux(f *testing.F) {
 	f.Add(bytes.Join([][]byte{muxFrame(muxLimits, 0, 0, 0, 1, 0), muxFrame(muxOpen, 1, []byte("hello")...), muxFrame(muxData, 1, 'x'), muxFrame(muxFin, 1)}, nil))

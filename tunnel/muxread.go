@@ -301,6 +301,7 @@ func (m *mux) forgetLocked(s *muxStream) {
 	}
 	s.forgotten = true
 	delete(m.streams, s.id)
+	delete(m.fresh, s)
 	if s.own {
 		m.opened--
 	} else {

@@ -201,6 +201,7 @@ func (s *muxStream) beginLocked() {
 	s.id = s.m.next
 	s.m.next += 2
 	s.m.streams[s.id] = s
+	delete(s.m.fresh, s)
 }
 
 // passTurnLocked lets another stream have the turn that this one does not use.
