@@ -12,7 +12,16 @@ DURATION ?= 0s
 SEED ?= 0
 STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
 GOVULNCHECK = golang.org/x/vuln/cmd/govulncheck@v1.8.0
-LDFLAGS = -s -w
+# What is built, and the time that stands for now in it: the same source gives the same bytes. Both can be set.
+ifndef VERSION
+VERSION = $(eval VERSION := $$(shell $(GO) run ./packaging/release version))$(VERSION)
+endif
+ifndef SOURCE_DATE_EPOCH
+SOURCE_DATE_EPOCH = $(eval SOURCE_DATE_EPOCH := $$(shell $(GO) run ./packaging/release epoch))$(SOURCE_DATE_EPOCH)
+endif
+LDFLAGS = -s -w -X github.com/keyhaven/keyhaven/internal/cli.release=$(VERSION)
+# Flags of every program that leaves this tree.
+GOBUILD = $(GO) build -trimpath -buildvcs=false -ldflags '$(LDFLAGS)'
 
 .DEFAULT_GOAL := help
 .PHONY: help setup build demo demo-check test unit netns chaos idle upgrade browser interop peer transit reliability fuzz lint vuln bench clean
@@ -24,9 +33,9 @@ setup: ## install what tests and demo need and the machine lacks (SoftHSM2, curl
 	@./scripts/setup
 
 build: ## compile the three programs into bin/
-	CGO_ENABLED=1 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/keyhaven-keyserver ./cmd/keyserver
-	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/keyhaven-connector ./cmd/connector
-	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/keyhaven-edge ./cmd/edge
+	CGO_ENABLED=1 $(GOBUILD) -o bin/keyhaven-keyserver ./cmd/keyserver
+	CGO_ENABLED=0 $(GOBUILD) -o bin/keyhaven-connector ./cmd/connector
+	CGO_ENABLED=0 $(GOBUILD) -o bin/keyhaven-edge ./cmd/edge
 
 bin/keyhaven-demo: build
 	CGO_ENABLED=0 $(GO) build -trimpath -o $@ ./demo

@@ -191,12 +191,12 @@ func Hangups(ctx context.Context) <-chan os.Signal {
 	return ch
 }
 
-// version is set by the linker for releases.
-var version string
+// release is set by the linker: -ldflags "-X github.com/keyhaven/keyhaven/internal/cli.release=1.2.3".
+var release string
 
 // Version describes the build: release or revision, Go version and platform.
 func Version() string {
-	v := version
+	v := release
 	if v == "" {
 		v = "devel"
 		if info, ok := debug.ReadBuildInfo(); ok {
