@@ -15,6 +15,8 @@ type Target struct {
 	Rule    Rule // as it was given
 	Service Service
 	Origin  OriginOptions // the rule's, completed by the defaults
+	// Bandwidth is what all flows of the rule may carry together, in each direction, in bytes per second. Zero: any amount.
+	Bandwidth int64
 
 	host  string // exact, or what stands behind "*."; "" for any
 	below bool   // host was a pattern
@@ -76,6 +78,11 @@ func (c *compiler) rule(key string, r Rule, defaults OriginOptions) *Target {
 			c.fault(key+".path", "%q is no regular expression (RE2): %s", r.Path, strings.TrimPrefix(err.Error(), "error parsing regexp: "))
 		}
 	}
+	if r.Bandwidth != "" {
+		if t.Bandwidth, err = ParseBandwidth(r.Bandwidth); err != nil {
+			c.fault(key+".bandwidth", "%v", err)
+		}
+	}
 	c.options(key+".origin", r.Origin)
 	c.fits(key, t)
 	return t
@@ -83,8 +90,15 @@ func (c *compiler) rule(key string, r Rule, defaults OriginOptions) *Target {
 
 // fits finds options that the service cannot have.
 func (c *compiler) fits(key string, t *Target) {
-	if t.Service.Scheme == TCP && t.path != nil {
-		c.fault(key+".path", "a tcp:// service carries no requests, so it has no path; remove path")
+	scheme := t.Service.Scheme
+	if (scheme == TCP || scheme == UDP) && t.path != nil {
+		c.fault(key+".path", "a %s:// service carries no requests, so it has no path; remove path", scheme)
+	}
+	if scheme == UDP && t.proxied() {
+		c.fault(key+".origin.proxy_protocol", "is for connections, and a udp:// service has none; write off, and use proxy_protocol of the edge's port")
+	}
+	if (scheme == HTTPStatus || scheme == HelloWorld) && t.Bandwidth != 0 {
+		c.fault(key+".bandwidth", "the rule leads to no service; remove bandwidth")
 	}
 	if True(t.Origin.HTTP2Origin) && t.proxied() {
 		c.fault(key+".origin.proxy_protocol", "cannot go with http2_origin, whose connections carry several visitors' requests; switch one of them off")

@@ -29,8 +29,12 @@ type Rule struct {
 	// Path is a regular expression (RE2) that is looked for in the path as it was sent, undecoded and without the
 	// query. Empty: every path.
 	Path string `mapstructure:"path"`
-	// Service is http://host:port, https://host:port, tcp://host:port, unix:/path, http_status:NNN or hello_world.
+	// Service is http://host:port, https://host:port, tcp://host:port, udp://host:port, unix:/path, http_status:NNN or
+	// hello_world.
 	Service string `mapstructure:"service"`
+	// Bandwidth bounds what all flows of the rule carry together in each direction, such as 2Mbit/s or 250kB/s; see
+	// [ParseBandwidth]. Empty: there is no bound.
+	Bandwidth string `mapstructure:"bandwidth"`
 	// Origin holds the rule's own options. What is not set is taken from Config.Origin.
 	Origin OriginOptions `mapstructure:"origin"`
 }

@@ -158,8 +158,8 @@ ingress:
 		if got, _ := c.Match(host, tt.path); got != tt.want {
 			t.Errorf("Match(%s, %s): got %d, want %d", tt.host, tt.path, got, tt.want)
 		}
-		if got, _ := c.MatchTCP(host); got != tt.tcp {
-			t.Errorf("MatchTCP(%s): got %d, want %d", tt.host, got, tt.tcp)
+		if got, _ := c.MatchFlow(host); got != tt.tcp {
+			t.Errorf("MatchFlow(%s): got %d, want %d", tt.host, got, tt.tcp)
 		}
 	}
 	for host, want := range map[string]bool{"shop.example": true, "xn--bcher-kva.test": false, "other": true} {
@@ -226,9 +226,53 @@ func TestFromFileAndInline(t *testing.T) {
 
 func TestServiceIsItsOwnForm(t *testing.T) {
 	t.Parallel()
-	for _, s := range []string{"http://a:80", "https://[2001:db8::1]:8443", "tcp://10.0.0.1:1", "unix:/a", "http_status:204", "hello_world"} {
+	for _, s := range []string{"http://a:80", "https://[2001:db8::1]:8443", "tcp://10.0.0.1:1", "udp://10.0.0.1:5683", "unix:/a", "http_status:204", "hello_world"} {
 		if svc, err := ParseService(s); err != nil || svc.String() != s {
 			t.Errorf("%s: got %s, %v", s, svc, err)
+		}
+	}
+}
+
+func TestParseBandwidth(t *testing.T) {
+	t.Parallel()
+	for in, want := range map[string]int64{
+		"8kbit/s": 1000, "2Mbit/s": 250_000, "1.5Mbit/s": 187_500, "1Gbit/s": 125_000_000, "16000bit/s": 2000, "250kB/s": 250_000,
+		"3 MB/s": 3_000_000, "1GB/s": 1_000_000_000, "4KiB/s": 4096, "1MiB/s": 1 << 20, "2000B/s": 2000, "800Gbit/s": 100_000_000_000,
+	} {
+		if got, err := ParseBandwidth(in); err != nil || got != want {
+			t.Errorf("%s: got %d, %v, want %d", in, got, err, want)
+		}
+	}
+	for _, in := range []string{"", "2", "Mbit/s", "2Mbps", "2 mbit/s", "2Mb/s", "-1Mbit/s", "+1Mbit/s", "1e6B/s", "0x10MB/s", "InfB/s", "NaNB/s", "1.2.3MB/s", ".MB/s", "7kbit/s", "801Gbit/s", "0kB/s",
+		strings.Repeat("9", 400) + "B/s", "2Mbit/s ", "\n2Mbit/s", "1_000kB/s"} {
+		if got, err := ParseBandwidth(in); err == nil {
+			t.Errorf("%q: got %d, want an error", in, got)
+		}
+	}
+}
+
+func TestBandwidthAndPackets(t *testing.T) {
+	t.Parallel()
+	c, err := Parse([]byte("ingress:\n  - {hostname: coap.x, service: 'udp://192.168.1.22:5683', bandwidth: 1Mbit/s}\n  - {hostname: a.x, service: 'http://a'}\n  - service: http_status:404\n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	i, target := c.MatchFlow("coap.x")
+	if i != 0 || target.Service.Scheme != UDP || target.Bandwidth != 125_000 || c.Targets()[1].Bandwidth != 0 {
+		t.Errorf("got rule %d, %+v", i, target)
+	}
+	for rule, want := range map[string]string{
+		"{service: 'udp://a'}":                                               "ingress[0].service",
+		"{hostname: h, path: /x, service: 'udp://a:1'}":                      "ingress[0].path",
+		"{service: 'udp://a:1', origin: {proxy_protocol: v2}}":               "ingress[0].origin.proxy_protocol",
+		"{service: 'udp://a:1', bandwidth: fast}":                            "ingress[0].bandwidth",
+		"{service: 'http_status:404', bandwidth: 1Mbit/s}":                   "ingress[0].bandwidth",
+		"{service: hello_world, bandwidth: 1Mbit/s}":                         "ingress[0].bandwidth",
+		"{service: 'udp://a:1', bandwith: 1Mbit/s}":                          "bandwith",
+		"{service: 'http://a', bandwidth: " + strings.Repeat("1", 100) + "}": "ingress[0].bandwidth",
+	} {
+		if _, err := Parse([]byte("ingress:\n  - " + rule + "\n")); err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), "line ") {
+			t.Errorf("%s: got %v, want an error about %s", rule, err, want)
 		}
 	}
 }

@@ -43,8 +43,9 @@ func (c *Config) Match(host, path string) (int, *Target) {
 	return -1, nil
 }
 
-// MatchTCP returns the first rule that takes a flow of bytes for host, which has no path: rules with a path take none.
-func (c *Config) MatchTCP(host string) (int, *Target) {
+// MatchFlow returns the first rule that takes a flow of bytes or packets for host, which has no path: rules with a path take
+// none.
+func (c *Config) MatchFlow(host string) (int, *Target) {
 	for i, t := range c.Targets() {
 		if t.takesHost(host) && t.path == nil {
 			return i, t

@@ -21,6 +21,7 @@ const (
 	HTTP       Scheme = "http"        // HTTP over TCP
 	HTTPS      Scheme = "https"       // HTTP over TLS
 	TCP        Scheme = "tcp"         // any bytes over TCP
+	UDP        Scheme = "udp"         // packets over UDP
 	Unix       Scheme = "unix"        // a Unix socket: HTTP for requests, any bytes for TCP flows
 	HTTPStatus Scheme = "http_status" // an answer with that status and no origin
 	HelloWorld Scheme = "hello_world" // a page that shows that the way is open
@@ -29,8 +30,8 @@ const (
 // A Service is where a rule leads.
 type Service struct {
 	Scheme Scheme
-	Host   string // with HTTP, HTTPS and TCP: a canonical address or host name
-	Port   uint16 // with HTTP, HTTPS and TCP
+	Host   string // with HTTP, HTTPS, TCP and UDP: a canonical address or host name
+	Port   uint16 // with HTTP, HTTPS, TCP and UDP
 	Path   string // with Unix: the socket's
 	Status int    // with HTTPStatus
 }
@@ -48,13 +49,13 @@ func (s Service) String() string {
 	return string(s.Scheme) + "://" + s.Addr()
 }
 
-// Addr is host:port of a service over TCP.
+// Addr is host:port of a service over TCP or UDP.
 func (s Service) Addr() string { return net.JoinHostPort(s.Host, strconv.Itoa(int(s.Port))) }
 
-// Dials reports whether the service is reached over TCP.
+// Dials reports whether the service is reached over TCP or UDP.
 func (s Service) Dials() bool { return s.Port != 0 }
 
-const serviceForms = "write http://host:port, https://host:port, tcp://host:port, unix:/path, http_status:NNN or hello_world"
+const serviceForms = "write http://host:port, https://host:port, tcp://host:port, udp://host:port, unix:/path, http_status:NNN or hello_world"
 
 // ParseService reads a service.
 func ParseService(s string) (Service, error) {
@@ -95,7 +96,7 @@ func parseURL(s string) (Service, error) {
 		svc.Port = 80
 	case HTTPS:
 		svc.Port = 443
-	case TCP:
+	case TCP, UDP:
 	default:
 		return Service{}, fmt.Errorf("%q is no service; %s", s, serviceForms)
 	}
@@ -109,7 +110,7 @@ func parseURL(s string) (Service, error) {
 		}
 		svc.Port = uint16(n)
 	} else if svc.Port == 0 || strings.HasSuffix(u.Host, ":") {
-		return Service{}, fmt.Errorf("%q: the port is missing; write tcp://host:port", s)
+		return Service{}, fmt.Errorf("%q: the port is missing; write %s://host:port", s, svc.Scheme)
 	}
 	if svc.Host, err = canonicalTarget(u.Hostname()); err != nil {
 		return Service{}, fmt.Errorf("%q: %w", s, err)

@@ -151,7 +151,7 @@ func explain(out io.Writer, rules *ingressconf.Config, from, raw string) error {
 	}
 	fmt.Fprintf(out, "rules of %s\n", from)
 	if u.Scheme == "tcp" {
-		i, t := rules.MatchTCP(host)
+		i, t := rules.MatchFlow(host)
 		switch {
 		case t == nil:
 			return errors.New("no rule takes it")

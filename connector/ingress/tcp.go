@@ -21,7 +21,7 @@ func (h *Handler) Dial(ctx context.Context, f tunnel.Flow) (tunnel.Conn, error) 
 		return nil, fmt.Errorf("%w: %w", ErrNoService, err)
 	}
 	r := h.rules.Load()
-	i, t := r.config.MatchTCP(host)
+	i, t := r.config.MatchFlow(host)
 	if t == nil {
 		return nil, ErrNoService
 	}
