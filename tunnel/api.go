@@ -31,6 +31,7 @@ const (
 	KindIngress FlowKind = 5
 
 	kindConfig FlowKind = 6 // see Session.Configure
+	kindDevice FlowKind = 7 // see Session.Device
 )
 
 // A FlowClass says what a flow is like, for the choice of the session that carries it.
@@ -264,6 +265,9 @@ type DialConfig struct {
 	// OnConfig applies a remote configuration that the edge pushed; its error's text goes back to the edge. One runs at a
 	// time. If nil, configurations are refused as unsupported.
 	OnConfig func(ctx context.Context, version uint64, body []byte) error
+	// OnDevice is told what the edge wants of the device that the connector runs on, and returns what is known of that
+	// device, at most 4 KiB. It must not block; several may run at a time. If nil, edges are told that there is none.
+	OnDevice func(directive []byte) (report []byte)
 	// OnEdges is told the addresses of all edges of the installation. It must not block. It may be nil.
 	OnEdges func(addrs []string)
 	// OnBulk is told how many bulk sessions the edge wants now. It must not block. It may be nil.

@@ -38,7 +38,7 @@ func newClientSession(ctx context.Context, car carrier, cfg DialConfig) (*Client
 		return nil, err
 	}
 	return &ClientSession{
-		server:  server{session: s, peer: peer, handle: cfg.Handle, onConfig: cfg.OnConfig},
+		server:  server{session: s, peer: peer, handle: cfg.Handle, onConfig: cfg.OnConfig, onDevice: cfg.OnDevice},
 		onEdges: cfg.OnEdges, onBulk: cfg.OnBulk,
 	}, nil
 }

@@ -113,9 +113,9 @@ func (f Flow) check() error {
 	case KindICMP:
 	case KindIngress:
 		return f.checkIngress()
-	case kindConfig:
+	case kindConfig, kindDevice:
 		if f.VNet != "" || f.Host != "" || f.Port != 0 {
-			return malformed("a configuration has no destination")
+			return malformed("a configuration or a device has no destination")
 		}
 		return nil
 	default:
@@ -183,7 +183,7 @@ func knownKind(k FlowKind, minor int) bool {
 	switch k {
 	case KindTCP:
 		return true
-	case KindUDP, KindICMP, KindIngress, kindConfig:
+	case KindUDP, KindICMP, KindIngress, kindConfig, kindDevice:
 		return minor >= 1
 	}
 	return false

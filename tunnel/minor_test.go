@@ -31,6 +31,7 @@ func TestOldPeer(t *testing.T) {
 			dc.minor0 = tt.connector
 			dc.Limits.KeepAlive = 50 * time.Millisecond
 			dc.OnConfig = func(context.Context, uint64, []byte) error { return nil }
+			dc.OnDevice = func([]byte) []byte { t.Error("OnDevice called"); return nil }
 			dc.OnBulk = func(int) { t.Error("OnBulk called") }
 			dc.OnEdges = func([]string) { t.Error("OnEdges called") }
 			c := startConnector(t, dc)
@@ -54,6 +55,9 @@ func TestOldPeer(t *testing.T) {
 			}
 			if err := s.Configure(context.Background(), 1, []byte("{}")); !errors.Is(err, ErrUnsupported) {
 				t.Errorf("Configure: %v, want ErrUnsupported", err)
+			}
+			if _, err := s.Device(context.Background(), nil); !errors.Is(err, ErrUnsupported) {
+				t.Errorf("Device: %v, want ErrUnsupported", err)
 			}
 			s.AskBulk(3)
 			s.TellEdges([]string{"edge.keyhaven.test:7844"})

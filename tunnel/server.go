@@ -18,6 +18,7 @@ type server struct {
 	peer     mtls.Identity
 	handle   func(context.Context, *Incoming)
 	onConfig func(ctx context.Context, version uint64, body []byte) error
+	onDevice func(directive []byte) (report []byte)
 	fromPeer bool // the opener is a peer edge
 
 	configMu sync.Mutex // one configuration at a time
@@ -65,8 +66,12 @@ func (s *server) serveFlow(ctx context.Context, st stream) {
 		return
 	}
 	st.SetReadDeadline(time.Time{}) //nolint:errcheck // Read would fail too
-	if f.Kind == kindConfig {
+	switch f.Kind {
+	case kindConfig:
 		s.serveConfig(ctx, in)
+		return
+	case kindDevice:
+		s.serveDevice(in)
 		return
 	}
 	f.Forwarded = s.fromPeer
