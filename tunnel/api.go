@@ -32,6 +32,9 @@ const (
 
 	kindConfig FlowKind = 6 // see Session.Configure
 	kindDevice FlowKind = 7 // see Session.Device
+
+	// KindIngressUDP is KindIngress for packets instead of bytes.
+	KindIngressUDP FlowKind = 8
 )
 
 // A FlowClass says what a flow is like, for the choice of the session that carries it.
@@ -89,9 +92,9 @@ type Flow struct {
 	Visitor netip.AddrPort
 	// Deadline is how long the connector may take to answer. Zero leaves it to the connector.
 	Deadline time.Duration
-	// ID names an association of KindUDP, so that it can be moved to another session. Zero: none.
+	// ID names an association of KindUDP or KindIngressUDP, so that it can be moved to another session. Zero: none.
 	ID [16]byte
-	// Service is what KindIngress wants: "http" or "tcp".
+	// Service is what KindIngress wants: "http" or "tcp"; KindIngressUDP wants "udp".
 	Service string
 	// Class is told to peer edges only.
 	Class FlowClass

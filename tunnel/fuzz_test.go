@@ -32,6 +32,7 @@ func FuzzFlowHeader(f *testing.F) {
 		testFlow,
 		{VNet: "v", Host: "www.keyhaven.test", Port: 65535},
 		{VNet: "v", Host: "2001:db8::1", Port: 1, Visitor: netip.MustParseAddrPort("[2001:db8::2]:9"), Deadline: time.Hour},
+		{Kind: KindIngressUDP, Host: "coap.keyhaven.test", Port: 5683, Service: "udp", ID: [16]byte{7}, Tunnel: "t", context: 7},
 	} {
 		b, err := appendFlow(nil, flow, true)
 		if err != nil {

@@ -111,7 +111,7 @@ func (f Flow) check() error {
 			return malformed("port is missing")
 		}
 	case KindICMP:
-	case KindIngress:
+	case KindIngress, KindIngressUDP:
 		return f.checkIngress()
 	case kindConfig, kindDevice:
 		if f.VNet != "" || f.Host != "" || f.Port != 0 {
@@ -183,7 +183,7 @@ func knownKind(k FlowKind, minor int) bool {
 	switch k {
 	case KindTCP:
 		return true
-	case KindUDP, KindICMP, KindIngress, kindConfig, kindDevice:
+	case KindUDP, KindICMP, KindIngress, KindIngressUDP, kindConfig, kindDevice:
 		return minor >= 1
 	}
 	return false

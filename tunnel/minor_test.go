@@ -44,9 +44,9 @@ func TestOldPeer(t *testing.T) {
 			if err := src.Renew(context.Background(), c.Renew); err != nil {
 				t.Errorf("Renew: %v", err)
 			}
-			for _, kind := range []FlowKind{KindUDP, KindICMP, KindIngress} {
+			for _, kind := range []FlowKind{KindUDP, KindICMP, KindIngress, KindIngressUDP} {
 				f := Flow{Kind: kind, VNet: "default", Host: "10.0.0.7", Port: 1}
-				if kind == KindIngress {
+				if kind == KindIngress || kind == KindIngressUDP {
 					f.VNet, f.Service = "", "http"
 				}
 				if _, err := s.Open(context.Background(), f); !errors.Is(err, ErrUnsupported) {

@@ -137,9 +137,9 @@ func (s *session) routePackets() {
 }
 
 // carriesPackets reports whether flows of kind k are of packets.
-func (k FlowKind) carriesPackets() bool { return k == KindUDP || k == KindICMP }
+func (k FlowKind) carriesPackets() bool { return k == KindUDP || k == KindICMP || k == KindIngressUDP }
 
-// OpenPacket opens a flow of packets, KindUDP or KindICMP, and waits for the peer's answer, or until ctx ends, as Open does.
+// OpenPacket opens a flow of packets, KindUDP, KindICMP or KindIngressUDP, and waits for the peer's answer, or until ctx ends, as Open does.
 // A context id is used once in a session. The error is a *FlowError.
 func (s opener) OpenPacket(ctx context.Context, f Flow) (PacketConn, error) {
 	if err := ctx.Err(); err != nil {

@@ -80,6 +80,35 @@ func TestPackets(t *testing.T) {
 	})
 }
 
+// Packets of an ingress are named as its bytes are, and carried as other packets are.
+func TestIngressPackets(t *testing.T) {
+	onCarriers(t, func(t *testing.T, carrier func(*ListenConfig, *DialConfig)) {
+		got := make(chan Flow, 1)
+		_, _, s := pair(t, func(ctx context.Context, in *Incoming) {
+			got <- in.Flow()
+			echoPackets(ctx, in)
+		}, carrier)
+		want := Flow{Kind: KindIngressUDP, Host: "coap.keyhaven.test", Port: 5683, Service: "udp", ID: [16]byte{7}}
+		c := openPacket(t, s, want)
+		if f := <-got; f.Kind != want.Kind || f.Host != want.Host || f.Port != want.Port || f.Service != want.Service || f.ID != want.ID || f.VNet != "" {
+			t.Errorf("got %+v", f)
+		}
+		if b := exchange(t, c, []byte("hello")); string(b) != "hello" {
+			t.Errorf("got %q", b)
+		}
+	})
+	for _, f := range []Flow{
+		{Kind: KindIngressUDP, Host: "a.test", Port: 1, Service: "udp"},                              // no context id
+		{Kind: KindIngressUDP, Host: "a.test", Port: 1, context: 1},                                  // no service
+		{Kind: KindIngressUDP, Host: "a.test", Service: "udp", context: 1},                           // no port
+		{Kind: KindIngressUDP, VNet: "default", Host: "a.test", Port: 1, Service: "udp", context: 1}, // a network
+	} {
+		if _, err := appendFlow(nil, f, false); err == nil {
+			t.Errorf("%+v can cross the wire", f)
+		}
+	}
+}
+
 func must(tb testing.TB, err error) {
 	tb.Helper()
 	if err != nil {

@@ -178,7 +178,8 @@ func (b *bulk) over(r *record, k candidate) {
 		return
 	}
 	moved, busy := r.in.Load()+r.out.Load(), time.Duration(r.busy.Load())
-	measured := moved >= measuredFrom && busy > 0 && r.kind != tunnel.KindUDP // which goes at a pace of its own
+	packets := r.kind == tunnel.KindUDP || r.kind == tunnel.KindIngressUDP // which go at a pace of their own
+	measured := moved >= measuredFrom && busy > 0 && !packets
 	if !measured && !r.bulky {
 		return
 	}

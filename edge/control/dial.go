@@ -29,7 +29,7 @@ type Query struct {
 	Carrier tunnel.Carrier
 	// Tunnel is a tunnel's name or id: the flow goes to its ingress and VNet has no meaning.
 	Tunnel string
-	// Service is "http" or "tcp", with Tunnel.
+	// Service is "http", "tcp" or, for packets, "udp", with Tunnel.
 	Service string
 	// Resolver sends the flow to the name server of the site that Host has its route to, or, with Tunnel, of that tunnel's
 	// site, in place of Host and Port. The connector must permit it.

@@ -275,7 +275,7 @@ func (c *Control) reroute(v vnet.ID) {
 
 // FlowView is an open flow as shown.
 type FlowView struct {
-	Kind      string    `json:"kind"` // tcp, udp, icmp, ingress
+	Kind      string    `json:"kind"` // tcp, udp, icmp, ingress, ingress_udp
 	VNet      string    `json:"vnet,omitempty"`
 	Host      string    `json:"host"`
 	Port      uint16    `json:"port"`
@@ -290,7 +290,8 @@ type FlowView struct {
 	Since     time.Time `json:"since"`
 }
 
-var kindNames = map[tunnel.FlowKind]string{tunnel.KindTCP: "tcp", tunnel.KindUDP: "udp", tunnel.KindICMP: "icmp", tunnel.KindIngress: "ingress"}
+var kindNames = map[tunnel.FlowKind]string{tunnel.KindTCP: "tcp", tunnel.KindUDP: "udp", tunnel.KindICMP: "icmp", tunnel.KindIngress: "ingress",
+	tunnel.KindIngressUDP: "ingress_udp"}
 
 // Flows returns the open flows of this edge, oldest first.
 func (c *Control) Flows() []FlowView {

@@ -81,7 +81,7 @@ func (c *Control) Drops() *tunnel.PacketDrops { return &c.packets.drops }
 func (c *Control) DialPacket(ctx context.Context, q Query) (tunnel.PacketConn, error) {
 	var id [16]byte
 	rand.Read(id[:]) //nolint:errcheck // never fails
-	conn, r, err := c.openPacket(ctx, q, tunnel.KindUDP, id, "")
+	conn, r, err := c.openPacket(ctx, q, packetKind(q), id, "")
 	c.dials.WithLabelValues(dialResult(err)).Inc()
 	if err != nil {
 		return nil, err
@@ -90,6 +90,14 @@ func (c *Control) DialPacket(ctx context.Context, q Query) (tunnel.PacketConn, e
 	p.ctx, p.cancel = context.WithCancel(context.Background())
 	p.running.Go(p.keep)
 	return p, nil
+}
+
+// packetKind is the kind of flow that answers q.
+func packetKind(q Query) tunnel.FlowKind {
+	if q.Tunnel != "" && !q.Resolver {
+		return tunnel.KindIngressUDP
+	}
+	return tunnel.KindUDP
 }
 
 // openInTurn opens p's flow on the first candidate that can.
@@ -293,7 +301,7 @@ func (p *packetFlow) move(conn tunnel.PacketConn, r *record, q Query) error {
 		connector = k.connector()
 	}
 	for {
-		next, nr, err := p.c.openPacket(ctx, q, tunnel.KindUDP, p.id, connector)
+		next, nr, err := p.c.openPacket(ctx, q, packetKind(q), p.id, connector)
 		if err == nil {
 			nr.in.Store(r.in.Load())
 			nr.out.Store(r.out.Load())

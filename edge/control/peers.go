@@ -251,10 +251,11 @@ func (c *Control) HandlePeer(ctx context.Context, in *tunnel.Incoming) {
 // forwardable reports whether f is a flow as edges forward them: into a network, named by its id, or to a tunnel's ingress or
 // name server. Where it goes is for this edge's routes to say.
 func forwardable(f tunnel.Flow) bool {
+	ingress := f.Kind == tunnel.KindIngress || f.Kind == tunnel.KindIngressUDP
 	if f.Tunnel != "" {
-		return f.Kind == tunnel.KindIngress || f.Host == resolverHost
+		return ingress || f.Host == resolverHost
 	}
-	return f.Kind != tunnel.KindIngress && f.VNet != ""
+	return !ingress && f.VNet != ""
 }
 
 // relay joins a forwarded flow of bytes with one of this edge.

@@ -159,7 +159,7 @@ func (f *Forwarder) expect(ports []spec.PortConfig) {
 // destination is where a port without a pool leads.
 func destination(c *spec.PortConfig, listen string) control.Query {
 	if c.Tunnel != "" {
-		return control.Query{Tunnel: c.Tunnel, Service: "tcp", Host: c.Service, Port: portOf(listen)}
+		return control.Query{Tunnel: c.Tunnel, Service: c.Protocol, Host: c.Service, Port: portOf(listen)}
 	}
 	return control.Query{VNet: c.VNet, Host: c.Host, Port: c.Port}
 }

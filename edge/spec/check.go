@@ -275,8 +275,6 @@ func (p *PortConfig) checkTarget(f faults) {
 		f.add("port", "vnet and port go with host")
 	case p.Tunnel != "" && p.Service == "":
 		f.add("service", "is empty; give the host name of the tunnel's ingress rule")
-	case p.Tunnel != "" && p.Protocol == "udp":
-		f.add("tunnel", "ingress rules have no service for UDP; give host and port")
 	}
 	if p.Service != "" && p.Tunnel == "" {
 		f.add("service", "goes with tunnel")
