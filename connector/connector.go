@@ -52,6 +52,8 @@ type Config struct {
 	// OnConfig takes a configuration that an edge pushes. Its error's text goes back to the edge. Several edges may push
 	// the same version, at the same time. If nil, pushed configurations are refused as unsupported.
 	OnConfig func(ctx context.Context, version uint64, body []byte) error
+	// Device lets an agent on this host report, and edges ask, how the device is that the connector runs on. See ReportDevice.
+	Device bool
 	// Resolvers are the name servers of single virtual networks, for their flows to host names. Networks that are not in
 	// it use Resolver.
 	Resolvers map[vnet.ID][]netip.AddrPort
@@ -87,6 +89,7 @@ type Connector struct {
 	udp      udpTable
 	denied   throttle
 	refusals refusals
+	device   device
 	edges    edgeSet
 	host     surroundings
 	dial     func(context.Context, tunnel.DialConfig) (session, error)

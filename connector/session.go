@@ -434,9 +434,9 @@ func (l *line) dial(ctx context.Context, try int, carrier tunnel.Carrier, turn i
 	reg.Index, reg.Connections = l.index(turn), share
 	s, err := l.e.dial(ctx, addrs, l.i+try, tunnel.DialConfig{
 		Registration: reg, Carrier: carrier, SmallPackets: l.path.small,
-		OnConfig: l.c.cfg.OnConfig,
-		OnEdges:  func(addrs []string) { l.c.edges.tell(l.e.key, addrs) },
-		OnBulk:   l.e.bulk.set,
+		OnConfig: l.c.cfg.OnConfig, OnDevice: l.c.onDevice(),
+		OnEdges: func(addrs []string) { l.c.edges.tell(l.e.key, addrs) },
+		OnBulk:  l.e.bulk.set,
 	})
 	if err == nil {
 		l.mu.Lock()

@@ -44,14 +44,15 @@ type Status struct {
 	ConfigVersion uint64          `json:"config_version"` // of the remote configuration in force; zero: none
 	Flows         int             `json:"flows"`
 	MaxFlows      int             `json:"max_flows"`
-	VNets         []VNetFlows     `json:"vnets,omitempty"` // with a limit of their own
-	Sessions      []SessionStatus `json:"sessions"`        // main ones in the order of their indexes, then bulk ones
+	VNets         []VNetFlows     `json:"vnets,omitempty"`  // with a limit of their own
+	Device        *DeviceStatus   `json:"device,omitempty"` // nil: no agent has reported
+	Sessions      []SessionStatus `json:"sessions"`         // main ones in the order of their indexes, then bulk ones
 }
 
 // Status describes the connector as it is now.
 func (c *Connector) Status() Status {
 	st := Status{Identity: c.cfg.Identity.Identity().String(), Instance: c.registration.Instance, Version: c.cfg.Version,
-		VNets: c.flows.limited(), ConfigVersion: c.configVersion()}
+		VNets: c.flows.limited(), ConfigVersion: c.configVersion(), Device: c.device.status()}
 	st.Flows, st.MaxFlows = c.flows.total()
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -19,6 +19,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"github.com/spf13/cobra"
 
+	"github.com/keyhaven/keyhaven/appliance/fleet"
 	"github.com/keyhaven/keyhaven/connector"
 	"github.com/keyhaven/keyhaven/internal/cli"
 	"github.com/keyhaven/keyhaven/internal/conf"
@@ -26,7 +27,7 @@ import (
 
 // Bounds of the control socket.
 const (
-	controlHost    = "keyhaven-connector" // the Host of requests
+	controlHost    = fleet.Host // the Host of requests
 	controlConns   = 8
 	controlHeader  = 16 << 10
 	controlTimeout = 30 * time.Second
@@ -39,12 +40,15 @@ const (
 	pathLog        = "/v1/log"
 	pathGoroutines = "/v1/goroutines"
 	pathMetrics    = "/v1/metrics"
+	pathDevice     = fleet.Path // PUT, of an agent
 )
 
-// control answers the commands status and diag of a user of this host on a Unix socket: HTTP, GET alone.
+// control answers the commands status and diag of a user of this host on a Unix socket, and an agent that reports how the
+// device is.
 type control struct {
 	path     string
 	status   func() connector.Status
+	device   func(report []byte) (fleet.Directive, error)
 	log      *logRing
 	registry *prometheus.Registry
 	logger   *slog.Logger
@@ -119,6 +123,7 @@ func (c *control) handler() http.Handler {
 		w.Header().Set("Content-Type", "application/json")
 		w.Write(b) //nolint:errcheck // a caller who left wants no answer
 	})
+	mux.HandleFunc("PUT "+pathDevice, c.takeReport)
 	mux.HandleFunc("GET "+pathLog, func(w http.ResponseWriter, _ *http.Request) {
 		w.Write(c.log.bytes()) //nolint:errcheck // a caller who left wants no answer
 	})
@@ -128,6 +133,27 @@ func (c *control) handler() http.Handler {
 	})
 	mux.Handle("GET "+pathMetrics, promhttp.HandlerFor(c.registry, promhttp.HandlerOpts{Timeout: 10 * time.Second}))
 	return mux
+}
+
+// takeReport takes an agent's report and answers with the newest directive.
+func (c *control) takeReport(w http.ResponseWriter, r *http.Request) {
+	b, err := io.ReadAll(io.LimitReader(r.Body, fleet.MaxSize+1))
+	if err != nil {
+		http.Error(w, "the report did not come whole", http.StatusBadRequest)
+		return
+	}
+	d, err := c.device(b)
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusBadRequest)
+		return
+	}
+	answer, err := d.Encode()
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusInternalServerError)
+		return
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.Write(answer) //nolint:errcheck // a caller who left wants no answer
 }
 
 // ask gets a document of the connector that runs.

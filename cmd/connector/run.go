@@ -64,7 +64,7 @@ func run(cmd *cobra.Command) error {
 	c, err := connector.New(connector.Config{
 		Identity: src, Edges: s.edges, EdgesFile: s.edgesFile(), Carrier: s.Transport.Carrier, Proxy: s.Transport.Proxy.dialer(), Bulk: s.Transport.BulkSessions,
 		Allow: s.allow, Limits: s.Limits.flows(), DialTimeout: s.Limits.DialTimeout, Resolvers: s.resolvers, ServeDNS: s.DNS.Serve, UDPIdle: s.Limits.UDPIdle,
-		DrainTimeout: s.Drain.Grace, Version: cli.Version(), Logger: log, Registerer: registry, Ingress: in,
+		DrainTimeout: s.Drain.Grace, Version: cli.Version(), Logger: log, Registerer: registry, Ingress: in, Device: s.Control != "",
 	})
 	if err != nil {
 		return err
@@ -75,7 +75,7 @@ func run(cmd *cobra.Command) error {
 	log.Info("starting", "identity", src.Identity(), "edges", s.edges, "rules", s.allow.Len(), "version", cli.Version())
 	side := &ops.Server{Addr: s.Ops.Listen, AllowNonLoopback: s.Ops.AllowNonLoopback, Ready: c.Ready, Degraded: c.Degraded, Registry: registry, Logger: log,
 		Listening: func(a net.Addr) { log.Info("health and metrics", "addr", a) }}
-	local := &control{path: s.Control, status: c.Status, log: ring, registry: registry, logger: log, uid: ownUID()}
+	local := &control{path: s.Control, status: c.Status, device: c.ReportDevice, log: ring, registry: registry, logger: log, uid: ownUID()}
 	return serve(cmd, s, log, src, c, in, side, local)
 }
 

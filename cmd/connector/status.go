@@ -8,6 +8,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/keyhaven/keyhaven/appliance/fleet"
 	"github.com/keyhaven/keyhaven/connector"
 	"github.com/keyhaven/keyhaven/internal/cli"
 )
@@ -55,6 +56,9 @@ func statusTable(w io.Writer, st connector.Status) {
 	if st.ConfigVersion > 0 {
 		fmt.Fprintf(w, "remote configuration\tversion %d\n", st.ConfigVersion)
 	}
+	if st.Device != nil {
+		fmt.Fprintf(w, "device\t%s\n", deviceLine(*st.Device))
+	}
 	fmt.Fprintf(w, "\nEDGE\tINDEX\tROLE\tSTATE\tFOR\tCARRIER\tRTT\tFLOWS\tREMOTE\n")
 	for _, s := range st.Sessions {
 		remote, rtt, since := "-", "-", "-"
@@ -74,6 +78,26 @@ func statusTable(w io.Writer, st connector.Status) {
 			}
 		}
 	}
+}
+
+// deviceLine says in one line how the device is, and what the edge wants of it.
+func deviceLine(d connector.DeviceStatus) string {
+	r := d.Report
+	line := r.Product + " " + r.Version + ", " + r.State
+	if r.Target != "" {
+		line += " " + r.Target
+	}
+	if r.Error != "" {
+		line += " (" + r.Error + ")"
+	}
+	line += ", reported " + time.Since(d.Reported).Round(time.Second).String() + " ago"
+	switch d.Directive.Policy {
+	case fleet.Update:
+		line += "; the edge wants " + d.Directive.Version
+	case fleet.Hold:
+		line += "; the edge wants it to stay as it is"
+	}
+	return line
 }
 
 func orDash(s string) string {
