@@ -2,13 +2,10 @@ package main
 
 import (
 	"context"
-	"errors"
 	"log/slog"
 	"net"
-	"os"
 	"regexp"
 	"strings"
-	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -84,40 +81,6 @@ func TestNotify(t *testing.T) {
 	}
 	m.next("^STOPPING=1\n", alive)
 	<-p.done
-}
-
-// TestWatchdogIsHonest has a server that is not alive, and is not spoken for.
-func TestWatchdogIsHonest(t *testing.T) {
-	m := newManager(t)
-	t.Setenv("NOTIFY_SOCKET", m.path)
-	t.Setenv("WATCHDOG_USEC", "20000")
-	var dead atomic.Bool
-	dead.Store(true)
-	var asked atomic.Int32
-	ctx, cancel := context.WithCancel(t.Context())
-	ended := make(chan error, 1)
-	go func() {
-		ended <- notifier{slog.New(slog.DiscardHandler)}.watchdog(ctx, func(context.Context) error {
-			asked.Add(1)
-			if dead.Load() {
-				return errors.New("a lock is not given back")
-			}
-			return nil
-		})
-	}()
-	eventually(t, "the server is asked", func() bool { return asked.Load() > 3 })
-	if err := m.conn.SetReadDeadline(time.Unix(1, 0)); err != nil {
-		t.Fatal(err)
-	}
-	if n, err := m.conn.Read(make([]byte, 100)); !errors.Is(err, os.ErrDeadlineExceeded) {
-		t.Errorf("a dead server was spoken for: %d bytes, %v", n, err)
-	}
-	dead.Store(false)
-	m.next("^WATCHDOG=1$")
-	cancel()
-	if err := <-ended; err != nil {
-		t.Error(err)
-	}
 }
 
 // TestAlive finds a lock that is not given back, and loops that stand still.

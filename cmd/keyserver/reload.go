@@ -55,7 +55,7 @@ func (s *server) reload(ctx context.Context) reloadReport {
 	s.reloading.Lock()
 	defer s.reloading.Unlock()
 	start := time.Now()
-	s.notify.reloading()
+	s.notify.Reloading()
 	faults, warnings, err := s.exchange(ctx)
 	r := reloadReport{At: start, Took: time.Since(start), Taken: err == nil, Errors: lines(err), Faults: lines(errors.Join(faults...)), Warnings: lines(errors.Join(warnings...))}
 	if err != nil {
@@ -63,7 +63,7 @@ func (s *server) reload(ctx context.Context) reloadReport {
 	}
 	s.last.Store(&r)
 	s.metrics.reloaded(r)
-	s.notify.ready(s.summary())
+	s.notify.Ready(s.summary())
 	return r
 }
 

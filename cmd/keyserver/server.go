@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/keyhaven/keyhaven/internal/cli"
+	"github.com/keyhaven/keyhaven/internal/notify"
 	"github.com/keyhaven/keyhaven/internal/ops"
 	"github.com/keyhaven/keyhaven/internal/tracing"
 	"github.com/keyhaven/keyhaven/keyless"
@@ -41,7 +42,7 @@ type server struct {
 	control *control // nil: none
 	records *operationLog
 	metrics *metrics
-	notify  notifier
+	notify  notify.Notifier
 
 	stopped   context.Context         // of run; for what the control socket starts
 	reloading sync.Mutex              // held during a reload
@@ -63,7 +64,7 @@ type live struct {
 
 // newServer wires a server. Nothing is opened yet but the exporter of spans, which connects later.
 func newServer(ctx context.Context, p *plan, o loadOptions, logger *slog.Logger) (*server, error) {
-	s := &server{options: o, logger: logger, started: time.Now(), keys: newKeyring(logger), notify: notifier{logger},
+	s := &server{options: o, logger: logger, started: time.Now(), keys: newKeyring(logger), notify: notify.Notifier{Logger: logger},
 		renewals: make(chan struct{}, 1), expiryNews: make(chan struct{}, 1)}
 	s.probes = newProber(s.keys.registry, p.cfg.Probe.Interval, logger)
 	s.auditor = newAuditor(s.keys.registry, func() int { return s.service.InProgress() }, logger)
@@ -259,7 +260,7 @@ func (s *server) serve(ctx context.Context, ln net.Listener, hangups <-chan os.S
 	stop := context.AfterFunc(ctx, func() {
 		defer close(drained)
 		s.draining.Store(true)
-		s.notify.stopping("finishing operations in flight")
+		s.notify.Stopping("finishing operations in flight")
 		s.logger.Info("draining: no new connections; operations in flight are finished")
 	})
 	defer func() {
@@ -291,11 +292,11 @@ func (s *server) serve(ctx context.Context, ln net.Listener, hangups <-chan os.S
 	g.Go(func() error {
 		select {
 		case <-bound:
-			s.notify.ready(s.summary())
+			s.notify.Ready(s.summary())
 		case <-main.Done():
 			return nil
 		}
-		return s.notify.watchdog(side, s.alive)
+		return s.notify.Watchdog(side, s.alive)
 	})
 	return g.Wait()
 }
