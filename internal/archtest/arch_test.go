@@ -28,7 +28,7 @@ var allowed = map[string][]string{
 	"vnet":        {},
 	"tunnel":      {"mtls", "vnet"},
 	"ingressconf": {"vnet"},
-	"appliance":   {"appliance"},
+	"appliance":   {"appliance", "ingressconf"},
 	"connector":   {"appliance/fleet", "connector", "ingressconf", "mtls", "tunnel", "vnet"},
 	"edge":        {"appliance/fleet", "edge", "ingressconf", "keyless", "mtls", "state", "tunnel", "vnet"},
 	"state":       {"state"},
