@@ -46,8 +46,22 @@ func (c *checker) value(n *yaml.Node, t reflect.Type, key string) {
 	case isText(t):
 		c.text(n, t, key)
 	default:
+		if short, ok := reflect.Zero(t).Interface().(ShortForm); ok && n.Kind == yaml.ScalarNode {
+			wrap(n, short.ShortForm())
+		}
 		c.kind(n, t, key)
 	}
+}
+
+// A ShortForm is a struct that can be given as a single value too, which is then that of the key that the method names. The
+// method is called on a zero value.
+type ShortForm interface{ ShortForm() string }
+
+// wrap makes a single value the mapping of name to it.
+func wrap(n *yaml.Node, name string) {
+	value := *n
+	*n = yaml.Node{Kind: yaml.MappingNode, Tag: "!!map", Line: n.Line, Column: n.Column,
+		Content: []*yaml.Node{{Kind: yaml.ScalarNode, Tag: "!!str", Value: name, Line: n.Line, Column: n.Column}, &value}}
 }
 
 func (c *checker) kind(n *yaml.Node, t reflect.Type, key string) {
@@ -127,6 +141,7 @@ func (c *checker) text(n *yaml.Node, t reflect.Type, key string) {
 	if err := v.UnmarshalText([]byte(n.Value)); err != nil {
 		c.errorf(n, key, "%v", err)
 	}
+	n.Tag = "!!str" // the text as it stands, also where it looks like a number
 }
 
 func (c *checker) mapping(n *yaml.Node, t reflect.Type, key string) {
