@@ -15,10 +15,23 @@ import (
 
 var umaskMu sync.Mutex // held while the process's umask is not its own
 
-// Listen binds path with mode 0600 and takes at most conns connections at one time; further callers wait in the
-// socket's queue. A socket that a dead process left there is replaced; one that is answered is an error, as is a file
-// that is no socket.
+// Listen is Limit of Bind.
 func Listen(path string, conns int) (net.Listener, error) {
+	ln, err := Bind(path)
+	if err != nil {
+		return nil, err
+	}
+	return Limit(ln, conns), nil
+}
+
+// Limit takes at most conns connections of ln at one time; further callers wait in the socket's queue.
+func Limit(ln net.Listener, conns int) net.Listener {
+	return &limited{Listener: ln, slots: make(chan struct{}, conns), done: make(chan struct{})}
+}
+
+// Bind binds path with mode 0600. A socket that a dead process left there is replaced; one that is answered is an error, as
+// is a file that is no socket.
+func Bind(path string) (net.Listener, error) {
 	if err := clearStale(path); err != nil {
 		return nil, err
 	}
@@ -30,7 +43,7 @@ func Listen(path string, conns int) (net.Listener, error) {
 	if err != nil {
 		return nil, fmt.Errorf("listen on %s: %w: does its directory exist, and may this user write there?", path, err)
 	}
-	return &limited{Listener: ln, slots: make(chan struct{}, conns), done: make(chan struct{})}, nil
+	return ln, nil
 }
 
 // clearStale removes a socket that nobody answers.
