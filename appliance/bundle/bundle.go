@@ -60,7 +60,7 @@ type Manifest struct {
 	Product    string    `json:"product"`
 	Version    string    `json:"version"` // by semantic versioning
 	Arch       string    `json:"arch"`    // arm64, armhf, armel or amd64
-	Boards     []string  `json:"boards"`  // device tree names, or Generic; see Device
+	Boards     []string  `json:"boards"`  // names of device trees such as raspberrypi,4-model-b, or PC
 	Built      time.Time `json:"built"`
 	Size       int64     `json:"size"`                  // of the slot's image, in bytes
 	SHA256     string    `json:"sha256"`                // of the slot's image, in hexadecimal

@@ -11,8 +11,8 @@ import (
 	"unicode/utf8"
 )
 
-// Generic is the board of machines that no firmware describes, such as virtual ones.
-const Generic = "generic"
+// PC is the board of machines without a device tree, such as virtual ones.
+const PC = "pc"
 
 // Archs returns the architectures that there are images for, as Debian names them.
 func Archs() []string { return []string{"arm64", "armhf", "armel", "amd64"} }

@@ -215,13 +215,13 @@ func (s *Slots) Size() (int64, error) {
 	return dev.Size()
 }
 
-// Boards returns the names that this machine answers to: those of its device tree, the most exact first, or
-// [bundle.Generic] for a machine that none describes and for virtual ones.
+// Boards returns the names that this machine answers to: those of its device tree, the most exact first, or [bundle.PC]
+// where there is none.
 func (s *Slots) Boards() []string {
 	b, _ := readSmall(filepath.Join(s.root, boardsFile))
 	names := strings.FieldsFunc(string(b), func(r rune) bool { return r == 0 })
-	if len(names) == 0 || names[0] == "linux,dummy-virt" {
-		names = append(names, bundle.Generic)
+	if len(names) == 0 {
+		return []string{bundle.PC}
 	}
 	return names
 }

@@ -18,6 +18,7 @@ func applianceCommand() *cobra.Command {
 		Short: "Look after a device that runs the Keyhaven image",
 	}
 	cmd.AddCommand(applianceCheckCommand())
+	cmd.AddCommand(applianceUpdateCommands()...)
 	cmd.AddCommand(applianceOnLinux()...)
 	return cmd
 }
