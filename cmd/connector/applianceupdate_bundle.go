@@ -17,7 +17,7 @@ import (
 	"aead.dev/minisign"
 	"github.com/spf13/cobra"
 
-	"github.com/keyhaven/keyhaven/appliance/bundle"
+	updates "github.com/keyhaven/keyhaven/appliance/bundle"
 	"github.com/keyhaven/keyhaven/appliance/slot"
 	"github.com/keyhaven/keyhaven/internal/cli"
 )
@@ -41,7 +41,7 @@ func (s *signingFlags) register(cmd *cobra.Command) {
 }
 
 func (s *signingFlags) load(cmd *cobra.Command) (minisign.PrivateKey, error) {
-	key, err := bundle.LoadPrivateKey(s.key, func() (string, error) {
+	key, err := updates.LoadPrivateKey(s.key, func() (string, error) {
 		if s.passwordFile == "" {
 			return "", fmt.Errorf("--key %s has a password; name the file with it by --password-file", s.key)
 		}
@@ -69,7 +69,7 @@ func firstLine(cmd *cobra.Command, name string) (string, error) {
 }
 
 func bundleMakeCommand() *cobra.Command {
-	var m bundle.Manifest
+	var m updates.Manifest
 	var sign signingFlags
 	var built, output string
 	cmd := &cobra.Command{
@@ -95,7 +95,7 @@ the image holds a slot.json the values must be the same as there; those that are
 	}
 	sign.register(cmd)
 	cmd.Flags().StringVar(&m.Version, "version", "", "version of the system, such as 0.6.0")
-	cmd.Flags().StringVar(&m.Arch, "arch", "", "architecture: "+strings.Join(bundle.Archs(), ", "))
+	cmd.Flags().StringVar(&m.Arch, "arch", "", "architecture: "+strings.Join(updates.Archs(), ", "))
 	cmd.Flags().Var(&boards{&m.Boards}, "board", "board that it starts on, such as raspberrypi,4-model-b; repeat it for more")
 	cmd.Flags().StringVar(&built, "built", "", "time of the build, such as 2026-01-31T12:00:00Z")
 	cmd.Flags().StringVar(&m.MinVersion, "min-version", "", "oldest version that can be updated from")
@@ -112,7 +112,7 @@ func (b *boards) Set(s string) error { *b.list = append(*b.list, strings.Fields(
 func (b *boards) String() string     { return strings.Join(*b.list, " ") }
 func (b *boards) Type() string       { return "board" }
 
-func bundleMake(cmd *cobra.Command, m bundle.Manifest, sign signingFlags, image, output string) error {
+func bundleMake(cmd *cobra.Command, m updates.Manifest, sign signingFlags, image, output string) error {
 	key, err := sign.load(cmd)
 	if err != nil {
 		return err
@@ -130,7 +130,7 @@ func bundleMake(cmd *cobra.Command, m bundle.Manifest, sign signingFlags, image,
 		return cli.ConfigError(fmt.Errorf("%s: %w", image, err))
 	}
 	err = writeNew(output, func(w io.Writer) (err error) {
-		m, err = bundle.Write(w, m, f, bundle.Signer(key, "update "+m.Version+" "+m.Arch))
+		m, err = updates.Write(w, m, f, updates.Signer(key, "update "+m.Version+" "+m.Arch))
 		return err
 	})
 	if err != nil {
@@ -140,7 +140,7 @@ func bundleMake(cmd *cobra.Command, m bundle.Manifest, sign signingFlags, image,
 }
 
 // complete takes from slot.json what flags left open. What both say must be the same.
-func complete(m *bundle.Manifest, i slot.Info) error {
+func complete(m *updates.Manifest, i slot.Info) error {
 	differ := func(flag, got, want string) error {
 		return fmt.Errorf("--%s is %s, slot.json in the image has %s; leave the flag out or build the image again", flag, got, want)
 	}
@@ -213,34 +213,34 @@ func bundleVerifyCommand() *cobra.Command {
 
 func publicKeys(path string) ([]minisign.PublicKey, error) {
 	if info, err := os.Stat(path); err != nil || info.IsDir() {
-		return bundle.LoadKeys(path)
+		return updates.LoadKeys(path)
 	}
-	key, err := bundle.LoadKey(path)
+	key, err := updates.LoadKey(path)
 	return []minisign.PublicKey{key}, err
 }
 
 // readBundle reads and checks the whole of a bundle, and returns what an index says of it.
-func readBundle(name string, keys []minisign.PublicKey) (bundle.Manifest, bundle.Release, error) {
+func readBundle(name string, keys []minisign.PublicKey) (updates.Manifest, updates.Release, error) {
 	f, err := os.Open(name)
 	if err != nil {
-		return bundle.Manifest{}, bundle.Release{}, err
+		return updates.Manifest{}, updates.Release{}, err
 	}
 	defer f.Close()
 	h := sha256.New()
-	r, err := bundle.Open(io.TeeReader(f, h), keys)
+	r, err := updates.Open(io.TeeReader(f, h), keys)
 	if err != nil {
-		return bundle.Manifest{}, bundle.Release{}, err
+		return updates.Manifest{}, updates.Release{}, err
 	}
 	defer r.Close()
 	if _, err := io.Copy(io.Discard, r); err != nil {
-		return bundle.Manifest{}, bundle.Release{}, err
+		return updates.Manifest{}, updates.Release{}, err
 	}
 	info, err := f.Stat()
 	if err != nil {
-		return bundle.Manifest{}, bundle.Release{}, err
+		return updates.Manifest{}, updates.Release{}, err
 	}
 	m := r.Manifest()
-	return m, bundle.Release{Version: m.Version, Size: info.Size(), SHA256: hex.EncodeToString(h.Sum(nil)), Notes: m.Notes}, nil
+	return m, updates.Release{Version: m.Version, Size: info.Size(), SHA256: hex.EncodeToString(h.Sum(nil)), Notes: m.Notes}, nil
 }
 
 func bundleIndexCommand() *cobra.Command {
@@ -259,7 +259,7 @@ for rollouts that name a version. Which devices are first is decided by --salt: 
 			if output == "" {
 				return cli.UsageError("--output is missing: name the file to write")
 			}
-			x := bundle.Index{Channel: channel, Published: time.Now().Truncate(time.Second)}
+			x := updates.Index{Channel: channel, Published: time.Now().Truncate(time.Second)}
 			if published != "" {
 				t, err := time.Parse(time.RFC3339, published)
 				if err != nil {
@@ -271,11 +271,11 @@ for rollouts that name a version. Which devices are first is decided by --salt: 
 			if err != nil {
 				return err
 			}
-			if err := addReleases(&x, args, key, bundle.Release{URL: base, Percent: percent, Salt: salt}); err != nil {
+			if err := addReleases(&x, args, key, updates.Release{URL: base, Percent: percent, Salt: salt}); err != nil {
 				return cli.ConfigError(err)
 			}
 			err = writeNew(output, func(w io.Writer) error {
-				return bundle.WriteIndex(w, x, bundle.Signer(key, "index "+x.Channel+" "+x.Arch))
+				return updates.WriteIndex(w, x, updates.Signer(key, "index "+x.Channel+" "+x.Arch))
 			})
 			if err != nil {
 				return err
@@ -295,7 +295,7 @@ for rollouts that name a version. Which devices are first is decided by --salt: 
 }
 
 // addReleases adds the bundles to x. They are checked with the key that signs the index.
-func addReleases(x *bundle.Index, files []string, key minisign.PrivateKey, like bundle.Release) error {
+func addReleases(x *updates.Index, files []string, key minisign.PrivateKey, like updates.Release) error {
 	pub, ok := key.Public().(minisign.PublicKey)
 	if !ok {
 		return errors.New("the secret key has no public key")
