@@ -17,8 +17,10 @@ type Op struct {
 // A Record is what was done to a disk since it was begun, in order. Its methods are safe for concurrent use.
 type Record struct {
 	before *Disk
-	mu     sync.Mutex
+	mu     sync.Mutex // guards the fields below
 	ops    []Op
+	safe   *Disk // as the first safeN operations left it; nil: before
+	safeN  int
 }
 
 // Record begins a record, in the place of an earlier one.
@@ -69,26 +71,42 @@ func (r *Record) At(n int, cut Cut, seed uint64) (*Disk, error) {
 			flushed = i + 1
 		}
 	}
-	d := r.before.Clone()
+	d, err := r.through(flushed)
+	if err != nil {
+		return nil, err
+	}
 	chance := rand.New(rand.NewPCG(seed, uint64(n)))
-	for i, op := range ops[:n] {
+	for i, op := range ops[flushed:n] {
 		b := op.Data
-		if i >= flushed && !op.FUA {
+		if !op.FUA {
 			switch {
 			case cut == Lost:
 				continue
-			case cut == Torn && i == n-1:
+			case cut == Torn && flushed+i == n-1:
 				b = b[:512*chance.IntN(len(b)/512+1)]
 			case cut == Torn && chance.IntN(2) == 0:
 				continue
 			}
 		}
-		d.mu.Lock()
-		err := d.putLocked(b, op.Off)
-		d.mu.Unlock()
-		if err != nil {
+		if err := d.put(b, op.Off); err != nil {
 			return nil, err
 		}
 	}
 	return d, nil
+}
+
+// through returns the disk after the first n operations. It goes on from the last such call if it can, so that rising
+// numbers cost little.
+func (r *Record) through(n int) (*Disk, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.safe == nil || r.safeN > n {
+		r.safe, r.safeN = r.before.Clone(), 0
+	}
+	for ; r.safeN < n; r.safeN++ {
+		if err := r.safe.put(r.ops[r.safeN].Data, r.ops[r.safeN].Off); err != nil {
+			return nil, err
+		}
+	}
+	return r.safe.Clone(), nil
 }
