@@ -92,7 +92,10 @@ type Connector struct {
 	device   device
 	edges    edgeSet
 	host     surroundings
-	dial     func(context.Context, tunnel.DialConfig) (session, error)
+
+	suspension suspension
+
+	dial func(context.Context, tunnel.DialConfig) (session, error)
 
 	quicFirst    time.Duration       // of each line's path; 0 but in tests
 	registration tunnel.Registration // what all sessions tell alike

@@ -460,8 +460,24 @@ func (l *line) share(n int) (per, share int) {
 	return per, share
 }
 
-// dial tries the addresses, beginning with another one for each from.
+// dial tries the addresses, beginning with another one for each from. While the connector is suspended it waits.
 func (e *endpoint) dial(ctx context.Context, addrs []string, from int, cfg tunnel.DialConfig) (session, error) {
+	for {
+		try, leave, err := e.c.suspension.enter(ctx)
+		if err != nil {
+			return nil, err
+		}
+		s, err := e.attempt(try, addrs, from, cfg)
+		cut := errors.Is(context.Cause(try), errSuspended)
+		leave()
+		if err == nil || !cut {
+			return s, err
+		}
+	}
+}
+
+// attempt tries the addresses once.
+func (e *endpoint) attempt(ctx context.Context, addrs []string, from int, cfg tunnel.DialConfig) (session, error) {
 	c := e.c
 	ctx, cancel := context.WithTimeout(ctx, tryTimeout)
 	defer cancel()
@@ -482,8 +498,8 @@ func (e *endpoint) dial(ctx context.Context, addrs []string, from int, cfg tunne
 			c.metrics.attempts.WithLabelValues(e.name, "ok").Inc()
 			return s, nil
 		}
-		if errors.Is(context.Cause(ctx), context.Canceled) || errors.Is(context.Cause(ctx), errWoken) {
-			return nil, context.Cause(ctx)
+		if cause := context.Cause(ctx); errors.Is(cause, context.Canceled) || errors.Is(cause, errWoken) || errors.Is(cause, errSuspended) {
+			return nil, cause
 		}
 		c.metrics.attempts.WithLabelValues(e.name, "failed").Inc()
 		errs = append(errs, fmt.Errorf("%s: %w", addr, err))
