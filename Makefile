@@ -10,6 +10,8 @@ FUZZTIME ?= 5s
 ROUNDS ?= 4
 DURATION ?= 0s
 SEED ?= 0
+# What packages are made for.
+PACKAGE_ARCHS ?= amd64 386 arm64 armhf armel armv6
 STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
 GOVULNCHECK = golang.org/x/vuln/cmd/govulncheck@v1.8.0
 # What is built, and the time that stands for now in it: the same source gives the same bytes. Both can be set.
@@ -24,7 +26,7 @@ LDFLAGS = -s -w -X github.com/keyhaven/keyhaven/internal/cli.release=$(VERSION)
 GOBUILD = $(GO) build -trimpath -buildvcs=false -ldflags '$(LDFLAGS)'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo demo-check test unit netns chaos idle upgrade browser interop peer transit reliability fuzz lint vuln bench clean
+.PHONY: help setup build demo demo-check test unit netns chaos idle upgrade browser interop peer transit reliability fuzz lint vuln bench packages repo packages-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -101,6 +103,19 @@ vuln: ## known vulnerabilities in what is reachable from our code (needs the vul
 
 bench: setup build ## measure, print a table and JSON lines
 	$(GO) run ./bench
+
+packages: ## deb and rpm packages of PACKAGE_ARCHS into dist/packages, with checksums, signature and bills of materials
+	@./scripts/setup packages $(if $(filter-out amd64,$(PACKAGE_ARCHS)),packages-foreign)
+	@$(GO) run ./packaging/release key --dir dist/keys
+	rm -rf dist/packages
+	@GO='$(GO)' VERSION='$(VERSION)' SOURCE_DATE_EPOCH='$(SOURCE_DATE_EPOCH)' PACKAGE_ARCHS='$(PACKAGE_ARCHS)' ./packaging/nfpm/build dist/packages
+
+repo: packages ## the signed apt and yum repository in dist/repo, for a web server at REPO_URL
+	@GO='$(GO)' ./packaging/repo/build dist/packages dist/repo
+
+packages-check: ## install, upgrade and refuse packages of PACKAGE_ARCHS with real apt and dnf, in trees of their own
+	@./scripts/setup packages packages-check $(if $(filter-out amd64,$(PACKAGE_ARCHS)),packages-foreign)
+	@GO='$(GO)' PACKAGE_ARCHS='$(PACKAGE_ARCHS)' ./packaging/test/check
 
 clean: ## remove what the targets made
 	rm -rf bin dist
