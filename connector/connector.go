@@ -94,6 +94,7 @@ type Connector struct {
 	host     surroundings
 
 	suspension suspension
+	beat       atomic.Int64 // when the loop that arranges the sessions came round, since began; 0: never
 
 	dial func(context.Context, tunnel.DialConfig) (session, error)
 

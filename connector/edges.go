@@ -221,8 +221,10 @@ func (c *Connector) keepEdges(ctx, lives context.Context) {
 	defer tick.Stop()
 	for {
 		c.arrange(ctx, lives, &wg)
+		c.beat.Store(int64(time.Since(began)))
 		select {
 		case <-ctx.Done():
+			c.beat.Store(0) // it ends, which is no fault
 			return
 		case <-c.edges.changed:
 		case <-tick.C:

@@ -1,6 +1,8 @@
 package connector
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"strings"
@@ -67,6 +69,55 @@ func (c *Connector) Status() Status {
 	}
 	st.Sessions = append(st.Sessions, bulk...)
 	return st
+}
+
+// Summary is a line about the sessions for people.
+func (c *Connector) Summary() string {
+	up, all := 0, 0
+	var why error
+	st := c.Status()
+	for _, s := range st.Sessions {
+		if s.Role != RoleMain {
+			continue
+		}
+		all++
+		if s.State == StateConnected {
+			up++
+		} else if s.Err != nil {
+			why = fmt.Errorf("%s: %w", s.Edge, s.Err)
+		}
+	}
+	line := fmt.Sprintf("%d of %d sessions, %d flows", up, all, st.Flows)
+	if up == 0 && why != nil {
+		line = "no session: " + strings.ReplaceAll(why.Error(), "\n", "; ")
+	}
+	return line
+}
+
+// began is what times are measured from that no change of the clock may touch.
+var began = time.Now()
+
+// beatTimeout is how long the loop that arranges the sessions, and comes round every arrangeEvery, may stand still.
+const beatTimeout = 20 * time.Second
+
+// Alive returns an error if, while Run runs, a part of the connector does not go on: a lock is not given back before ctx ends, or
+// the loop that arranges the sessions stands still. That no edge answers is no such fault.
+func (c *Connector) Alive(ctx context.Context) error {
+	answered := make(chan struct{})
+	go func() { // left behind if a lock is not given back; the process is to be ended then
+		defer close(answered)
+		c.Status()
+		c.flows.len()
+	}()
+	select {
+	case <-answered:
+	case <-ctx.Done():
+		return errors.New("a lock is not given back")
+	}
+	if beat := time.Duration(c.beat.Load()); beat != 0 && time.Since(began)-beat > beatTimeout {
+		return fmt.Errorf("the loop that arranges the sessions stands still for %v", time.Since(began)-beat)
+	}
+	return nil
 }
 
 // configVersion is the version of the remote configuration in force.

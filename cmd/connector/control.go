@@ -23,6 +23,7 @@ import (
 	"github.com/keyhaven/keyhaven/connector"
 	"github.com/keyhaven/keyhaven/internal/cli"
 	"github.com/keyhaven/keyhaven/internal/conf"
+	"github.com/keyhaven/keyhaven/internal/takeover"
 )
 
 // Bounds of the control socket.
@@ -46,6 +47,7 @@ const (
 // control answers the commands status and diag of a user of this host on a Unix socket, and an agent that reports how the
 // device is.
 type control struct {
+	process  *takeover.Process
 	path     string
 	status   func() connector.Status
 	device   func(report []byte) (fleet.Directive, error)
@@ -61,7 +63,7 @@ func (c *control) run(ctx context.Context) error {
 		<-ctx.Done()
 		return nil
 	}
-	ln, err := listenControl(c.path)
+	ln, err := listenControl(c.process, c.path)
 	if err != nil {
 		return fmt.Errorf("control: %w", err)
 	}

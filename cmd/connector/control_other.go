@@ -5,10 +5,12 @@ package main
 import (
 	"errors"
 	"net"
+
+	"github.com/keyhaven/keyhaven/internal/takeover"
 )
 
 // listenControl refuses: a socket that only its owner may use cannot be made here.
-func listenControl(string) (net.Listener, error) {
+func listenControl(*takeover.Process, string) (net.Listener, error) {
 	return nil, errors.New("the control socket needs a Unix system; remove control from the configuration")
 }
 

@@ -8,10 +8,17 @@ import (
 	"os"
 	"runtime"
 
+	"github.com/keyhaven/keyhaven/internal/takeover"
 	"github.com/keyhaven/keyhaven/internal/unixsock"
 )
 
-func listenControl(path string) (net.Listener, error) { return unixsock.Listen(path, controlConns) }
+func listenControl(p *takeover.Process, path string) (net.Listener, error) {
+	ln, err := p.Listen("unix", path)
+	if err != nil {
+		return nil, err
+	}
+	return unixsock.Limit(ln, controlConns), nil
+}
 
 func ownUID() uint32 { return uint32(os.Geteuid()) }
 

@@ -2,19 +2,19 @@ package main
 
 import (
 	"context"
-	"errors"
 	"io"
 	"log/slog"
 	"net"
 	"reflect"
-	"sync"
 
 	"github.com/spf13/cobra"
 
 	"github.com/keyhaven/keyhaven/connector"
 	"github.com/keyhaven/keyhaven/connector/ingress"
 	"github.com/keyhaven/keyhaven/internal/cli"
+	"github.com/keyhaven/keyhaven/internal/notify"
 	"github.com/keyhaven/keyhaven/internal/ops"
+	"github.com/keyhaven/keyhaven/internal/takeover"
 	"github.com/keyhaven/keyhaven/mtls"
 )
 
@@ -30,7 +30,8 @@ func runCommand() *cobra.Command {
 		Long: `Run keeps four sessions, spread over two edges where there are two, and serves flows until it gets SIGINT or SIGTERM.
 Then it tells the edges, waits for open flows for drain.grace at most, and exits; a second signal ends it at once. SIGHUP
 reads the allow-list, the ingress rules, the limits of flows and the certificate again: open flows that are no longer
-permitted are cut.`,
+permitted are cut. SIGUSR2 starts the program anew, from where it was started and with the same arguments: when the new process
+has its sessions this one finishes the open flows and exits; if it gets none this one goes on.`,
 		RunE: func(cmd *cobra.Command, _ []string) error { return run(cmd) },
 	}
 	cmd.Flags().String("config", defaultConfig, configHelp)
@@ -38,6 +39,10 @@ permitted are cut.`,
 }
 
 func run(cmd *cobra.Command) error {
+	process, err := takeover.Begin() // before a signal can come that it is to take
+	if err != nil {
+		return err
+	}
 	ring := &logRing{}
 	cmd.SetErr(io.MultiWriter(cmd.ErrOrStderr(), ring))
 	log, err := cli.Logger(cmd)
@@ -74,47 +79,11 @@ func run(cmd *cobra.Command) error {
 	}
 	log.Info("starting", "identity", src.Identity(), "edges", s.edges, "rules", s.allow.Len(), "version", cli.Version())
 	side := &ops.Server{Addr: s.Ops.Listen, AllowNonLoopback: s.Ops.AllowNonLoopback, Ready: c.Ready, Degraded: c.Degraded, Registry: registry, Logger: log,
-		Listening: func(a net.Addr) { log.Info("health and metrics", "addr", a) }}
-	local := &control{path: s.Control, status: c.Status, device: c.ReportDevice, log: ring, registry: registry, logger: log, uid: ownUID()}
-	return serve(cmd, s, log, src, c, in, side, local)
-}
-
-// serve runs the connector, what operators ask it, and reloads, and waits for all of them.
-func serve(cmd *cobra.Command, s *settings, log *slog.Logger, src *mtls.Source, c *connector.Connector, in *ingress.Handler, side *ops.Server, local *control) error {
-	ctx, stop := context.WithCancel(cmd.Context())
-	defer stop()
-	sideCtx, stopSide := context.WithCancel(context.WithoutCancel(ctx)) // it answers while the connector drains
-	defer stopSide()
-	var wg sync.WaitGroup
-	var sideErr, localErr error
-	wg.Go(func() {
-		if sideErr = cli.ListenError(side.Run(sideCtx)); sideErr != nil {
-			stop()
-		}
-	})
-	wg.Go(func() {
-		if localErr = local.run(sideCtx); localErr != nil {
-			stop()
-		}
-	})
-	first := *s
-	wg.Go(func() { first.logChecks(ctx, src, c.Ready, log) })
-	hangups := cli.Hangups(ctx)
-	wg.Go(func() {
-		for {
-			select {
-			case <-hangups:
-				s = reload(cmd, s, log, src, c, in)
-			case <-ctx.Done():
-				return
-			}
-		}
-	})
-	err := c.Run(ctx)
-	stop()
-	stopSide()
-	wg.Wait()
-	return errors.Join(err, sideErr, localErr)
+		Listening: func(a net.Addr) { log.Info("health and metrics", "addr", a) }, Listen: process.Listen}
+	local := &control{process: process, path: s.Control, status: c.Status, device: c.ReportDevice, log: ring, registry: registry, logger: log, uid: ownUID()}
+	r := &running{process: process, notify: notify.Notifier{Logger: log}, settings: s, log: log, connector: c, ops: side, control: local,
+		reload: func(old *settings) *settings { return reload(cmd, old, log, src, c, in) }, check: func(ctx context.Context) { s.logChecks(ctx, src, c.Ready, log) }}
+	return r.run(cmd.Context())
 }
 
 // reload reads configuration and certificate again. What is wrong is logged, and the old stays.

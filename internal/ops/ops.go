@@ -34,6 +34,8 @@ type Server struct {
 	Logger *slog.Logger
 	// Listening, if set, is called with the bound address before the first request is served.
 	Listening func(net.Addr)
+	// Listen binds Addr. Nil is net.Listen.
+	Listen func(network, addr string) (net.Listener, error)
 }
 
 // Config is the section of a program's configuration that a [Server] is made from.
@@ -78,7 +80,11 @@ func (s *Server) Run(ctx context.Context) error {
 	if err := CheckAddr(s.Addr, s.AllowNonLoopback); err != nil {
 		return fmt.Errorf("ops: %w", err)
 	}
-	ln, err := (&net.ListenConfig{}).Listen(ctx, "tcp", s.Addr)
+	listen := s.Listen
+	if listen == nil {
+		listen = net.Listen
+	}
+	ln, err := listen("tcp", s.Addr)
 	if err != nil {
 		return fmt.Errorf("ops: %w", err)
 	}
