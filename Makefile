@@ -26,7 +26,7 @@ LDFLAGS = -s -w -X github.com/keyhaven/keyhaven/internal/cli.release=$(VERSION)
 GOBUILD = $(GO) build -trimpath -buildvcs=false -ldflags '$(LDFLAGS)'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo demo-check test unit netns chaos idle upgrade browser interop peer transit reliability fuzz lint vuln bench packages repo packages-check clean
+.PHONY: help setup build demo demo-check test unit netns chaos idle upgrade browser interop peer transit reliability fuzz lint vuln bench image-e2e image-cuts image-check packages repo packages-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -103,6 +103,36 @@ vuln: ## known vulnerabilities in what is reachable from our code (needs the vul
 
 bench: setup build ## measure, print a table and JSON lines
 	$(GO) run ./bench
+
+# The machine that QEMU plays in image-e2e: arm64, armhf and amd64 are generic ones, raspi3b and raspi0 are Pis; and in the
+# tests of updates, mistakes and power cuts, for which the fastest does.
+BOARD ?= arm64
+CUTS_BOARD ?= amd64
+image_arch_raspi3b = arm64
+image_arch_raspi0 = armel
+image_arch = $(or $(image_arch_$(1)),$(1))
+# A test of images: its pattern and the machine.
+define image-test
+./scripts/setup image-tests
+$(MAKE) image ARCH=$(call image_arch,$(2))
+$(GO) build -o /dev/null ./cmd/keyserver ./cmd/connector ./cmd/edge ./demo # fetches what the namespace cannot
+$(GO) test -tags image -run '^$$' ./images/rpi/qemu >/dev/null
+./scripts/rootless $(GO) test -count=1 -tags image -timeout 0 -v -run '$(1)' ./images/rpi/qemu -board $(2)
+endef
+
+image-e2e: ## boot the image in BOARD, a machine of QEMU: a visitor of an edge gets pictures of its camera
+	$(call image-test,TestPetCam,$(BOARD))
+
+image-cuts: ## cut the power of CUTS_BOARD at many points of an update and of the first boot
+	$(call image-test,TestCuts|TestKills,$(CUTS_BOARD))
+
+image-check: image-e2e ## all tests of images: every architecture, mistakes, updates, power cuts, reproducibility (hours)
+	$(call image-test,TestMistakes|TestClock|TestBroken|TestRefused|TestBadSlots,$(CUTS_BOARD))
+	$(MAKE) image-cuts
+	$(MAKE) image-e2e BOARD=armhf
+	$(MAKE) image-e2e BOARD=raspi3b
+	$(MAKE) image-e2e BOARD=raspi0
+	./images/rpi/check-reproducible
 
 packages: ## deb and rpm packages of PACKAGE_ARCHS into dist/packages, with checksums, signature and bills of materials
 	@./scripts/setup packages $(if $(filter-out amd64,$(PACKAGE_ARCHS)),packages-foreign)

@@ -48,12 +48,12 @@ var boards = []Board{
 	{
 		Name: "raspi3b", Arch: "arm64", Program: "qemu-system-aarch64", Args: []string{"-machine", "raspi3b", "-accel", "tcg,thread=multi,tb-size=1024"},
 		SD: true, Net: usbNet, Console: "ttyAMA0", DTB: "bcm2837-rpi-3-b.dtb", Filter: []string{"[pi3]"},
-		Cmdline: "initcall_blacklist=bcm2835_wdt_driver_init", // QEMU resets when the watchdog is armed
+		Cmdline: "kh.nowatchdog", // QEMU resets at once when the watchdog is armed
 	},
 	{
 		Name: "raspi0", Arch: "armel", Program: "qemu-system-arm", Args: []string{"-machine", "raspi0", "-accel", "tcg,tb-size=512"},
 		SD: true, Net: usbNet, Console: "ttyAMA0", DTB: "bcm2835-rpi-zero.dtb", Filter: []string{"[pi0]"},
-		Cmdline: "initcall_blacklist=bcm2835_wdt_driver_init,bcm2835_power_driver_init",
+		Cmdline: "kh.nowatchdog initcall_blacklist=bcm2835_power_driver_init",
 	},
 }
 

@@ -22,11 +22,12 @@ import (
 )
 
 var (
-	boardFlag   = flag.String("board", "arm64", "machine that QEMU plays: arm64, armhf, amd64, raspi3b or raspi0")
-	imageFlag   = flag.String("image", "", "image to boot; the newest in build/image for the machine unless given")
-	keysFlag    = flag.String("keys", "../../../dist/keys", "directory with the keys that the image trusts for updates")
-	figuresFlag = flag.String("figures", "../../../dist/image/figures.json", "file that gets what was measured, a line of JSON for each")
-	slowFlag    = flag.Float64("slow", 3, "factor for all deadlines")
+	boardFlag    = flag.String("board", "arm64", "machine that QEMU plays: arm64, armhf, amd64, raspi3b or raspi0")
+	imageFlag    = flag.String("image", "", "image to boot; the newest in build/image for the machine unless given")
+	keysFlag     = flag.String("keys", "../../../dist/keys", "directory with the keys that the image trusts for updates")
+	figuresFlag  = flag.String("figures", "../../../dist/image/figures.json", "file that gets what was measured, a line of JSON for each")
+	picturesFlag = flag.String("pictures", "", "directory that gets pictures of the screen, for the documentation")
+	slowFlag     = flag.Float64("slow", 3, "factor for all deadlines")
 )
 
 const (

@@ -196,6 +196,21 @@ func (r *Run) cmdline(b *Boot) string {
 	return strings.Join(strings.Fields(strings.Join(words, " ")), " ")
 }
 
+// Reset restarts the machine as a push on its reset button does.
+func (r *Run) Reset() error {
+	r.mu.Lock()
+	q := r.qmp
+	r.mu.Unlock()
+	if q == nil {
+		return errQMPGone
+	}
+	_, err := q.do("quit", nil)
+	if errors.Is(err, errQMPGone) {
+		err = nil // that quickly
+	}
+	return err
+}
+
 // PowerCut switches the machine off as a pulled plug does, and returns what went wrong before.
 func (r *Run) PowerCut() error {
 	r.cancel()
