@@ -101,6 +101,8 @@ func (c *Connector) handle(ctx context.Context, in incoming) {
 		err = c.serveTCP(ctx, in, start)
 	case tunnel.KindIngress:
 		err = c.serveIngress(ctx, in, start)
+	case tunnel.KindIngressUDP:
+		err = c.serveIngressUDP(ctx, in, start)
 	case tunnel.KindUDP:
 		err = c.serveUDP(ctx, in, start)
 	case tunnel.KindICMP:

@@ -77,7 +77,11 @@ func (c *Connector) serveIngress(ctx context.Context, in incoming, start time.Ti
 
 func (c *Connector) spliceIngress(ctx context.Context, h *ingress.Handler, in incoming, start time.Time) error {
 	f := in.Flow()
-	origin, err := c.dialIngress(ctx, h, in)
+	var origin tunnel.Conn
+	err := c.dialIngress(ctx, in, func(ctx context.Context) (err error) {
+		origin, err = h.Dial(ctx, f)
+		return err
+	})
 	if err != nil {
 		return err
 	}
@@ -97,8 +101,37 @@ func (c *Connector) spliceIngress(ctx context.Context, h *ingress.Handler, in in
 	return nil
 }
 
-// dialIngress connects within the time that the flow has and while the edge waits.
-func (c *Connector) dialIngress(ctx context.Context, h *ingress.Handler, in incoming) (tunnel.Conn, error) {
+// serveIngressUDP connects a flow of packets to the ingress' service and serves it to its end. An error means that the flow is
+// not answered yet.
+func (c *Connector) serveIngressUDP(ctx context.Context, in incoming, start time.Time) error {
+	h, f := c.cfg.Ingress, in.Flow()
+	if h == nil || f.Service != "udp" {
+		return errKind
+	}
+	flowCtx, cut := context.WithCancelCause(ctx)
+	defer cut(nil)
+	k := udpKey{id: f.ID, host: f.Host, port: f.Port} // no network: no flow of another kind has this key
+	var sock *udpSocket
+	err := c.dialIngress(ctx, in, func(ctx context.Context) (err error) {
+		sock, err = c.udp.associate(ctx, k, cut, func() (*udpSocket, error) {
+			o, err := h.DialPacket(ctx, f)
+			if err != nil {
+				return nil, err
+			}
+			return &udpSocket{UDPConn: o.UDPConn, to: o.To(), service: o}, nil
+		})
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	keep := c.carryUDP(flowCtx, in, sock, start)
+	c.udp.leave(k, sock, keep || ctx.Err() != nil)
+	return nil
+}
+
+// dialIngress calls dial, with the time that the flow has and while the edge waits.
+func (c *Connector) dialIngress(ctx context.Context, in incoming, dial func(context.Context) error) error {
 	f := in.Flow()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -116,14 +149,14 @@ func (c *Connector) dialIngress(ctx context.Context, h *ingress.Handler, in inco
 		case <-ctx.Done():
 		}
 	})
-	conn, err := h.Dial(ctx, f)
+	err := dial(ctx)
 	switch {
 	case errors.Is(err, ingress.ErrDenied):
 		err = errors.Join(errDenied, err)
 	case errors.Is(err, ingress.ErrNoService):
 		err = errors.Join(errNoService, err)
 	}
-	return conn, err
+	return err
 }
 
 // errNoService says that the ingress has nothing for a flow.

@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/keyhaven/keyhaven/connector/ingress"
 	"github.com/keyhaven/keyhaven/ingressconf"
@@ -162,4 +163,85 @@ func tcpPair(t *testing.T) (a, b *net.TCPConn) {
 		t.Fatal(err)
 	}
 	return c.(*net.TCPConn), d.(*net.TCPConn)
+}
+
+func startIngress(t *testing.T, cfg ingress.HandlerConfig) *ingress.Handler {
+	t.Helper()
+	h, err := ingress.New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := h.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return h
+}
+
+// Packets reach the service of the rule for their host, which moves from session to session with its flow as an association
+// in a network does.
+func TestIngressPackets(t *testing.T) {
+	o := startUDP(t, "127.0.0.1:0")
+	for _, bandwidth := range []string{"", ", bandwidth: 1MB/s"} {
+		rules, err := ingressconf.Parse(fmt.Appendf(nil, "ingress:\n  - {hostname: coap.test, service: 'udp://%s'%s}\n  - {hostname: bytes.test, service: 'tcp://127.0.0.1:1'}\n  - service: hello_world\n", o.addr, bandwidth))
+		if err != nil {
+			t.Fatal(err)
+		}
+		// The rules of the connector's own file are its owner's word: the empty allow-list does not bound them.
+		e, c := udpSite(t, Config{Ingress: startIngress(t, ingress.HandlerConfig{Local: rules}), Allow: mustAllow(t)})
+		flow := tunnel.Flow{Kind: tunnel.KindIngressUDP, Service: "udp", Host: "coap.test", Port: 5683, ID: [16]byte{1}}
+		before := len(o.sources())
+		f := openPackets(t, e.session(t), flow)
+		for _, n := range []int{0, 1, 1200, 9000, 60_000} {
+			ask(t, f, make([]byte, n))
+		}
+		again := openPackets(t, e.session(t), flow)
+		f.SetReadDeadline(time.Now().Add(patience))
+		if _, err := tunnel.ReceivePacket(f); err != io.EOF {
+			t.Errorf("the older flow: got %v, want io.EOF", err)
+		}
+		ask(t, again, []byte("hello"))
+		if got := len(o.sources()) - before; got != 1 {
+			t.Errorf("packets came from %d ports, want one", got)
+		}
+		for host, want := range map[string]error{"bytes.test": tunnel.ErrNoRoute, "other.test": tunnel.ErrNoRoute} {
+			flow := flow
+			flow.Host, flow.ID = host, [16]byte{}
+			if _, err := tryPackets(t, e.session(t), flow); !errors.Is(err, want) {
+				t.Errorf("%s: got %v, want %v", host, err, want)
+			}
+		}
+		flow.Service, flow.ID = "tcp", [16]byte{}
+		if _, err := tryPackets(t, e.session(t), flow); !errors.Is(err, tunnel.ErrUnsupported) {
+			t.Errorf("packets of another service: got %v, want ErrUnsupported", err)
+		}
+		again.Close()
+		eventually(t, "no flow is left", func() bool { return c.flows.len() == 0 })
+	}
+	e, _ := udpSite(t, Config{})
+	if _, err := tryPackets(t, e.session(t), tunnel.Flow{Kind: tunnel.KindIngressUDP, Service: "udp", Host: "coap.test", Port: 1}); !errors.Is(err, tunnel.ErrUnsupported) {
+		t.Errorf("without an ingress: got %v, want ErrUnsupported", err)
+	}
+}
+
+// Rules from the edge reach with packets what the allow-list permits, as long as it does.
+func TestIngressPacketsOfTheEdge(t *testing.T) {
+	o := startUDP(t, "127.0.0.1:0")
+	h := startIngress(t, ingress.HandlerConfig{Remote: true})
+	e, c := udpSite(t, Config{Ingress: h})
+	if err := h.Configure(t.Context(), 1, fmt.Appendf(nil, `{"ingress":[{"hostname":"coap.test","service":"udp://%s"},{"service":"http_status:404"}]}`, o.addr)); err != nil {
+		t.Fatal(err)
+	}
+	flow := tunnel.Flow{Kind: tunnel.KindIngressUDP, Service: "udp", Host: "coap.test", Port: 5683, ID: [16]byte{1}}
+	f := openPackets(t, e.session(t), flow)
+	ask(t, f, []byte("hello"))
+	c.SetAllow(nil)
+	f.SetReadDeadline(time.Now().Add(patience))
+	if _, err := tunnel.ReceivePacket(f); err != io.EOF {
+		t.Errorf("after the allow-list was emptied: got %v, want io.EOF", err)
+	}
+	if _, err := tryPackets(t, e.session(t), flow); !errors.Is(err, tunnel.ErrDenied) {
+		t.Errorf("a new flow: got %v, want ErrDenied", err)
+	}
 }

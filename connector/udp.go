@@ -11,6 +11,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/keyhaven/keyhaven/connector/ingress"
 	"github.com/keyhaven/keyhaven/tunnel"
 	"github.com/keyhaven/keyhaven/vnet"
 )
@@ -38,12 +39,21 @@ type udpKey struct {
 // A udpSocket is a connected socket, used by one flow at a time.
 type udpSocket struct {
 	*net.UDPConn
-	to  netip.AddrPort
-	cut context.CancelCauseFunc // of the flow that uses it; nil: it waits for one
+	to      netip.AddrPort
+	service *ingress.PacketOrigin   // whose socket it is; nil: it is no ingress rule's
+	cut     context.CancelCauseFunc // of the flow that uses it; nil: it waits for one
 
 	free   chan struct{} // closed when the flow that uses it lets go
 	wanted bool          // a newer flow waits for free
 	expiry *time.Timer   // closes it when nobody came
+}
+
+// Close closes the socket.
+func (s *udpSocket) Close() error {
+	if s.service != nil {
+		return s.service.Close()
+	}
+	return s.UDPConn.Close()
 }
 
 // udpTable holds the sockets of associations that have a name. The zero value is ready.
@@ -149,25 +159,31 @@ func (c *Connector) serveUDP(ctx context.Context, in incoming, start time.Time) 
 	if err != nil {
 		return err
 	}
-	keep := false
-	defer func() { c.udp.leave(k, sock, keep) }()
 	f := &flow{target: t, to: sock.to, cut: cut}
 	if !c.flows.add(f, &c.allow) {
+		c.udp.leave(k, sock, false)
 		return errDenied
 	}
 	defer c.flows.remove(f)
+	keep := c.carryUDP(flowCtx, in, sock, start)
+	c.udp.leave(k, sock, keep || ctx.Err() != nil)
+	return nil
+}
+
+// carryUDP accepts a flow, whose socket is connected, and serves it to its end. It reports whether the socket should stay for
+// a flow to come.
+func (c *Connector) carryUDP(ctx context.Context, in incoming, sock *udpSocket, start time.Time) (keep bool) {
+	f := in.Flow()
 	c.metrics.observe(tunnel.ResultOK, time.Since(start))
 	conn, err := in.AcceptPacket()
 	if err != nil {
-		keep = true // the edge may be trying another session already
-		c.log.Debug("flow was given up before it began", "vnet", t.vnet, "to", sock.to, "err", err)
-		return nil
+		c.log.Debug("flow was given up before it began", "vnet", f.VNet, "host", f.Host, "to", sock.to, "err", err)
+		return true // the edge may be trying another session already
 	}
-	u := &udpFlow{conn: conn, sock: sock, idle: newIdle(c.cfg.UDPIdle, cut), packets: c.metrics.udp}
-	err = u.carry(flowCtx)
-	keep = ctx.Err() != nil || errors.Is(err, tunnel.ErrSessionLost)
-	c.log.Debug("flow of packets ended", "vnet", t.vnet, "to", sock.to, "dur", time.Since(start), "err", err)
-	return nil
+	u := &udpFlow{conn: conn, sock: sock, idle: newIdle(c.cfg.UDPIdle, sock.cut), packets: c.metrics.udp}
+	err = u.carry(ctx)
+	c.log.Debug("flow of packets ended", "vnet", f.VNet, "host", f.Host, "to", sock.to, "dur", time.Since(start), "err", err)
+	return errors.Is(err, tunnel.ErrSessionLost)
 }
 
 // openUDP returns the association's socket: the one it had, or a new one.
@@ -180,21 +196,30 @@ func (c *Connector) openUDP(ctx context.Context, in incoming, k udpKey, cut cont
 	if err != nil {
 		return t, nil, err
 	}
+	s, err := c.udp.associate(ctx, k, cut, func() (*udpSocket, error) {
+		conn, err := c.dialer.net.DialUDP(ctx, "udp", netip.AddrPort{}, addrs[0])
+		return &udpSocket{UDPConn: conn, to: addrs[0]}, err
+	})
+	return t, s, err
+}
+
+// associate returns an association's socket: the one it had, or the one that dial makes.
+func (t *udpTable) associate(ctx context.Context, k udpKey, cut context.CancelCauseFunc, dial func() (*udpSocket, error)) (*udpSocket, error) {
 	named := k.id != [16]byte{}
 	if named {
-		if s, err := c.udp.take(ctx, k, cut); err != nil || s != nil {
-			return t, s, err
+		if s, err := t.take(ctx, k, cut); err != nil || s != nil {
+			return s, err
 		}
 	}
-	conn, err := c.dialer.net.DialUDP(ctx, "udp", netip.AddrPort{}, addrs[0])
+	s, err := dial()
 	if err != nil {
-		return t, nil, err
+		return nil, err
 	}
-	s := &udpSocket{UDPConn: conn, to: addrs[0], cut: cut, free: make(chan struct{})}
+	s.cut, s.free = cut, make(chan struct{})
 	if named {
-		c.udp.enter(k, s)
+		t.enter(k, s)
 	}
-	return t, s, nil
+	return s, nil
 }
 
 // A udpFlow carries packets between a flow and a socket.
@@ -203,10 +228,18 @@ type udpFlow struct {
 	sock    *udpSocket
 	idle    *idle
 	packets *packetCounters
+	out, in func([]byte) error // pass a packet on, to the socket and to the flow
 }
 
 // carry returns when the flow has ended, and says why. The socket stays open.
 func (u *udpFlow) carry(ctx context.Context) error {
+	u.out, u.in = u.send, u.conn.WritePacket
+	if s := u.sock.service; s != nil {
+		out, in := s.ToService(u.out), s.ToVisitor(u.in)
+		defer out.Close()
+		defer in.Close()
+		u.out, u.in = out.Pass, in.Pass
+	}
 	stop := context.AfterFunc(ctx, func() { u.conn.Close() })
 	var wg sync.WaitGroup
 	wg.Go(u.fromSocket)
@@ -235,21 +268,29 @@ func (u *udpFlow) toSocket() error {
 			return err
 		}
 		u.idle.touch()
-		_, err = u.sock.Write(b)
-		if refusedBefore(err) { // what is reported in place of sending is about an earlier packet
-			u.conn.Unreachable(unreachableCode(err))
-			_, err = u.sock.Write(b)
-		}
-		if err == nil {
-			u.packets.out(len(b))
-			continue
-		}
-		if errors.Is(err, net.ErrClosed) {
+		if err := u.out(b); err != nil {
 			return err
 		}
+	}
+}
+
+// send sends a packet to the destination. An error is the end of the socket.
+func (u *udpFlow) send(b []byte) error {
+	_, err := u.sock.Write(b)
+	if refusedBefore(err) { // what is reported in place of sending is about an earlier packet
+		u.conn.Unreachable(unreachableCode(err))
+		_, err = u.sock.Write(b)
+	}
+	switch {
+	case err == nil:
+		u.packets.out(len(b))
+	case errors.Is(err, net.ErrClosed):
+		return err
+	default:
 		u.packets.bad.Inc()
 		u.conn.Unreachable(unreachableCode(err))
 	}
+	return nil
 }
 
 func (u *udpFlow) fromSocket() {
@@ -261,13 +302,16 @@ func (u *udpFlow) fromSocket() {
 		err := r.read(func(b []byte) error {
 			u.idle.touch()
 			u.packets.in(len(b))
-			return u.conn.WritePacket(b)
+			return u.in(b)
 		})
 		switch {
 		case err == nil:
 		case refusedBefore(err):
 			u.idle.touch()
 			u.conn.Unreachable(unreachableCode(err))
+		case errors.Is(err, net.ErrClosed): // perhaps the socket, because its service is not permitted any more
+			u.conn.Close() //nolint:errcheck // nothing to lose
+			return
 		default: // the flow or the socket has ended, or is to end
 			return
 		}

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net/url"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -70,7 +71,7 @@ func ingressValidate() *cobra.Command {
 			}
 			out := cmd.OutOrStdout()
 			for i, t := range s.ingress.Targets() {
-				fmt.Fprintf(out, "ingress[%d]  %s  %s\n", i, matches(t), t.Service)
+				fmt.Fprintf(out, "ingress[%d]  %s  %s\n", i, matches(t), leads(t))
 			}
 			for _, w := range s.ingress.Warnings() {
 				fmt.Fprintf(out, "warning   %s\n", w)
@@ -87,6 +88,14 @@ func ingressValidate() *cobra.Command {
 	}
 	cmd.Flags().String("config", defaultConfig, configHelp)
 	return cmd
+}
+
+// leads says where a rule leads, and with what bandwidth.
+func leads(t *ingressconf.Target) string {
+	if t.Bandwidth == 0 {
+		return t.Service.String()
+	}
+	return fmt.Sprintf("%s  at most %s (%d bytes per second)", t.Service, t.Rule.Bandwidth, t.Bandwidth)
 }
 
 // matches says what a rule takes.
@@ -106,8 +115,8 @@ func ingressRule() *cobra.Command {
 		Use:   "rule URL",
 		Short: "Show which ingress rule takes a request for a URL, and why",
 		Long: `Show which ingress rule takes a request for a URL, and why. The rules are those of the edge's configuration, if one is
-kept beside the identity, and else those of the configuration file. tcp://host asks for a flow of bytes. The exit code is
-1 if no rule takes the request.`,
+kept beside the identity, and else those of the configuration file. tcp://host asks for a flow of bytes, udp://host for one of
+packets. The exit code is 1 if no rule takes the request.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			s, err := load(cmd)
@@ -142,24 +151,16 @@ func (s *settings) rulesInForce() (*ingressconf.Config, string, error) {
 // explain prints the rules up to the one that takes a request for the URL.
 func explain(out io.Writer, rules *ingressconf.Config, from, raw string) error {
 	u, err := url.Parse(raw)
-	if err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" && u.Scheme != "tcp" {
-		return cli.UsageError("%q: write http://host/path, https://host/path, or tcp://host", raw)
+	if err != nil || u.Host == "" || !slices.Contains([]string{"http", "https", "tcp", "udp"}, u.Scheme) {
+		return cli.UsageError("%q: write http://host/path, https://host/path, tcp://host, or udp://host", raw)
 	}
 	host, err := ingressconf.CanonicalHost(u.Host)
 	if err != nil {
 		return cli.UsageError("%q: %w", raw, err)
 	}
 	fmt.Fprintf(out, "rules of %s\n", from)
-	if u.Scheme == "tcp" {
-		i, t := rules.MatchFlow(host)
-		switch {
-		case t == nil:
-			return errors.New("no rule takes it")
-		case t.Service.Scheme != ingressconf.TCP && t.Service.Scheme != ingressconf.Unix:
-			return fmt.Errorf("ingress[%d] takes it and leads to %s, which carries no plain bytes: it is refused", i, t.Service)
-		}
-		fmt.Fprintf(out, "ingress[%d]: takes flows of bytes for %s: %s\n", i, matches(t), t.Service)
-		return nil
+	if u.Scheme == "tcp" || u.Scheme == "udp" {
+		return explainFlow(out, rules, u.Scheme, host)
 	}
 	path := u.EscapedPath()
 	if path == "" {
@@ -169,8 +170,29 @@ func explain(out io.Writer, rules *ingressconf.Config, from, raw string) error {
 		return errors.New("refused with status 400: rules for this host look at the path, and this one can be read in more than one way")
 	}
 	fmt.Fprintln(out, strings.Join(rules.Explain(host, path), "\n"))
-	if _, t := rules.Match(host, path); t == nil {
+	_, t := rules.Match(host, path)
+	if t == nil {
 		return errors.New("no rule takes it")
 	}
+	if t.Bandwidth > 0 {
+		fmt.Fprintf(out, "bandwidth: at most %s (%d bytes per second)\n", t.Rule.Bandwidth, t.Bandwidth)
+	}
+	return nil
+}
+
+// explainFlow prints the rule that takes a flow without requests.
+func explainFlow(out io.Writer, rules *ingressconf.Config, scheme, host string) error {
+	what, schemes := "bytes", []ingressconf.Scheme{ingressconf.TCP, ingressconf.Unix}
+	if scheme == "udp" {
+		what, schemes = "packets", []ingressconf.Scheme{ingressconf.UDP}
+	}
+	i, t := rules.MatchFlow(host)
+	switch {
+	case t == nil:
+		return errors.New("no rule takes it")
+	case !slices.Contains(schemes, t.Service.Scheme):
+		return fmt.Errorf("ingress[%d] takes it and leads to %s, which carries no plain %s: it is refused", i, t.Service, what)
+	}
+	fmt.Fprintf(out, "ingress[%d]: takes flows of %s for %s: %s\n", i, what, matches(t), leads(t))
 	return nil
 }

@@ -25,14 +25,18 @@ type dialer struct {
 
 	mu     sync.Mutex // guards the fields below
 	permit Permit
-	remote map[*originConn]struct{} // open connections of rules from the edge
+	remote map[tunnel.Resetter]place // open connections of rules from the edge
+}
+
+// A place is what a permit is asked about: an address, and the name that led to it, if one did.
+type place struct {
+	name string
+	to   netip.AddrPort
 }
 
 // originConn is a connection to an origin over TCP.
 type originConn struct {
 	*net.TCPConn
-	name   string
-	to     netip.AddrPort
 	forget func()
 }
 
@@ -48,11 +52,11 @@ func (c *originConn) Reset(tunnel.Result) {
 	c.Close()      //nolint:errcheck // nothing to save
 }
 
-// dial connects to t's service, and says there who visits if the rule wants that.
-func (d *dialer) dial(ctx context.Context, t *ingressconf.Target, remote bool, visitor netip.AddrPort) (tunnel.Conn, error) {
+// dial connects to t's service at a pace, and says there who visits if the rule wants that.
+func (d *dialer) dial(ctx context.Context, t *ingressconf.Target, remote bool, visitor netip.AddrPort, p *pace) (tunnel.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, t.Origin.ConnectTimeout)
 	defer cancel()
-	conn, err := d.connect(ctx, t.Service, remote)
+	conn, err := d.connect(ctx, t.Service, remote, p != nil)
 	if err != nil {
 		return nil, fmt.Errorf("connect to %s: %w", t.Service, err)
 	}
@@ -60,44 +64,78 @@ func (d *dialer) dial(ctx context.Context, t *ingressconf.Target, remote bool, v
 		conn.Close()
 		return nil, fmt.Errorf("announce the visitor to %s: %w", t.Service, err)
 	}
-	return conn, nil
+	return p.conn(conn), nil
 }
 
-func (d *dialer) connect(ctx context.Context, s ingressconf.Service, remote bool) (tunnel.Conn, error) {
-	nd := net.Dialer{Resolver: d.resolver}
+func (d *dialer) connect(ctx context.Context, s ingressconf.Service, remote, slow bool) (tunnel.Conn, error) {
 	if s.Scheme == ingressconf.Unix {
 		if remote { // refused when the rules came; looked at again because nothing else stands before a socket
 			return nil, ErrDenied
 		}
-		conn, err := nd.DialContext(ctx, "unix", s.Path)
+		conn, err := (&net.Dialer{}).DialContext(ctx, "unix", s.Path)
 		if err != nil {
 			return nil, err
 		}
 		return conn.(*net.UnixConn), nil
 	}
-	name := ""
-	if _, err := netip.ParseAddr(s.Host); err != nil {
-		name = s.Host
-	}
-	if remote {
-		nd.ControlContext = func(_ context.Context, _, address string, _ syscall.RawConn) error {
-			to, err := netip.ParseAddrPort(address)
-			if err != nil || !d.permitted(name, to) {
-				return ErrDenied
-			}
-			return nil
-		}
-	}
-	conn, err := nd.DialContext(ctx, "tcp", s.Addr())
+	conn, err := d.dialNet(ctx, "tcp", s, remote, slow)
 	if err != nil {
 		return nil, err
 	}
-	c := &originConn{TCPConn: conn.(*net.TCPConn), name: name, forget: func() {}}
-	if remote && !d.keep(c) {
-		c.TCPConn.Close()
-		return nil, ErrDenied
+	c := &originConn{TCPConn: conn.(*net.TCPConn), forget: func() {}}
+	if remote {
+		forget, ok := d.keep(c, place{nameOf(s), c.RemoteAddr().(*net.TCPAddr).AddrPort()})
+		if !ok {
+			c.TCPConn.Close()
+			return nil, ErrDenied
+		}
+		c.forget = forget
 	}
 	return c, nil
+}
+
+// dialPacket connects a socket to a service.
+func (d *dialer) dialPacket(ctx context.Context, s ingressconf.Service, remote bool) (*PacketOrigin, error) {
+	conn, err := d.dialNet(ctx, "udp", s, remote, false)
+	if err != nil {
+		return nil, err
+	}
+	o := &PacketOrigin{UDPConn: conn.(*net.UDPConn), to: conn.RemoteAddr().(*net.UDPAddr).AddrPort(), forget: func() {}}
+	if remote {
+		forget, ok := d.keep(o, place{nameOf(s), o.to})
+		if !ok {
+			o.UDPConn.Close()
+			return nil, ErrDenied
+		}
+		o.forget = forget
+	}
+	return o, nil
+}
+
+// nameOf is the service's host if it is a name.
+func nameOf(s ingressconf.Service) string {
+	if _, err := netip.ParseAddr(s.Host); err != nil {
+		return s.Host
+	}
+	return ""
+}
+
+// dialNet connects to a service over TCP or UDP, a remote rule's where the permit lets it.
+func (d *dialer) dialNet(ctx context.Context, network string, s ingressconf.Service, remote, slow bool) (net.Conn, error) {
+	nd := net.Dialer{Resolver: d.resolver}
+	nd.ControlContext = func(_ context.Context, _, address string, raw syscall.RawConn) error {
+		if remote {
+			to, err := netip.ParseAddrPort(address)
+			if err != nil || !d.permitted(nameOf(s), to) {
+				return ErrDenied
+			}
+		}
+		if slow {
+			holdLittle(raw)
+		}
+		return nil
+	}
+	return nd.DialContext(ctx, network, s.Addr())
 }
 
 func (d *dialer) permitted(name string, to netip.AddrPort) bool {
@@ -110,33 +148,31 @@ func (d *dialer) permittedLocked(name string, to netip.AddrPort) bool {
 	return d.permit != nil && d.permit.Addr(name, netip.AddrPortFrom(to.Addr().Unmap(), to.Port()))
 }
 
-// keep remembers c if the permit that holds at that moment lets it be.
-func (d *dialer) keep(c *originConn) bool {
-	c.to = c.RemoteAddr().(*net.TCPAddr).AddrPort()
+// keep remembers c, which leads to p, if the permit that holds at that moment lets it be. forget is to be called at its end.
+func (d *dialer) keep(c tunnel.Resetter, p place) (forget func(), ok bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if !d.permittedLocked(c.name, c.to) {
-		return false
+	if !d.permittedLocked(p.name, p.to) {
+		return nil, false
 	}
 	if d.remote == nil {
-		d.remote = map[*originConn]struct{}{}
+		d.remote = map[tunnel.Resetter]place{}
 	}
-	d.remote[c] = struct{}{}
-	c.forget = func() {
+	d.remote[c] = p
+	return func() {
 		d.mu.Lock()
 		defer d.mu.Unlock()
 		delete(d.remote, c)
-	}
-	return true
+	}, true
 }
 
 // setPermit replaces the permit and cuts what it does not let be.
 func (d *dialer) setPermit(p Permit) int {
 	d.mu.Lock()
 	d.permit = p
-	var bad []*originConn
-	for c := range d.remote {
-		if !d.permittedLocked(c.name, c.to) {
+	var bad []tunnel.Resetter
+	for c, at := range d.remote {
+		if !d.permittedLocked(at.name, at.to) {
 			bad = append(bad, c)
 		}
 	}

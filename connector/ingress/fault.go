@@ -28,7 +28,7 @@ var (
 	faultTarget  = fault{http.StatusBadRequest, "bad_target", "The path is not valid", "The request's path could be read in more than one way."}
 	faultMethod  = fault{http.StatusMethodNotAllowed, "bad_method", "The method is not supported", "This is not a forward proxy."}
 	faultUpgrade = fault{http.StatusBadRequest, "bad_upgrade", "The protocol is not supported", "The connection cannot be upgraded to this protocol."}
-	faultBytes   = fault{http.StatusBadGateway, "not_http", "The service does not speak HTTP", "The ingress rule for this host leads to a service that carries plain bytes."}
+	faultBytes   = fault{http.StatusBadGateway, "not_http", "The service does not speak HTTP", "The ingress rule for this host leads to a service that carries plain bytes or packets."}
 
 	faultOrigin   = fault{http.StatusBadGateway, "origin_down", "The origin cannot be reached", "The tunnel is up, but nothing accepts connections where the origin should be. Its operator should check that it runs."}
 	faultDenied   = fault{http.StatusBadGateway, "not_permitted", "The origin is not permitted", "The connector's allow-list does not let ingress rules of the edge lead there. Its operator should check the list."}

@@ -114,7 +114,7 @@ func (h *Handler) route(v *visit, r *http.Request) (*ingressconf.Target, fault, 
 	switch {
 	case t == nil:
 		return nil, faultNoRule, false
-	case t.Service.Scheme == ingressconf.TCP:
+	case t.Service.Scheme == ingressconf.TCP, t.Service.Scheme == ingressconf.UDP:
 		return nil, faultBytes, false
 	}
 	if strings.Contains(httprelay.UpgradeOf(r.Header), "h2c") {

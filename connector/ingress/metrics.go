@@ -10,6 +10,8 @@ type metrics struct {
 	answers *prometheus.CounterVec
 	refused prometheus.Counter
 	version prometheus.Gauge
+	// overBandwidth counts what did not fit into its rule's bandwidth.
+	overBandwidth prometheus.Counter
 }
 
 func newMetrics() *metrics {
@@ -18,6 +20,8 @@ func newMetrics() *metrics {
 			Help: "Responses to requests of the ingress, by class of status."}, []string{"status"}),
 		refused: prometheus.NewCounter(prometheus.CounterOpts{Name: "keyhaven_connector_remote_config_refusals_total",
 			Help: "Configurations from the edge that were refused."}),
+		overBandwidth: prometheus.NewCounter(prometheus.CounterOpts{Name: "keyhaven_connector_ingress_packets_dropped_total",
+			Help: "Packets of udp:// services that were dropped because the bandwidth of their rule was used up."}),
 		version: prometheus.NewGauge(prometheus.GaugeOpts{Name: "keyhaven_connector_remote_config_version",
 			Help: "Version of the last configuration that was taken from the edge; 0 if there was none."}),
 	}
@@ -35,5 +39,5 @@ func (m *metrics) register(r prometheus.Registerer) error {
 	if r == nil {
 		return nil
 	}
-	return errors.Join(r.Register(m.answers), r.Register(m.refused), r.Register(m.version))
+	return errors.Join(r.Register(m.answers), r.Register(m.refused), r.Register(m.version), r.Register(m.overBandwidth))
 }

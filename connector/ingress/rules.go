@@ -34,6 +34,8 @@ type rules struct {
 	source  string
 	config  *ingressconf.Config
 	origins []*origin // of each rule; nil for those that lead to no HTTP origin
+	paces   []*pace   // of each rule; nil for those without a bandwidth
+	paced   map[paceKey]*pace
 }
 
 // originKey tells origins apart: rules with the same one share connections, over changes of configuration too.
@@ -43,6 +45,7 @@ type originKey struct {
 	pool                  [sha256.Size]byte
 	remote                bool
 	http2, lax, unchunked bool
+	pace                  *pace
 }
 
 // An origin is a service that speaks HTTP, with its connections.
@@ -60,6 +63,8 @@ type origin struct {
 // build makes rules of c, with the origins of old where they are the same.
 func (h *Handler) build(c *ingressconf.Config, source string, old *rules) (*rules, error) {
 	r := &rules{source: source, config: c, origins: make([]*origin, c.Len())}
+	remote := source == SourceRemote
+	r.paces, r.paced = h.paces(c, remote, old)
 	have := map[originKey]*origin{}
 	if old != nil {
 		for _, o := range old.origins {
@@ -78,7 +83,8 @@ func (h *Handler) build(c *ingressconf.Config, source string, old *rules) (*rule
 		if err != nil {
 			return nil, fmt.Errorf("ingress[%d].origin.ca_pool: %w", i, err)
 		}
-		key := keyOf(t, pem, source == SourceRemote)
+		key := keyOf(t, pem, remote)
+		key.pace = r.paces[i]
 		if have[key] == nil {
 			if have[key], err = h.newOrigin(key, t, pem); err != nil {
 				return nil, fmt.Errorf("ingress[%d].origin.ca_pool: %w", i, err)
@@ -199,7 +205,7 @@ func (h *Handler) dialOrigin(ctx context.Context, o *origin) (net.Conn, error) {
 	if v, ok := ctx.Value(visitKey{}).(*visit); ok {
 		visitor = v.visitor
 	}
-	conn, err := h.dialer.dial(ctx, o.target, o.remote, visitor)
+	conn, err := h.dialer.dial(ctx, o.target, o.remote, visitor, o.key.pace)
 	if err != nil {
 		return nil, err // not conn, which would be an interface that holds nil
 	}
