@@ -224,6 +224,7 @@ type JoinRecord struct {
 	Expires time.Time `json:"expires"`
 	UsedAt  time.Time `json:"used_at,omitzero"`
 	UsedBy  string    `json:"used_by,omitempty"`
+	UsedKey string    `json:"used_key,omitempty"` // SHA-256 of the public key that it enrolled, in hexadecimal
 }
 
 // Redeem reports whether a token with this id and secret may enrol a connector now: nil, ErrTokenUnknown, ErrTokenUsed

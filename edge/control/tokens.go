@@ -2,6 +2,9 @@ package control
 
 import (
 	"context"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"time"
@@ -98,6 +101,9 @@ func joinRefusal(err error) *tunnel.RefusedError {
 
 func (c *Control) join(ctx context.Context, r tunnel.JoinRequest) (tunnel.JoinReply, error) {
 	// The token is looked at first: nobody without one makes this edge sign or write.
+	if reply, again, err := c.joinAgain(r); again {
+		return reply, err
+	}
 	name, err := c.checkJoin(r)
 	if errors.Is(err, ErrTokenUnknown) { // made at another edge just now?
 		c.catchUp(ctx)
@@ -124,11 +130,43 @@ func (c *Control) join(ctx context.Context, r tunnel.JoinRequest) (tunnel.JoinRe
 		if err := m.nameFreeLocked(name); err != nil {
 			return nil, err
 		}
-		rec.UsedAt, rec.UsedBy = k.Created, name
+		rec.UsedAt, rec.UsedBy, rec.UsedKey = k.Created, name, csrKey(r.CSR)
 		k.Tunnel, reply.Tunnel = t.ID, t.Name
 		return []state.Op{put(prefixToken+rec.ID, rec), put(prefixConn+name, k)}, nil
 	})
 	return reply, err
+}
+
+// joinAgain answers a connector that the token has enrolled and that comes with it and the same key once more, before the
+// token expires: the answer never reached it, or was lost as its power went. Nothing is stored, and the connector stays the one
+// that it is. It reports whether the request is such a one.
+func (c *Control) joinAgain(r tunnel.JoinRequest) (tunnel.JoinReply, bool, error) {
+	c.model.mu.RLock()
+	rec := c.model.tokens[r.TokenID] // of the zero record, the secret is never right
+	k, t := c.model.connectors[rec.UsedBy], c.model.tunnels[rec.Tunnel]
+	c.model.mu.RUnlock()
+	now := c.now()
+	if !errors.Is(rec.Redeem(now, r.TokenID, r.Secret), mtls.ErrTokenUsed) || !now.Before(rec.Expires) ||
+		rec.UsedKey == "" || rec.UsedKey != csrKey(r.CSR) ||
+		!k.Created.Equal(rec.UsedAt) || !k.Revoked.IsZero() || k.Tunnel != rec.Tunnel {
+		return tunnel.JoinReply{}, false, nil
+	}
+	id := c.connector(k.Name)
+	chain, _, err := c.issue(r.CSR, id)
+	if err != nil {
+		return tunnel.JoinReply{}, true, refusal(CodeInvalid, "", "the certificate request is not acceptable: %v", err)
+	}
+	return tunnel.JoinReply{Chain: chain, Roots: c.cfg.Authority.RootPEM(), Identity: id, Tunnel: t.Name, Edges: c.joinAddrs()}, true, nil
+}
+
+// csrKey is the SHA-256 of the public key of a certificate request, in hexadecimal; "" for what is none.
+func csrKey(der []byte) string {
+	csr, err := x509.ParseCertificateRequest(der)
+	if err != nil {
+		return ""
+	}
+	sum := sha256.Sum256(csr.RawSubjectPublicKeyInfo)
+	return hex.EncodeToString(sum[:])
 }
 
 // connector returns the identity of the connector name.
