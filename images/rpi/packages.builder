@@ -1,0 +1,23 @@
+# The tools that build an image, in a root of their own, so that their versions are those of the suite.
+?essential
+apt
+ca-certificates
+cpio
+dbus
+debconf
+dosfstools
+e2fsprogs
+fdisk
+kmod
+libpam-runtime
+mmdebstrap
+mtools
+openssh-client
+passwd
+squashfs-tools
+systemd
+tzdata
+ucf
+udev
+xz-utils
+zstd
