@@ -56,7 +56,7 @@ func (c *originConn) Reset(tunnel.Result) {
 func (d *dialer) dial(ctx context.Context, t *ingressconf.Target, remote bool, visitor netip.AddrPort, p *pace) (tunnel.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, t.Origin.ConnectTimeout)
 	defer cancel()
-	conn, err := d.connect(ctx, t.Service, remote, p != nil)
+	conn, err := d.connect(ctx, t.Service, remote, p.ahead())
 	if err != nil {
 		return nil, fmt.Errorf("connect to %s: %w", t.Service, err)
 	}
@@ -67,7 +67,7 @@ func (d *dialer) dial(ctx context.Context, t *ingressconf.Target, remote bool, v
 	return p.conn(conn), nil
 }
 
-func (d *dialer) connect(ctx context.Context, s ingressconf.Service, remote, slow bool) (tunnel.Conn, error) {
+func (d *dialer) connect(ctx context.Context, s ingressconf.Service, remote bool, window int) (tunnel.Conn, error) {
 	if s.Scheme == ingressconf.Unix {
 		if remote { // refused when the rules came; looked at again because nothing else stands before a socket
 			return nil, ErrDenied
@@ -78,7 +78,7 @@ func (d *dialer) connect(ctx context.Context, s ingressconf.Service, remote, slo
 		}
 		return conn.(*net.UnixConn), nil
 	}
-	conn, err := d.dialNet(ctx, "tcp", s, remote, slow)
+	conn, err := d.dialNet(ctx, "tcp", s, remote, window)
 	if err != nil {
 		return nil, err
 	}
@@ -96,7 +96,7 @@ func (d *dialer) connect(ctx context.Context, s ingressconf.Service, remote, slo
 
 // dialPacket connects a socket to a service.
 func (d *dialer) dialPacket(ctx context.Context, s ingressconf.Service, remote bool) (*PacketOrigin, error) {
-	conn, err := d.dialNet(ctx, "udp", s, remote, false)
+	conn, err := d.dialNet(ctx, "udp", s, remote, 0)
 	if err != nil {
 		return nil, err
 	}
@@ -120,8 +120,9 @@ func nameOf(s ingressconf.Service) string {
 	return ""
 }
 
-// dialNet connects to a service over TCP or UDP, a remote rule's where the permit lets it.
-func (d *dialer) dialNet(ctx context.Context, network string, s ingressconf.Service, remote, slow bool) (net.Conn, error) {
+// dialNet connects to a service over TCP or UDP, a remote rule's where the permit lets it. window, unless 0, is what the service
+// may send ahead.
+func (d *dialer) dialNet(ctx context.Context, network string, s ingressconf.Service, remote bool, window int) (net.Conn, error) {
 	nd := net.Dialer{Resolver: d.resolver}
 	nd.ControlContext = func(_ context.Context, _, address string, raw syscall.RawConn) error {
 		if remote {
@@ -130,8 +131,8 @@ func (d *dialer) dialNet(ctx context.Context, network string, s ingressconf.Serv
 				return ErrDenied
 			}
 		}
-		if slow {
-			holdLittle(raw)
+		if window > 0 {
+			holdLittle(raw, window)
 		}
 		return nil
 	}

@@ -5,4 +5,4 @@ package ingress
 import "syscall"
 
 // holdLittle is for Linux alone, where appliances are.
-func holdLittle(syscall.RawConn) {}
+func holdLittle(syscall.RawConn, int) {}

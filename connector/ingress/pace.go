@@ -28,6 +28,10 @@ const (
 	minQueue  = 4 << 10
 	// maxQueued bounds their number.
 	maxQueued = 256
+	// paceWindow is how far away, in time to it and back, a service can be and still fill its rule's bandwidth; minWindow and
+	// maxBurst bound what it may send ahead, in bytes.
+	paceWindow = 50 * time.Millisecond
+	minWindow  = 4 << 10
 )
 
 // A pace bounds what the flows of one rule carry together, in each direction. They take turns: each waits in line with one
@@ -36,12 +40,13 @@ type pace struct {
 	toService, toVisitor *rate.Limiter
 	chunk                int // bytes
 	queue                int // bytes
+	window               int // bytes; what a service may send ahead
 	dropped              prometheus.Counter
 }
 
 func newPace(bytes int64, dropped prometheus.Counter) *pace {
 	in := func(d time.Duration) int { return int(min(bytes*int64(d/time.Millisecond)/1000, maxBurst)) }
-	p := &pace{chunk: min(max(in(paceChunk), minChunk), maxChunk), queue: max(in(paceQueue), minQueue), dropped: dropped}
+	p := &pace{chunk: min(max(in(paceChunk), minChunk), maxChunk), queue: max(in(paceQueue), minQueue), window: max(in(paceWindow), minWindow), dropped: dropped}
 	burst := max(in(paceBurst), p.chunk)
 	p.toService, p.toVisitor = rate.NewLimiter(rate.Limit(bytes), burst), rate.NewLimiter(rate.Limit(bytes), burst)
 	return p
@@ -85,6 +90,14 @@ func (h *Handler) paces(c *ingressconf.Config, remote bool, old *rules) (list []
 		list[i] = all[k]
 	}
 	return list, all
+}
+
+// ahead is what a service may send ahead, in bytes; 0: any amount.
+func (p *pace) ahead() int {
+	if p == nil {
+		return 0
+	}
+	return p.window
 }
 
 // conn returns c at the pace. What a service sends waits in the service's own socket, not in the tunnel.
