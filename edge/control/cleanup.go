@@ -60,7 +60,7 @@ func (c *Control) Cleanup(ctx context.Context, s CleanupSpec) ([]Cleaned, error)
 			if found, err = c.cleanableLocked(s); err != nil || s.DryRun {
 				return nil, err
 			}
-			found = found[:min(len(found), maxOps/2)] // a connector takes two operations
+			found = found[:min(len(found), maxOps/3)] // a connector takes three operations
 			for _, f := range found {
 				ops = append(ops, m.cleanOpsLocked(f)...)
 			}
@@ -86,6 +86,9 @@ func (m *model) cleanOpsLocked(f Cleaned) []state.Op {
 	ops := []state.Op{state.Delete(prefixConn + f.Name)}
 	if _, ok := m.seen[f.Name]; ok {
 		ops = append(ops, state.Delete(prefixSeen+f.Name))
+	}
+	if _, ok := m.devices[f.Name]; ok {
+		ops = append(ops, state.Delete(prefixDevice+f.Name))
 	}
 	return ops
 }

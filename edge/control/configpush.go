@@ -81,7 +81,10 @@ func (p *pusher) view(connectorID string) *ConnectorConfig {
 }
 
 // sessionUp is called when a main session was admitted.
-func (c *Control) sessionUp(l *live) { c.configs.markProcess(l.processKey()) }
+func (c *Control) sessionUp(l *live) {
+	c.configs.markProcess(l.processKey())
+	c.polls.up(l.processKey())
+}
 
 func (l *live) processKey() processKey {
 	return processKey{l.connector.Tunnel, l.connector.ID, l.s.Registration().Instance}

@@ -68,13 +68,17 @@ type Control struct {
 	started time.Time
 	publish publisher
 	configs pusher
+	polls   *poller
 	local   atomic.Pointer[Local]
 
 	changing chan struct{} // holds a value while a change is being made
+	failing  chan struct{} // holds a value when failures of rollouts are to be counted
 	sightLog *sightings
-	dials    *prometheus.CounterVec
-	opened   *prometheus.CounterVec
-	packets  *packetNumbers
+	// deviceLog collects what devices reported.
+	deviceLog *deviceLog
+	dials     *prometheus.CounterVec
+	opened    *prometheus.CounterVec
+	packets   *packetNumbers
 
 	cancel context.CancelFunc
 	done   sync.WaitGroup
@@ -99,7 +103,8 @@ func Open(ctx context.Context, cfg Config) (*Control, error) {
 		cfg.beat = defaultBeat
 	}
 	c := &Control{cfg: cfg, log: cfg.Logger, model: newModel(), reg: newRegistry(), started: time.Now(),
-		changing: make(chan struct{}, 1), sightLog: newSightings(), dials: newDials(), opened: newOpened(), packets: newPacketNumbers(), publish: newPublisher(), configs: newPusher()}
+		changing: make(chan struct{}, 1), sightLog: newSightings(), dials: newDials(), opened: newOpened(), packets: newPacketNumbers(), publish: newPublisher(), configs: newPusher(),
+		polls: newPoller(), failing: make(chan struct{}, 1), deviceLog: newDeviceLog()}
 	c.bulk, c.status, c.peers = newBulk(cfg.BulkCarrier, c.reg), newStatuses(), newPeers(c)
 	if err := c.found(ctx); err != nil {
 		return nil, err
@@ -111,6 +116,9 @@ func Open(ctx context.Context, cfg Config) (*Control, error) {
 	c.done.Go(func() { c.recordSightings(run) })
 	c.done.Go(func() { c.runPublisher(run) })
 	c.done.Go(func() { c.runConfigs(run) })
+	c.done.Go(func() { c.runPolls(run) })
+	c.done.Go(func() { c.recordDevices(run) })
+	c.done.Go(func() { c.watchFailures(run) })
 	var err error
 	select {
 	case err = <-ready:
@@ -124,7 +132,7 @@ func Open(ctx context.Context, cfg Config) (*Control, error) {
 	}
 	c.done.Go(func() { c.peers.run(run) })
 	if cfg.Registry != nil {
-		for _, m := range append(c.packets.collectors(), collector{c}, c.dials, c.opened) {
+		for _, m := range append(c.packets.collectors(), collector{c}, fleetCollector{c}, c.polls.results, c.dials, c.opened) {
 			if err := cfg.Registry.Register(m); err != nil {
 				return nil, errors.Join(fmt.Errorf("control: open: %w", err), c.Close())
 			}
@@ -210,6 +218,8 @@ func (f *follower) reset(entries []state.Entry, _ state.Revision) error {
 	f.c.reroute("")
 	f.c.publish.mark()
 	f.c.configs.mark()
+	f.c.polls.mark()
+	f.c.markFailures()
 	select {
 	case f.ready <- errors.Join(bad...):
 	default:
@@ -234,10 +244,17 @@ func (f *follower) apply(e state.Event) error {
 		if slices.ContainsFunc(f.pending, configures) {
 			f.c.configs.mark()
 		}
+		if slices.ContainsFunc(f.pending, directs) {
+			f.c.polls.mark()
+			f.c.markFailures()
+		}
 		f.pending = nil
 	case strings.HasPrefix(e.Key, prefixSeen):
 		f.c.complain(f.c.model.apply([]delta{d}, 0))
 		f.c.status.markConnector(strings.TrimPrefix(e.Key, prefixSeen))
+	case strings.HasPrefix(e.Key, prefixDevice):
+		f.c.complain(f.c.model.apply([]delta{d}, 0))
+		f.c.markFailures()
 	case strings.HasPrefix(e.Key, prefixEdge), strings.HasPrefix(e.Key, prefixPresent):
 		f.c.peers.apply(d)
 	case ours(e.Key):

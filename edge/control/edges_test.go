@@ -24,19 +24,19 @@ import (
 // testBeat makes edges miss one another sooner.
 const testBeat = 400 * time.Millisecond
 
-// A fleet is several edges over one etcd.
-type fleet struct {
+// A cluster is several edges over one etcd.
+type cluster struct {
 	*bed
 	members []*etcdtest.Member
 	cache   string // file of the store's cache, if any
 }
 
-func newFleet(t *testing.T, members int) *fleet {
+func newCluster(t *testing.T, members int) *cluster {
 	t.Helper()
-	return &fleet{bed: newBed(t), members: etcdtest.Start(t, members)}
+	return &cluster{bed: newBed(t), members: etcdtest.Start(t, members)}
 }
 
-func (f *fleet) store() state.Store {
+func (f *cluster) store() state.Store {
 	f.t.Helper()
 	s, err := etcd.Open(etcd.Config{Endpoints: etcdtest.URLs(f.members), Timeout: time.Second, Cache: f.cache, Volatile: Volatile()})
 	must(f.t, err)
@@ -44,7 +44,7 @@ func (f *fleet) store() state.Store {
 }
 
 // identity makes a certificate for an edge.
-func (f *fleet) identity(name string) *mtls.Source {
+func (f *cluster) identity(name string) *mtls.Source {
 	f.t.Helper()
 	key, csr, err := mtls.NewKeyCSR()
 	must(f.t, err)
@@ -57,7 +57,7 @@ func (f *fleet) identity(name string) *mtls.Source {
 	return src
 }
 
-// A member is an edge of a fleet. kill ends it without a word; stop drains it.
+// A member is an edge of a cluster. kill ends it without a word; stop drains it.
 type member struct {
 	*edge
 	name string
@@ -65,7 +65,7 @@ type member struct {
 }
 
 // edge starts an edge that others know by name.
-func (f *fleet) edge(name string) *member {
+func (f *cluster) edge(name string) *member {
 	f.t.Helper()
 	own, s := f.identity(name), f.store()
 	m := &member{name: name}
@@ -136,7 +136,7 @@ func echoing(who string) func(context.Context, *tunnel.Incoming) {
 }
 
 func TestForwardedFlow(t *testing.T) {
-	f := newFleet(t, 1)
+	f := newCluster(t, 1)
 	a, b := f.edge("a"), f.edge("b")
 	meet(a, b)
 	a.site("plant", "")
@@ -188,7 +188,7 @@ func TestForwardedFlow(t *testing.T) {
 // A flow over another edge learns that the session there drains, so that who keeps it for later lets go of it, and the drain
 // ends.
 func TestForwardedFlowLearnsOfDrain(t *testing.T) {
-	f := newFleet(t, 1)
+	f := newCluster(t, 1)
 	a, b := f.edge("a"), f.edge("b")
 	meet(a, b)
 	a.site("plant", "")
@@ -219,7 +219,7 @@ func TestForwardedFlowLearnsOfDrain(t *testing.T) {
 
 // Three edges of which two believe, wrongly, that the other has a session: nothing goes round in circles.
 func TestOneHopAtMost(t *testing.T) {
-	f := newFleet(t, 1)
+	f := newCluster(t, 1)
 	a, b, c := f.edge("a"), f.edge("b"), f.edge("c")
 	meet(a, b, c)
 	a.site("plant", "")
@@ -245,7 +245,7 @@ func TestOneHopAtMost(t *testing.T) {
 }
 
 func TestAdmitPeer(t *testing.T) {
-	f := newFleet(t, 1)
+	f := newCluster(t, 1)
 	a, b := f.edge("a"), f.edge("b")
 	meet(a, b)
 	id := func(domain string, k mtls.Kind, name string) mtls.Identity {
@@ -277,7 +277,7 @@ func TestAdmitPeer(t *testing.T) {
 
 // A change made through one edge is in force on the other; both may change at once.
 func TestConcurrentChanges(t *testing.T) {
-	f := newFleet(t, 1)
+	f := newCluster(t, 1)
 	a, b := f.edge("a"), f.edge("b")
 	a.site("plant", "")
 	var wg sync.WaitGroup
@@ -310,7 +310,7 @@ func TestConcurrentChanges(t *testing.T) {
 // An edge that is killed is taken for gone, and one that stops leaves at once; connectors are told either way of those
 // that come.
 func TestEdgesComeAndGo(t *testing.T) {
-	f := newFleet(t, 1)
+	f := newCluster(t, 1)
 	a, b := f.edge("a"), f.edge("b")
 	meet(a, b)
 	a.site("plant", "")
@@ -363,7 +363,7 @@ func TestEdgesComeAndGo(t *testing.T) {
 
 // An edge with the tunnel's sessions stops while flows are opened through another without a pause: none fails.
 func TestStopLosesNothing(t *testing.T) {
-	f := newFleet(t, 1)
+	f := newCluster(t, 1)
 	a, b, c := f.edge("a"), f.edge("b"), f.edge("c")
 	meet(a, b, c)
 	a.site("plant", "")
@@ -400,7 +400,7 @@ func TestStopLosesNothing(t *testing.T) {
 
 // While etcd is away traffic goes on, changes and joins are refused and renewals are not, and nobody is taken for gone.
 func TestEtcdAway(t *testing.T) {
-	f := newFleet(t, 1)
+	f := newCluster(t, 1)
 	a, b := f.edge("a"), f.edge("b")
 	meet(a, b)
 	a.site("plant", "")
@@ -438,7 +438,7 @@ var _ net.Conn = (*flow)(nil)
 
 // An edge that starts while etcd is away serves what it knew, and finds the others and the changes when etcd is back.
 func TestStartWithoutEtcd(t *testing.T) {
-	f := newFleet(t, 1)
+	f := newCluster(t, 1)
 	f.cache = filepath.Join(t.TempDir(), "cache")
 	a := f.edge("a")
 	a.site("plant", "")
@@ -465,7 +465,7 @@ func TestStartWithoutEtcd(t *testing.T) {
 
 // A connector's flow of packets is forwarded too, with its reports.
 func TestForwardedPackets(t *testing.T) {
-	f := newFleet(t, 1)
+	f := newCluster(t, 1)
 	a, b := f.edge("a"), f.edge("b")
 	meet(a, b)
 	a.site("plant", "")

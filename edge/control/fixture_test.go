@@ -92,7 +92,12 @@ type edge struct {
 func (b *bed) edge() *edge {
 	b.t.Helper()
 	s := b.openStore()
-	c := b.control(s)
+	return b.serve(b.control(s), s)
+}
+
+// serve takes sessions for c, which is over s.
+func (b *bed) serve(c *Control, s state.Store) *edge {
+	b.t.Helper()
 	ln, err := tunnel.Listen(tunnel.ListenConfig{Addr: "127.0.0.1:0", Identity: b.own, Admit: c.Admit, Handle: c.Handle, Join: c.Join,
 		Renew: c.Renew, DrainTimeout: 10 * time.Millisecond, JoinRate: 10_000})
 	must(b.t, err)

@@ -61,11 +61,14 @@ type model struct {
 	ports       map[string]Port
 	zones       map[string]Zone
 	configs     map[string]TunnelConfig // by tunnel id
+	rollouts    map[string]Rollout      // by name
+	devices     map[string]deviceRecord // by connector name
 	removed     map[string]removedEdge  // by name
 
 	routesOfVNet       map[vnet.ID]set // route keys
 	routesOfTunnel     map[string]set  // route keys
 	connectorsOfTunnel map[string]set  // names
+	rolloutOrder       []Rollout       // the newest first; replaced, never changed
 
 	table atomic.Pointer[vnet.Table]
 }
@@ -86,6 +89,7 @@ func (m *model) clearLocked() {
 	m.routes = map[string]Route{}
 	m.configs = map[string]TunnelConfig{}
 	m.removed = map[string]removedEdge{}
+	m.rollouts, m.rolloutOrder, m.devices = map[string]Rollout{}, nil, map[string]deviceRecord{}
 	m.pools, m.ports, m.zones = map[string]Pool{}, map[string]Port{}, map[string]Zone{}
 	m.routesOfVNet, m.routesOfTunnel, m.connectorsOfTunnel = map[vnet.ID]set{}, map[string]set{}, map[string]set{}
 }
@@ -218,6 +222,10 @@ func (m *model) applyLocked(d delta) error {
 		return applyPlain(m.configs, rest, d)
 	case prefixRemoved:
 		return applyPlain(m.removed, rest, d)
+	case prefixRollout:
+		return m.applyRolloutLocked(rest, d)
+	case prefixDevice:
+		return applyPlain(m.devices, rest, d)
 	}
 	return nil
 }

@@ -38,7 +38,7 @@ const (
 )
 
 // Volatile returns the prefixes of the store's keys that change all the time, and are not worth keeping.
-func Volatile() []string { return []string{prefixEdge, prefixPresent, prefixSeen} }
+func Volatile() []string { return []string{prefixEdge, prefixPresent, prefixSeen, prefixDevice} }
 
 // An edgeRecord is what an edge says of itself.
 type edgeRecord struct {

@@ -25,7 +25,7 @@ func (m *member) answers() bool {
 
 // An edge that was removed forwards nothing more, not even over what is open, whoever holds its identity.
 func TestRemovedEdge(t *testing.T) {
-	f := newFleet(t, 1)
+	f := newCluster(t, 1)
 	a, b := f.edge("a"), f.edge("b")
 	meet(a, b)
 	ctx := t.Context()
@@ -86,7 +86,7 @@ func TestRemovedEdge(t *testing.T) {
 
 // A peer that lies gets no further than the routes of the edge that it talks to, and names networks by nothing but ids.
 func TestLyingPeer(t *testing.T) {
-	f := newFleet(t, 1)
+	f := newCluster(t, 1)
 	a, b := f.edge("a"), f.edge("b")
 	meet(a, b)
 	ctx := t.Context()
@@ -177,7 +177,7 @@ func TestTwoEdgesOfOneName(t *testing.T) {
 			t.Errorf("step %d: %v, want %v", i, got, tt.want)
 		}
 	}
-	f := newFleet(t, 1)
+	f := newCluster(t, 1)
 	a, b := f.edge("a"), f.edge("a")
 	for _, m := range []*member{a, b} {
 		eventually(t, "the edge tells of the other", func() bool { return m.Edges()[0].Problem != "" })
@@ -186,7 +186,7 @@ func TestTwoEdgesOfOneName(t *testing.T) {
 
 // What an edge left behind that is not in the store any more goes too.
 func TestBuryOrphans(t *testing.T) {
-	f := newFleet(t, 1)
+	f := newCluster(t, 1)
 	a := f.edge("a")
 	_, err := a.cfg.Store.Txn(t.Context(), nil, []state.Op{put(prefixPresent+"tn_x/gone", presence{})})
 	must(t, err)

@@ -57,7 +57,7 @@ func TestRegistrationStaysFlat(t *testing.T) {
 
 // alone is a Control that nothing runs in.
 func alone() *Control {
-	c := &Control{model: newModel(), reg: newRegistry(), configs: newPusher(), status: newStatuses()}
+	c := &Control{model: newModel(), reg: newRegistry(), configs: newPusher(), polls: newPoller(), status: newStatuses()}
 	c.bulk, c.peers = newBulk("", c.reg), newPeers(c)
 	return c
 }

@@ -90,7 +90,7 @@ func (c *Control) writeSightings(ctx context.Context) {
 
 // ours reports whether a key belongs to this package.
 func ours(key string) bool {
-	for _, p := range [...]string{"control/", prefixVNet, prefixTunnel, prefixConn, prefixRoute, prefixToken, prefixSeen, prefixPool, prefixPort, prefixZone, prefixConfig, prefixRemoved} {
+	for _, p := range [...]string{"control/", prefixVNet, prefixTunnel, prefixConn, prefixRoute, prefixToken, prefixSeen, prefixPool, prefixPort, prefixZone, prefixConfig, prefixRemoved, prefixRollout} {
 		if strings.HasPrefix(key, p) {
 			return true
 		}

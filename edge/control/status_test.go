@@ -43,7 +43,7 @@ func TestHealthOverEdges(t *testing.T) {
 // The time since when a tunnel is up goes on while any connection is left, on whichever edge, and begins anew after none
 // was.
 func TestUpSince(t *testing.T) {
-	f := newFleet(t, 1)
+	f := newCluster(t, 1)
 	a, b := f.edge("a"), f.edge("b")
 	meet(a, b)
 	a.site("plant", "")
@@ -107,7 +107,7 @@ func TestCountsFollow(t *testing.T) {
 
 // Edges that are gone for long leave nothing in the store.
 func TestBury(t *testing.T) {
-	f := newFleet(t, 1)
+	f := newCluster(t, 1)
 	a := f.edge("a")
 	a.site("plant", "")
 	d, err := a.Tunnel("plant")

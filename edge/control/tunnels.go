@@ -137,6 +137,9 @@ func (m *model) tunnelUsersLocked(t Tunnel, now time.Time) (users []string, ops 
 		if _, ok := m.seen[name]; ok {
 			ops = append(ops, state.Delete(prefixSeen+name))
 		}
+		if _, ok := m.devices[name]; ok {
+			ops = append(ops, state.Delete(prefixDevice+name))
+		}
 	}
 	open := 0
 	for id, tok := range m.tokens {
