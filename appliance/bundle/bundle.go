@@ -193,7 +193,7 @@ func (l *limited) Read(p []byte) (int, error) {
 	}
 	n, err := l.r.Read(p)
 	l.left -= int64(n)
-	if err != nil && err != io.EOF && !errors.Is(err, io.ErrUnexpectedEOF) {
+	if err != nil && err != io.EOF && err != io.ErrUnexpectedEOF { // as they are: an error that wraps one is of a connection
 		l.err = err
 	}
 	return n, err
@@ -274,7 +274,7 @@ func readPart(r io.Reader, name string, most uint32) ([]byte, error) {
 
 func readFull(r io.Reader, b []byte) error {
 	_, err := io.ReadFull(r, b)
-	if err == io.EOF || errors.Is(err, io.ErrUnexpectedEOF) {
+	if err == io.EOF || err == io.ErrUnexpectedEOF {
 		return fmt.Errorf("%w: not even its head is whole; get it again", ErrTruncated)
 	}
 	return err

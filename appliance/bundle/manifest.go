@@ -116,6 +116,14 @@ func (m Manifest) Fits(d Device, force bool) error {
 	return nil
 }
 
+// CheckChannel reports whether s can be the name of a channel, such as stable.
+func CheckChannel(s string) error {
+	if !channel.MatchString(s) {
+		return fmt.Errorf("%w: channel %q is not like stable", ErrFormat, clip(s))
+	}
+	return nil
+}
+
 // clip keeps foreign text in errors short.
 func clip(s string) string {
 	if len(s) > 64 {

@@ -1,0 +1,170 @@
+package update
+
+import (
+	"bytes"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"github.com/keyhaven/keyhaven/appliance/bundle"
+	"github.com/keyhaven/keyhaven/appliance/fleet"
+)
+
+const (
+	recordFile   = "state.json"
+	recordTemp   = "state.json.new"
+	recordFormat = 1
+	maxRecord    = 64 << 10
+	// maxBlocked bounds the versions that are kept as given up.
+	maxBlocked = 8
+	// maxTrials is how often a version is started that ends its trial without a word, by a cut of power or a crash.
+	maxTrials = 2
+	// maxGates is how often the program may restart during a trial.
+	maxGates = 5
+)
+
+// A record is state.json: what the next start has to know.
+type record struct {
+	Format    int       `json:"format"`
+	State     string    `json:"state"`
+	Since     time.Time `json:"since"`
+	Target    string    `json:"target,omitempty"`   // version that State is about
+	Slot      int       `json:"slot,omitempty"`     // that Target is in
+	Previous  string    `json:"previous,omitempty"` // version that ran before Target
+	Error     string    `json:"error,omitempty"`
+	Checked   time.Time `json:"checked,omitzero"`
+	Published time.Time `json:"published,omitzero"`  // of the newest index seen
+	Trials    int       `json:"trials,omitempty"`    // of Target, without a result
+	Gates     int       `json:"gates,omitempty"`     // starts of the program in this trial
+	Returning bool      `json:"returning,omitempty"` // Slot becomes the default because somebody asked for it
+	Failures  int       `json:"failures,omitempty"`  // one after the other
+	Blocked   []string  `json:"blocked,omitempty"`   // versions that were given up
+	Device    string    `json:"device"`              // random name of this card
+}
+
+// states are those that a record may have.
+var states = fleet.States()
+
+func newRecord() record {
+	return record{Format: recordFormat, State: fleet.Idle, Since: time.Now().UTC().Truncate(time.Second), Device: rand.Text()}
+}
+
+// load reads the record. One that cannot be used is begun anew, and says so.
+func (e *Engine) load() record {
+	r, err := readRecord(e.c.Dir)
+	if err == nil {
+		return r
+	}
+	r = newRecord()
+	if !errors.Is(err, fs.ErrNotExist) {
+		e.c.Log.Warn("the record of updates is damaged and begun anew", "err", err)
+		r.Error = "the record of updates was damaged and is begun anew; nothing needs to be done"
+	}
+	if err := r.save(e.c.Dir); err != nil {
+		e.c.Log.Error("cannot write the record of updates", "err", err)
+	}
+	return r
+}
+
+func readRecord(dir string) (record, error) {
+	f, err := os.Open(filepath.Join(dir, recordFile))
+	if err != nil {
+		return record{}, err
+	}
+	b, err := io.ReadAll(io.LimitReader(f, maxRecord+1))
+	if err := errors.Join(err, f.Close()); err != nil {
+		return record{}, err
+	}
+	return parseRecord(b)
+}
+
+func parseRecord(b []byte) (record, error) {
+	var r record
+	dec := json.NewDecoder(bytes.NewReader(b))
+	if err := dec.Decode(&r); err != nil {
+		return r, fmt.Errorf("%s: %w", recordFile, err)
+	}
+	if r.Format != recordFormat || !slices.Contains(states, r.State) || len(b) > maxRecord || dec.More() || r.Device == "" ||
+		r.Trials < 0 || r.Gates < 0 || r.Failures < 0 || len(r.Blocked) > maxBlocked {
+		return r, fmt.Errorf("%s has format %d and state %q, or values that make no sense", recordFile, r.Format, r.State)
+	}
+	return r, nil
+}
+
+// save puts the record on the disk: whole under another name first, and then in place of the old one.
+func (r record) save(dir string) error {
+	b, err := json.MarshalIndent(r, "", "  ")
+	if err != nil {
+		return err
+	}
+	return replaceFile(osDir(dir), append(b, '\n'))
+}
+
+// directory is what replaceFile needs of one.
+type directory interface {
+	Create(name string, b []byte) error // and have it on the disk
+	Rename(old, new string) error
+	Sync() error
+}
+
+func replaceFile(d directory, b []byte) error {
+	if err := d.Create(recordTemp, b); err != nil {
+		return err
+	}
+	if err := d.Rename(recordTemp, recordFile); err != nil {
+		return err
+	}
+	return d.Sync()
+}
+
+type osDir string
+
+func (d osDir) Create(name string, b []byte) error {
+	f, err := os.OpenFile(filepath.Join(string(d), name), os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(b)
+	if err == nil {
+		err = f.Sync()
+	}
+	return errors.Join(err, f.Close())
+}
+
+func (d osDir) Rename(old, name string) error {
+	return os.Rename(filepath.Join(string(d), old), filepath.Join(string(d), name))
+}
+
+func (d osDir) Sync() error {
+	f, err := os.Open(string(d))
+	if err != nil {
+		return err
+	}
+	return errors.Join(syncDir(f), f.Close())
+}
+
+// block keeps a version from being tried again.
+func (r *record) block(version string) {
+	if version == "" || r.blocks(version) {
+		return
+	}
+	r.Blocked = append(r.Blocked, version)
+	if len(r.Blocked) > maxBlocked {
+		r.Blocked = r.Blocked[1:]
+	}
+}
+
+func (r *record) blocks(version string) bool {
+	return slices.ContainsFunc(r.Blocked, func(v string) bool { return bundle.Compare(v, version) == 0 })
+}
+
+func (r *record) unblock(version string) {
+	r.Blocked = slices.DeleteFunc(r.Blocked, func(v string) bool { return bundle.Compare(v, version) == 0 })
+}
