@@ -192,6 +192,8 @@ func (h *host) switchOn(t *testing.T, m Machine, secrets ...string) *Run {
 		m.Board = board(t)
 	}
 	m.Dir, m.NS = shortDir(t), h.ns
+	// The journal goes over the serial line, for people who look for a fault, and so that secrets are looked for in all of it.
+	m.Append += " console=" + m.Board.Console + " systemd.journald.forward_to_console=1"
 	r, err := m.Start()
 	must(t, err)
 	t.Cleanup(func() {

@@ -7,8 +7,11 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
+	"math/rand"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -162,6 +165,42 @@ func TestBrokenDataPartition(t *testing.T) {
 	r := h.switchOn(t, Machine{Disk: disk}, token)
 	eventually(t, r, 5*time.Minute, "the tunnel", h.tunnelUp)
 	awaitStatus(t, r, time.Minute, "data partition")
+}
+
+// A data partition without room for one more byte: a machine that has enrolled goes on, and says what is wrong.
+func TestFullDataPartition(t *testing.T) {
+	h := newHost(t)
+	file, _ := h.token(t)
+	disk := h.personalise(t, "hostname: petcam\n", file)
+	r := h.switchOn(t, Machine{Disk: disk})
+	eventually(t, r, 5*time.Minute, "the tunnel", h.tunnelUp)
+	time.Sleep(10 * time.Second)
+	must(t, r.PowerCut())
+	eventuallyDown(t, h)
+
+	fill(t, disk)
+	r = h.switchOn(t, Machine{Disk: disk})
+	eventually(t, r, 5*time.Minute, "the tunnel with a full data partition", h.tunnelUp)
+	awaitStatus(t, r, 2*time.Minute, "full")
+}
+
+// fill writes a file into the data partition that leaves no room.
+func fill(t *testing.T, d *Disk) {
+	t.Helper()
+	dir := shortDir(t)
+	fs, junk := filepath.Join(dir, "p4"), filepath.Join(dir, "junk")
+	_, err := Extract(d, 4, fs)
+	must(t, err)
+	exec.Command("e2fsck", "-fy", fs).Run() // ends with 1 after it has replayed the journal
+	f, err := os.Create(junk)
+	must(t, err)
+	p, err := d.Partition(4)
+	must(t, err)
+	_, err = io.CopyN(f, rand.New(rand.NewSource(1)), p.Size)
+	must(t, errors.Join(err, f.Close()))
+	out, err := exec.Command("debugfs", "-w", "-R", "write "+junk+" junk", fs).CombinedOutput()
+	t.Logf("debugfs: %v: %s", err, out)
+	must(t, (&FAT{fs}).Store(d, 4))
 }
 
 // Updates that must not be taken: each leaves the machine in its version, with its tunnel up, and the status says why.
