@@ -152,6 +152,15 @@ func (l *line) reannounce(per int) {
 	}
 }
 
+func (l *line) announcesWrong() bool {
+	l.c.mu.Lock()
+	per := l.e.per
+	l.c.mu.Unlock()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.per != per
+}
+
 // keep keeps a session to the edge until ctx ends. The sessions themselves run in lives, and outlast keep; the last one
 // drains.
 func (l *line) keep(ctx, lives context.Context) {
@@ -297,6 +306,9 @@ func (l *line) guard(ctx, lives context.Context, s session) (next session, why s
 				move.Reset(l.path.wait()) // UDP may pass on this network
 			}
 		case <-l.announce:
+			if !l.announcesWrong() {
+				continue // it was told twice; the index of the session before may still be in use
+			}
 			if next := l.successor(ctx, lives, s, l.path.carrier(l.c.cfg.Carrier)); next != nil {
 				return next, becauseSpread, nil
 			}

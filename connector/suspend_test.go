@@ -27,6 +27,9 @@ func TestSuspend(t *testing.T) {
 		c.Resume()
 		time.Sleep(10 * time.Second)
 		d.wantPerAddr(t, map[string]int{"192.0.2.1:7844": SessionsPerEdge})
+		if n := len(d.all()); n != 2*SessionsPerEdge {
+			t.Errorf("got %d attempts, want one for each session and one for each that replaces it", n)
+		}
 		for _, a := range before {
 			if a.s.alive() {
 				t.Errorf("session %d, which an edge may have retired, still stands", a.reg.Index)

@@ -34,6 +34,13 @@ type Process struct {
 	log  bytes.Buffer // all output of all runs, if there is a sink
 }
 
+// Setenv adds NAME=value to the environment of the runs that follow.
+func (p *Process) Setenv(kv ...string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.env = append(p.env, kv...)
+}
+
 // Start runs the program. It is an error to start one that runs.
 func (p *Process) Start() error {
 	p.mu.Lock()
