@@ -270,7 +270,7 @@ func TestBadSlots(t *testing.T) {
 			disk := h.personalise(t, "hostname: petcam\n"+sourceYAML, file)
 			old, err := readSlotInfo(disk, 2)
 			must(t, err)
-			r := h.switchOn(t, Machine{Disk: disk})
+			r := h.switchOn(t, Machine{Disk: disk, Append: quickGate})
 			eventually(t, r, 15*time.Minute, "the trial", func(context.Context) error { return trials(r, 1) })
 			start := time.Now()
 			eventually(t, r, c.within, "the way back", func(context.Context) error {

@@ -53,7 +53,7 @@ func TestPetCam(t *testing.T) {
 		return err
 	})
 	h.stream(t)
-	awaitStatus(t, r, 2*time.Minute, "petcam")
+	awaitStatus(t, r, 2*time.Minute, "CONNECTED", "petcam", camHost)
 	scrubbed(t, disk, token)
 
 	start = time.Now()

@@ -21,6 +21,9 @@ const (
 	sourceYAML = "update: {source: \"http://10.0.2.2:8000\", channel: stable, automatic: true}\n"
 )
 
+// quickGate lets a version on trial be kept once its tunnel was up for ten seconds, and be given up after three minutes.
+const quickGate = "kh.health=10/180"
+
 // Versions that tests make out of the image's own slot.
 const (
 	newVersion  = "99.1.0"
