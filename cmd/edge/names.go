@@ -14,6 +14,9 @@ var (
 	poolNames   = named((*admin.Client).Pools, func(p control.Pool) string { return p.Config.Name })
 	portNames   = named((*admin.Client).Ports, func(p control.Port) string { return p.Config.Name })
 	zoneNames   = named((*admin.Client).Zones, func(z control.Zone) string { return z.Config.Name })
+
+	deviceNames  = named(func(c *admin.Client, ctx context.Context) ([]control.DeviceView, error) { return c.Devices(ctx, "") }, func(d control.DeviceView) string { return d.Name })
+	rolloutNames = named((*admin.Client).Rollouts, func(r control.RolloutView) string { return r.Config.Name })
 )
 
 func connectorNames(ctx context.Context, c *admin.Client, _ []string) (names []string, err error) {

@@ -38,6 +38,12 @@ func must(t testing.TB, err error) {
 
 func newControl(t *testing.T) *control.Control {
 	t.Helper()
+	c, _ := newControlOver(t)
+	return c
+}
+
+func newControlOver(t *testing.T) (*control.Control, state.Store) {
+	t.Helper()
 	dir := t.TempDir()
 	a, err := mtls.InitAuthority(filepath.Join(dir, "ca"), "edge.test")
 	must(t, err)
@@ -47,14 +53,19 @@ func newControl(t *testing.T) *control.Control {
 	must(t, err)
 	c.SetLocal(control.Local{KeyServers: []string{"hsm"}})
 	t.Cleanup(func() { must(t, errors.Join(c.Close(), s.Close())) })
-	return c
+	return c, s
 }
 
 // serve starts a server and returns the path of its socket.
 func serve(t *testing.T, change ...func(*Server)) string {
 	t.Helper()
+	return serveOf(t, newControl(t), change...)
+}
+
+func serveOf(t *testing.T, c *control.Control, change ...func(*Server)) string {
+	t.Helper()
 	path := filepath.Join(t.TempDir(), "edge.sock")
-	s, err := Listen(Config{Socket: path, Control: newControl(t)})
+	s, err := Listen(Config{Socket: path, Control: c})
 	must(t, err)
 	for _, f := range change {
 		f(s)
@@ -81,7 +92,8 @@ func dial(t *testing.T, path string) *Client {
 }
 
 func TestWholeAPI(t *testing.T) {
-	c, w := watched(t, serve(t))
+	own, store := newControlOver(t)
+	c, w := watched(t, serveOf(t, own))
 	ctx := t.Context()
 	red, err := c.AddVNet(ctx, "red", "a comment", true)
 	must(t, err)
@@ -145,6 +157,7 @@ func TestWholeAPI(t *testing.T) {
 	testTokens(t, c)
 	testServing(t, c)
 	testTunnelConfig(t, c)
+	testFleet(t, c, store)
 	must(t, c.DeleteVNet(ctx, "red", true))
 	must(t, c.DeleteTunnel(ctx, "plant", true))
 	for _, e := range endpoints(api{}) {
@@ -188,6 +201,10 @@ func testRefusals(t *testing.T, c *Client) {
 		{second(c.Pool(ctx, "nope")), control.ErrNotFound, 404, "pool list"},
 		{second(c.Port(ctx, "nope")), control.ErrNotFound, 404, "port list"},
 		{second(c.Zone(ctx, "nope")), control.ErrNotFound, 404, "zone list"},
+		{second(c.Device(ctx, "nope")), control.ErrNotFound, 404, "fleet list"},
+		{second(c.Devices(ctx, "nope")), control.ErrNotFound, 404, "tunnel list"},
+		{second(c.Rollout(ctx, "nope")), control.ErrNotFound, 404, "fleet rollout list"},
+		{second(c.CreateRollout(ctx, control.RolloutSpec{Name: "r", Version: "../1"})), control.ErrInvalid, 400, "../1"},
 		{second(c.PoolHealth(ctx, "nope")), control.ErrNotFound, 404, "pool list"},
 	} {
 		e, ok := errors.AsType[*Error](tt.err)

@@ -20,7 +20,7 @@ const get, post, put, patch, del = http.MethodGet, http.MethodPost, http.MethodP
 
 // endpoints is the whole API but its description, openapi.yaml, which a test holds against this.
 func endpoints(a api) []endpoint {
-	return slices.Concat(a.recordEndpoints(), a.servingEndpoints())
+	return slices.Concat(a.recordEndpoints(), a.servingEndpoints(), a.fleetEndpoints())
 }
 
 func (a api) recordEndpoints() []endpoint {

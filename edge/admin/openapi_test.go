@@ -18,6 +18,7 @@ import (
 	"github.com/getkin/kin-openapi/routers"
 	"github.com/getkin/kin-openapi/routers/gorillamux"
 
+	"github.com/keyhaven/keyhaven/appliance/fleet"
 	"github.com/keyhaven/keyhaven/edge/balance"
 	"github.com/keyhaven/keyhaven/edge/control"
 	"github.com/keyhaven/keyhaven/edge/spec"
@@ -99,6 +100,9 @@ var schemas = map[string]reflect.Type{
 	"ZoneConfig": reflect.TypeFor[zone.Config](), "Origin": reflect.TypeFor[zone.Origin](), "OriginTLS": reflect.TypeFor[zone.OriginTLS](), "Zone": reflect.TypeFor[control.Zone](),
 	"TunnelConfig": reflect.TypeFor[control.TunnelConfigView](), "TunnelConfigNew": reflect.TypeFor[tunnelConfigRequest](), "ConnectorConfig": reflect.TypeFor[control.ConnectorConfig](),
 	"Elsewhere": reflect.TypeFor[control.ElsewhereView](), "FlowList": reflect.TypeFor[FlowList](), "Flow": reflect.TypeFor[control.FlowView](), "Edge": reflect.TypeFor[control.EdgeView](),
+	"Device": reflect.TypeFor[control.DeviceView](), "DeviceReport": reflect.TypeFor[fleet.Report](), "FailedUpdate": reflect.TypeFor[control.FailedUpdate](), "Directive": reflect.TypeFor[fleet.Directive](),
+	"RolloutNew": reflect.TypeFor[control.RolloutSpec](), "RolloutChange": reflect.TypeFor[control.RolloutChange](), "RolloutConfig": reflect.TypeFor[control.RolloutConfig](), "RolloutEvent": reflect.TypeFor[control.RolloutEvent](),
+	"Rollout": reflect.TypeFor[control.RolloutView](), "RolloutProgress": reflect.TypeFor[control.RolloutProgress](),
 	"Fault": reflect.TypeFor[Fault](), "Status": reflect.TypeFor[Status](),
 }
 

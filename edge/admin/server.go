@@ -17,6 +17,7 @@ import (
 	"golang.org/x/net/netutil"
 
 	"github.com/keyhaven/keyhaven/edge/control"
+	"github.com/keyhaven/keyhaven/internal/takeover"
 	"github.com/keyhaven/keyhaven/internal/unixsock"
 	"github.com/keyhaven/keyhaven/mtls"
 )
@@ -50,6 +51,8 @@ type Config struct {
 	Operators []string
 	// Serving tells how what the edge serves to visitors is. If nil, nothing is told.
 	Serving Serving
+	// Bind opens the sockets, networks unix and tcp. If nil, they are bound anew.
+	Bind func(network, addr string) (net.Listener, error)
 	// Logger gets each change, with who made it. If nil, nothing is logged.
 	Logger *slog.Logger
 }
@@ -77,10 +80,14 @@ func Listen(cfg Config) (*Server, error) {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
-	ln, err := unixsock.Listen(cfg.Socket, maxConns)
+	if cfg.Bind == nil {
+		cfg.Bind = new(takeover.Process).Listen
+	}
+	socket, err := cfg.Bind("unix", cfg.Socket)
 	if err != nil {
 		return nil, fmt.Errorf("admin: %w", err)
 	}
+	ln := unixsock.Limit(socket, maxConns)
 	own := uint32(os.Geteuid())
 	s := &Server{cfg: cfg, log: cfg.Logger, identify: unixsock.PeerUID, allowed: func(uid uint32) bool { return uid == 0 || uid == own }}
 	s.SetOperators(cfg.Operators)
@@ -92,7 +99,7 @@ func Listen(cfg Config) (*Server, error) {
 	if cfg.Identity == nil {
 		return nil, errors.Join(errors.New("admin: HTTPS needs the edge's identity"), s.Close())
 	}
-	tcp, err := net.Listen("tcp", cfg.Listen)
+	tcp, err := cfg.Bind("tcp", cfg.Listen)
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("admin: %w", err), s.Close())
 	}
