@@ -31,6 +31,9 @@ func (e *Engine) Update(ctx context.Context, q Request) error {
 		return errors.New("update: no update source is set; write update.source in keyhaven.yaml, or give a bundle")
 	}
 	return e.exclusive(func() error {
+		if err := e.noTrial(); err != nil {
+			return err
+		}
 		ctx, cancel := context.WithTimeout(ctx, e.c.Timing.Total)
 		defer cancel()
 		x, err := e.ask(ctx, q)
@@ -54,7 +57,21 @@ func (e *Engine) Update(ctx context.Context, q Request) error {
 
 // Install installs a bundle that somebody gives. It ends as Update does.
 func (e *Engine) Install(ctx context.Context, r io.Reader, force bool) error {
-	return e.exclusive(func() error { return e.install(ctx, r, "", force) })
+	return e.exclusive(func() error {
+		if err := e.noTrial(); err != nil {
+			return err
+		}
+		return e.install(ctx, r, "", force)
+	})
+}
+
+// noTrial is an error while a version is on trial, before anything is noted: what is noted is about the trial.
+func (e *Engine) noTrial() error {
+	st, err := e.c.Slots.State()
+	if err == nil && st.Trial {
+		err = slot.ErrTrial
+	}
+	return err
 }
 
 // exclusive calls do while no other program works on the slots, with the record as it is on the disk.
