@@ -8,6 +8,7 @@ import (
 	"regexp"
 	"strings"
 
+	"github.com/keyhaven/keyhaven/appliance/camera"
 	"github.com/keyhaven/keyhaven/connector"
 	"github.com/keyhaven/keyhaven/ingressconf"
 	"github.com/keyhaven/keyhaven/mtls"
@@ -24,13 +25,6 @@ const (
 	maxAllow    = 100
 )
 
-// Defaults of the camera.
-const (
-	defaultResolution = "1280x720"
-	defaultFPS        = 10
-	defaultQuality    = 80
-)
-
 // A faultFunc takes what is wrong with a key.
 type faultFunc func(key, format string, args ...any)
 
@@ -42,7 +36,7 @@ func (c *Config) complete(fault faultFunc) {
 	c.Network.check(fault)
 	c.completeSSH(fault)
 	if c.Camera != nil {
-		c.Camera.complete(fault)
+		c.Camera.check(fault)
 	}
 	c.checkPublish(fault)
 	c.checkAllow(fault)
@@ -58,8 +52,10 @@ func tooMany(fault faultFunc, key string, n, limit int) bool {
 
 func (c *Config) completeToken(fault faultFunc) {
 	c.Token = Secret(strings.TrimSpace(c.Token.Reveal()))
-	if scrubbed(c.Token.Reveal()) {
-		c.Token = ""
+	if t := c.Token.Reveal(); scrubbed(t) {
+		if c.Token = ""; t != filler(len(t)) {
+			c.leftover = Secret(t)
+		}
 	}
 	if c.Token != "" {
 		if _, err := mtls.ParseJoinToken(c.Token.Reveal()); err != nil {
@@ -244,42 +240,28 @@ func (c *Config) completeSSH(fault faultFunc) {
 	}
 }
 
-var (
-	videoDevice = regexp.MustCompile(`^/dev/(video[0-9]{1,3}|v4l/by-(id|path)/[A-Za-z0-9_.:+-]+)$`)
-	resolution  = regexp.MustCompile(`^([1-9][0-9]{1,3})x([1-9][0-9]{1,3})$`)
-	ribbon      = regexp.MustCompile(`(?i)csi|libcamera|picamera|raspicam|ribbon|imx\d|ov56`)
-)
+// ribbon finds what people write for a camera on the ribbon cable.
+var ribbon = regexp.MustCompile(`(?i)^(csi|mipi|ribbon|libcamera|picamera|raspicam|rpicam|imx[0-9]|ov56)`)
 
-// complete checks the camera and fills in what is not said.
-func (c *Camera) complete(fault faultFunc) {
-	c.Device, c.Resolution = orElse(c.Device, "auto"), orElse(c.Resolution, defaultResolution)
-	c.FPS, c.Quality = orElse(c.FPS, defaultFPS), orElse(c.Quality, defaultQuality)
+func (c *Camera) settings() camera.Settings {
+	return camera.Settings{Device: c.Device, Resolution: c.Resolution, FPS: c.FPS, Quality: c.Quality}
+}
+
+func (c *Camera) check(fault faultFunc) {
+	name, err := vnet.CanonicalHost(c.Hostname)
 	switch {
-	case ribbon.MatchString(c.Hostname):
-		if strings.Contains(c.Hostname, ".") {
-			break
-		}
-		fault("camera", "%s", noRibbon)
+	case !strings.Contains(c.Hostname, ".") && ribbon.MatchString(c.Hostname):
+		fault("camera.hostname", "%s", noRibbon)
 	case c.Hostname == "":
 		fault("camera", "has no hostname; add hostname: and the name under which visitors are to see it, such as cam.example.com")
-	case !isHost(c.Hostname):
+	case err != nil || strings.HasPrefix(name, "*."):
 		fault("camera.hostname", "%q is no host name; write the name under which visitors are to see the camera, such as cam.example.com", curtail(c.Hostname))
 	}
-	switch {
-	case c.Device == "auto" || videoDevice.MatchString(c.Device):
-	case ribbon.MatchString(c.Device):
-		fault("camera.device", "%s", noRibbon)
-	default:
-		fault("camera.device", "%q is no camera; write auto, or a device such as /dev/video0", curtail(c.Device))
-	}
-	if !resolution.MatchString(c.Resolution) {
-		fault("camera.resolution", "%q is no size of a picture; write width x height, such as 1280x720", curtail(c.Resolution))
-	}
-	if c.FPS < 1 || c.FPS > 120 {
-		fault("camera.fps", "must be from 1 to 120 pictures a second, not %d", c.FPS)
-	}
-	if c.Quality < 1 || c.Quality > 100 {
-		fault("camera.quality", "must be from 1 to 100, not %d", c.Quality)
+	for _, f := range c.settings().Check() {
+		if f.Field == "device" && ribbon.MatchString(strings.TrimPrefix(c.Device, "/dev/")) {
+			f.Text = noRibbon
+		}
+		fault("camera."+f.Field, "%s", f.Text)
 	}
 }
 
@@ -299,7 +281,7 @@ func orElse[T comparable](v, def T) T {
 func (c *Config) rules() []ingressconf.Rule {
 	var rules []ingressconf.Rule
 	if c.Camera != nil {
-		rules = append(rules, ingressconf.Rule{Hostname: c.Camera.Hostname, Service: cameraService, Bandwidth: c.Camera.Bandwidth})
+		rules = append(rules, camera.Rule(c.Camera.Hostname, c.Camera.Bandwidth))
 	}
 	for _, p := range c.Publish {
 		rules = append(rules, ingressconf.Rule{Hostname: p.Hostname, Path: p.Path, Service: p.Service, Bandwidth: p.Bandwidth})

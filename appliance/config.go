@@ -28,6 +28,8 @@ type Config struct {
 	Publish  []Publish `mapstructure:"publish"`
 	Allow    []Allow   `mapstructure:"allow"` // what routes of the edge may reach
 	Update   Update    `mapstructure:"update"`
+
+	leftover Secret // in place of the token: one that was taken off the card in part, and is to be taken off wholly
 }
 
 // WiFi is the wireless network. Without networks there is none.
@@ -64,10 +66,10 @@ type SSH struct {
 // Camera serves a USB camera on the machine's loopback and publishes it.
 type Camera struct {
 	Hostname   string `mapstructure:"hostname"`   // under which visitors see it
-	Device     string `mapstructure:"device"`     // "auto" or /dev/videoN
-	Resolution string `mapstructure:"resolution"` // such as 1280x720
-	FPS        int    `mapstructure:"fps"`        // frames a second
-	Quality    int    `mapstructure:"quality"`    // of the JPEG, 1 to 100
+	Device     string `mapstructure:"device"`     // "auto" or /dev/videoN; empty: auto
+	Resolution string `mapstructure:"resolution"` // such as 1280x720; empty: that
+	FPS        int    `mapstructure:"fps"`        // frames a second; 0: 10
+	Quality    int    `mapstructure:"quality"`    // of the JPEG, 1 to 100; 0: 80
 	Bandwidth  string `mapstructure:"bandwidth"`  // to all visitors together; empty: no limit
 	Test       bool   `mapstructure:"test"`       // a picture made by the kernel in place of a camera's
 }

@@ -12,6 +12,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"io/fs"
 )
 
 // maxCSRLen bounds a certificate request in bytes; a request for an RSA-4096 key is about 1.1 kB.
@@ -24,11 +25,53 @@ func NewKeyCSR() (crypto.Signer, []byte, error) {
 	if err != nil {
 		return nil, nil, fmt.Errorf("mtls: make key: %w", err)
 	}
+	der, err := requestFor(key)
+	return key, der, err
+}
+
+func requestFor(key crypto.Signer) ([]byte, error) {
 	der, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, key)
 	if err != nil {
-		return nil, nil, fmt.Errorf("mtls: make certificate request: %w", err)
+		return nil, fmt.Errorf("mtls: make certificate request: %w", err)
 	}
-	return key, der, nil
+	return der, nil
+}
+
+// KeptKeyCSR is [NewKeyCSR] with a key that is kept in a file, mode 0600: made at the first call, the same at later ones. So who
+// asks for a certificate can ask again after a power cut, as the same. A file with anything else than a key is an error.
+func KeptKeyCSR(path string) (crypto.Signer, []byte, error) {
+	b, err := readSecretFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		key, der, err := NewKeyCSR()
+		if err != nil {
+			return nil, nil, err
+		}
+		text, err := encodeKey(key)
+		if err == nil {
+			err = replaceFile(path, text, 0o600)
+		}
+		if err != nil {
+			return nil, nil, fmt.Errorf("mtls: keep key: %w", err)
+		}
+		return key, der, nil
+	}
+	if err != nil {
+		return nil, nil, fmt.Errorf("mtls: kept key: %w", err)
+	}
+	block, _ := pem.Decode(b)
+	if block == nil {
+		return nil, nil, fmt.Errorf("mtls: kept key: %s holds no key; remove it", path)
+	}
+	parsed, err := x509.ParsePKCS8PrivateKey(block.Bytes)
+	if err != nil {
+		return nil, nil, fmt.Errorf("mtls: kept key: %s: %w; remove it", path, err)
+	}
+	key, ok := parsed.(crypto.Signer)
+	if !ok {
+		return nil, nil, fmt.Errorf("mtls: kept key: %s holds no key that signs; remove it", path)
+	}
+	der, err := requestFor(key)
+	return key, der, err
 }
 
 // parseCSR returns the public key of a request whose signature proves possession of the private key.

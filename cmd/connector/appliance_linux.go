@@ -1,10 +1,13 @@
 package main
 
 import (
+	"context"
+
 	"github.com/spf13/cobra"
 
 	"github.com/keyhaven/keyhaven/appliance"
 	"github.com/keyhaven/keyhaven/internal/cli"
+	"github.com/keyhaven/keyhaven/mtls"
 )
 
 // applianceOnLinux are commands that work on a device alone.
@@ -21,8 +24,18 @@ services up by it, enrols the connector, and says how it is in keyhaven-status.t
 			if err != nil {
 				return err
 			}
-			agent := &appliance.Agent{Version: cli.Version(), Log: log}
+			agent := &appliance.Agent{Join: joinKept, Reload: cli.Hangups(cmd.Context()), Version: cli.Version(), Log: log}
 			return agent.Run(cmd.Context())
 		},
 	}
+}
+
+// joinKept is join with a key that is kept over attempts, for [appliance.JoinFunc].
+func joinKept(ctx context.Context, token mtls.JoinToken, keyFile, dir, name string) error {
+	key, csr, err := mtls.KeptKeyCSR(keyFile)
+	if err != nil {
+		return err
+	}
+	_, _, err = joinTo(ctx, token, key, csr, dir, name, byDefault)
+	return err
 }

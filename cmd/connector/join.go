@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"context"
+	"crypto"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -100,23 +101,9 @@ func join(cmd *cobra.Command, tokenFile, dir, name string, way transportConfig) 
 	if err != nil {
 		return err
 	}
-	reply, err := enrol(cmd.Context(), token, csr, name, way)
+	reply, edges, err := joinTo(cmd.Context(), token, key, csr, dir, name, way)
 	if err != nil {
 		return err
-	}
-	if err := mtls.WriteIdentity(dir, key, reply.Chain, reply.Roots); err != nil {
-		return fmt.Errorf("the edge enrolled %s and the token is used up, but: %w", reply.Identity, err)
-	}
-	edges := reply.Edges
-	if len(edges) == 0 {
-		edges = token.Edges
-	}
-	b, err := json.MarshalIndent(joined{Identity: reply.Identity.String(), Tunnel: reply.Tunnel, Edges: edges}, "", "  ")
-	if err != nil {
-		return err
-	}
-	if err := os.WriteFile(filepath.Join(dir, joinedFile), append(b, '\n'), 0o600); err != nil {
-		return fmt.Errorf("joined, but: %w; list the edges %v in the configuration", err, edges)
 	}
 	next := "keyhaven-connector run"
 	if way != byDefault {
@@ -125,6 +112,29 @@ func join(cmd *cobra.Command, tokenFile, dir, name string, way transportConfig) 
 	fmt.Fprintf(cmd.OutOrStdout(), "joined as %s, tunnel %s, edges %s\nidentity in %s; next: %s\n",
 		reply.Identity, reply.Tunnel, strings.Join(edges, " "), dir, next)
 	return nil
+}
+
+// joinTo has the token's edges certify the key, and writes the identity to dir with the list of edges.
+func joinTo(ctx context.Context, token mtls.JoinToken, key crypto.Signer, csr []byte, dir, name string, way transportConfig) (tunnel.JoinReply, []string, error) {
+	reply, err := enrol(ctx, token, csr, name, way)
+	if err != nil {
+		return reply, nil, err
+	}
+	if err := mtls.WriteIdentity(dir, key, reply.Chain, reply.Roots); err != nil {
+		return reply, nil, fmt.Errorf("the edge enrolled %s and the token is used up, but: %w", reply.Identity, err)
+	}
+	edges := reply.Edges
+	if len(edges) == 0 {
+		edges = token.Edges
+	}
+	b, err := json.MarshalIndent(joined{Identity: reply.Identity.String(), Tunnel: reply.Tunnel, Edges: edges}, "", "  ")
+	if err != nil {
+		return reply, nil, err
+	}
+	if err := os.WriteFile(filepath.Join(dir, joinedFile), append(b, '\n'), 0o600); err != nil {
+		return reply, nil, fmt.Errorf("joined, but: %w; list the edges %v in the configuration", err, edges)
+	}
+	return reply, edges, nil
 }
 
 // prepare makes sure that an identity can be written to dir and that none is there.
