@@ -7,4 +7,4 @@ const (
 	foreignCalls = 0
 )
 
-var archCalls []uint32
+var archCalls = []uint32{unix.SYS_KEXEC_FILE_LOAD}
