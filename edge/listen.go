@@ -27,15 +27,18 @@ type listeners struct {
 const bindTries = 8
 
 // listen binds every address of the configuration, or none.
-func listen(cfg Listen) (*listeners, error) {
+func listen(cfg Listen, bind func(network, addr string) (net.Listener, error)) (*listeners, error) {
+	if bind == nil {
+		bind = net.Listen
+	}
 	l := &listeners{}
 	for _, addr := range cfg.TLS {
-		if err := l.bindTLS(addr, cfg.HTTP3); err != nil {
+		if err := l.bindTLS(addr, cfg.HTTP3, bind); err != nil {
 			return nil, errors.Join(err, l.close())
 		}
 	}
 	for _, addr := range cfg.Redirect {
-		ln, err := net.Listen("tcp", addr)
+		ln, err := bind("tcp", addr)
 		if err != nil {
 			return nil, errors.Join(fmt.Errorf("listen for plain HTTP: %w", err), l.close())
 		}
@@ -44,9 +47,9 @@ func listen(cfg Listen) (*listeners, error) {
 	return l, nil
 }
 
-func (l *listeners) bindTLS(addr string, http3 bool) error {
+func (l *listeners) bindTLS(addr string, http3 bool, bind func(network, addr string) (net.Listener, error)) error {
 	for try := 1; ; try++ {
-		tcp, err := net.Listen("tcp", addr)
+		tcp, err := bind("tcp", addr)
 		if err != nil {
 			return fmt.Errorf("listen for TLS: %w", err)
 		}

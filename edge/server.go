@@ -49,6 +49,8 @@ type Deps struct {
 	Tracer trace.Tracer
 	// Registry gets the metrics. If nil, they are not collected.
 	Registry prometheus.Registerer
+	// Listen binds TCP ports. If nil, net.Listen does.
+	Listen func(network, addr string) (net.Listener, error)
 }
 
 // openTimeout bounds the first reading of the ticket keys.
@@ -136,7 +138,7 @@ func (s *Server) open(cfg Config, zones []*zone.Zone) (err error) {
 	if err := s.openPools(ctx); err != nil {
 		return errors.Join(err, s.release())
 	}
-	if s.listeners, err = listen(cfg.Listen); err != nil {
+	if s.listeners, err = listen(cfg.Listen, s.deps.Listen); err != nil {
 		return errors.Join(err, s.release())
 	}
 	if err := s.install(cfg, zones); err != nil {
@@ -156,7 +158,7 @@ func (s *Server) openPools(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	s.forward, err = forward.New(forward.Config{Dialer: s.deps.Dialer, Balancer: s.balancer, Logger: s.log, Registry: s.deps.Registry})
+	s.forward, err = forward.New(forward.Config{Dialer: s.deps.Dialer, Balancer: s.balancer, Logger: s.log, Registry: s.deps.Registry, Listen: s.deps.Listen})
 	return err
 }
 

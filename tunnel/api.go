@@ -167,6 +167,8 @@ type ListenConfig struct {
 	Addr string
 	// TCPAddr is the address to listen on for TLS over TCP. If empty, Addr's host and port; if "-", none.
 	TCPAddr string
+	// ListenTCP binds that address. If nil, net.Listen does.
+	ListenTCP func(network, addr string) (net.Listener, error)
 	// Identity is the edge's certificate. Required.
 	Identity *mtls.Source
 	// Admit decides whether a connector whose certificate is valid gets a session. It must return nil to admit; a

@@ -41,9 +41,13 @@ func listenTCP(cfg ListenConfig, addr *net.UDPAddr, udp *net.UDPConn) (*net.TCPL
 	case "-":
 		return nil, nil
 	case "":
-		return net.ListenTCP("tcp", &net.TCPAddr{IP: addr.IP, Zone: addr.Zone, Port: udp.LocalAddr().(*net.UDPAddr).Port})
+		cfg.TCPAddr = (&net.TCPAddr{IP: addr.IP, Zone: addr.Zone, Port: udp.LocalAddr().(*net.UDPAddr).Port}).String()
 	}
-	ln, err := net.Listen("tcp", cfg.TCPAddr)
+	listen := cfg.ListenTCP
+	if listen == nil {
+		listen = net.Listen
+	}
+	ln, err := listen("tcp", cfg.TCPAddr)
 	if err != nil {
 		return nil, err
 	}

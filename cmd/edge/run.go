@@ -17,7 +17,9 @@ import (
 	"github.com/keyhaven/keyhaven/edge/control"
 	"github.com/keyhaven/keyhaven/edge/dns"
 	"github.com/keyhaven/keyhaven/internal/cli"
+	"github.com/keyhaven/keyhaven/internal/notify"
 	"github.com/keyhaven/keyhaven/internal/ops"
+	"github.com/keyhaven/keyhaven/internal/takeover"
 	"github.com/keyhaven/keyhaven/internal/tracing"
 	"github.com/keyhaven/keyhaven/state"
 	"github.com/keyhaven/keyhaven/tunnel"
@@ -28,8 +30,16 @@ func newRun() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "run",
 		Short: "Run the edge until SIGTERM; SIGHUP reloads the configuration",
-		Args:  cobra.NoArgs,
+		Long: `Run serves until SIGINT or SIGTERM, and then finishes what is open, for as long as the configuration says. SIGHUP reads
+the configuration again. SIGUSR2 starts the program anew, from where it was started and with the same arguments: once the new
+process has found the configuration good, this one stops accepting, finishes what is open, and hands over. Visitors who come
+meanwhile wait in the queues of the listeners.`,
+		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			self, err := takeover.Begin() // before a signal can come that it is to take
+			if err != nil {
+				return err
+			}
 			log, err := cli.Logger(cmd)
 			if err != nil {
 				return err
@@ -38,7 +48,11 @@ func newRun() *cobra.Command {
 			if err != nil {
 				return cli.ConfigError(err)
 			}
-			p, err := start(cmd.Context(), cfg, log)
+			// The state and the UDP ports have one owner: a predecessor hands over when it has finished.
+			if err := self.Ready(cmd.Context()); err != nil {
+				return err
+			}
+			p, err := start(cmd.Context(), cfg, log, self)
 			if err != nil {
 				return err
 			}
@@ -87,6 +101,9 @@ type process struct {
 	cfg    *config
 	log    *slog.Logger
 	reload func() (*config, error)
+	self   *takeover.Process
+	next   *takeover.Successor // takes over at the end; nil: none
+	notify notify.Notifier
 
 	ids      identities
 	store    state.Store
@@ -100,8 +117,8 @@ type process struct {
 }
 
 // start opens the state and binds every listener, so that what is wrong shows before anything is served.
-func start(ctx context.Context, cfg *config, log *slog.Logger) (*process, error) {
-	p := &process{cfg: cfg, log: log, registry: ops.NewRegistry()}
+func start(ctx context.Context, cfg *config, log *slog.Logger, self *takeover.Process) (*process, error) {
+	p := &process{cfg: cfg, log: log, self: self, notify: notify.Notifier{Logger: log}, registry: ops.NewRegistry()}
 	if err := p.open(ctx); err != nil {
 		return nil, errors.Join(err, p.close())
 	}
@@ -127,7 +144,7 @@ func (p *process) open(ctx context.Context) (err error) {
 	p.use(cfg)
 	p.tunnels, err = tunnel.Listen(tunnel.ListenConfig{Addr: cfg.Tunnel.Listen, Identity: p.ids.own, Admit: p.control.Admit,
 		Handle: p.control.Handle, Join: p.control.Join, Renew: p.control.Renew, Logger: log, DrainTimeout: cfg.Tunnel.DrainTimeout,
-		TCPAddr: cfg.Tunnel.tcpAddr(), Peer: p.control.AdmitPeer, HandlePeer: p.control.HandlePeer, Drops: p.control.Drops()})
+		TCPAddr: cfg.Tunnel.tcpAddr(), ListenTCP: p.self.Listen, Peer: p.control.AdmitPeer, HandlePeer: p.control.HandlePeer, Drops: p.control.Drops()})
 	if err != nil {
 		return cli.ListenError(fmt.Errorf("listen for tunnels: %w", err))
 	}
@@ -135,7 +152,7 @@ func (p *process) open(ctx context.Context) (err error) {
 		return err
 	}
 	p.visitors, err = edge.New(cfg.Visitors, edge.Deps{Dialer: p.control, Store: p.store, KeyIdentity: p.ids.key, Logger: log,
-		Tracer: p.spans.Tracer("edge"), Registry: p.registry})
+		Tracer: p.spans.Tracer("edge"), Registry: p.registry, Listen: p.self.Listen})
 	if err != nil {
 		return cli.ListenError(err)
 	}
@@ -144,7 +161,7 @@ func (p *process) open(ctx context.Context) (err error) {
 		func() float64 { return float64(len(p.visitors.Faults())) }))
 	p.control.OnPublished(p.publish)
 	p.admin, err = admin.Listen(admin.Config{Control: p.control, Socket: cfg.Admin.Socket, Listen: cfg.Admin.Listen, Identity: p.ids.own,
-		Operators: cfg.Admin.Operators, Serving: p.serving(), Logger: log})
+		Operators: cfg.Admin.Operators, Serving: p.serving(), Bind: p.self.Listen, Logger: log})
 	if err != nil {
 		return cli.ListenError(err)
 	}
@@ -242,14 +259,19 @@ func (p *process) serve(ctx context.Context, hangups <-chan os.Signal) error {
 			}
 		})
 	}
-	health := &ops.Server{Addr: p.cfg.Ops.Listen, AllowNonLoopback: p.cfg.Ops.AllowNonLoopback, Registry: p.registry, Logger: p.log,
+	health := &ops.Server{Addr: p.cfg.Ops.Listen, AllowNonLoopback: p.cfg.Ops.AllowNonLoopback, Registry: p.registry, Logger: p.log, Listen: p.self.Listen,
 		Ready: func(context.Context) error { return p.ready(ctx) }}
 	run(&behindDone, behind, "health and metrics", health.Run)
 	run(&behindDone, behind, "administration", p.admin.Serve)
 	run(&behindDone, behind, "renew the edge's certificate", p.renewOwn)
 	run(&carryingDone, carrying, "tunnels", p.tunnels.Serve)
 	p.log.Info("edge up", "peer", p.ids.own.Identity().String(), "tunnels", p.tunnels.Addr().String(), "socket", p.cfg.Admin.Socket)
-	behindDone.Go(func() { p.followHangups(ctx, hangups) })
+	behindDone.Go(func() {
+		if p.attend(ctx, hangups) {
+			fail(nil)
+		}
+	})
+	run(&behindDone, behind, "watchdog", func(ctx context.Context) error { return p.notify.Watchdog(ctx, p.alive) })
 	behindDone.Go(func() { ops.BoundGarbage(behind, mostGarbage) })
 	behindDone.Go(func() { p.leave(ctx) })
 	for _, s := range p.names {
@@ -257,6 +279,7 @@ func (p *process) serve(ctx context.Context, hangups <-chan os.Signal) error {
 	}
 
 	p.awaitReady(ctx)
+	p.notify.Ready(p.summary())
 	err := p.visitors.Run(ctx)
 	if err != nil && ctx.Err() == nil {
 		fail(fmt.Errorf("visitors: %w", err))
@@ -270,6 +293,9 @@ func (p *process) serve(ctx context.Context, hangups <-chan os.Signal) error {
 	behindDone.Wait()
 	p.admin, p.tunnels, p.names = nil, nil, nil // they released their sockets at their end
 	closed := p.close()
+	if p.next != nil {
+		closed = errors.Join(closed, p.next.Release(p.notify))
+	}
 	if cause := context.Cause(ctx); !errors.Is(cause, context.Canceled) {
 		return errors.Join(cause, closed)
 	}
@@ -308,22 +334,6 @@ func (p *process) ready(ctx context.Context) error {
 		return err
 	}
 	return p.visitors.Ready(ctx)
-}
-
-// followHangups reloads the configuration at each signal.
-func (p *process) followHangups(ctx context.Context, hangups <-chan os.Signal) {
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-hangups:
-			if err := p.tryReload(); err != nil {
-				p.log.Error("configuration not reloaded, the old one stays", "err", err)
-				continue
-			}
-			p.log.Info("configuration reloaded")
-		}
-	}
 }
 
 // tryReload puts a new configuration in place as a whole, or not at all.

@@ -44,6 +44,8 @@ type Config struct {
 	Logger *slog.Logger
 	// Registry gets the metrics. If nil, they are not collected.
 	Registry prometheus.Registerer
+	// Listen binds TCP ports. If nil, net.Listen does.
+	Listen func(network, addr string) (net.Listener, error)
 }
 
 // A Fault is a port that is not served, and why.
@@ -53,6 +55,7 @@ type Fault struct{ Name, Text string }
 type Forwarder struct {
 	cfg     Config
 	log     *slog.Logger
+	listen  func(network, addr string) (net.Listener, error)
 	metrics *metrics
 
 	mu      sync.Mutex // guards the rest
@@ -67,7 +70,10 @@ func New(cfg Config) (*Forwarder, error) {
 	if cfg.Dialer == nil {
 		return nil, errors.New("forward: a dialer is required")
 	}
-	f := &Forwarder{cfg: cfg, log: cfg.Logger, ports: map[string]*port{}}
+	f := &Forwarder{cfg: cfg, log: cfg.Logger, listen: cfg.Listen, ports: map[string]*port{}}
+	if f.listen == nil {
+		f.listen = net.Listen
+	}
 	if f.log == nil {
 		f.log = slog.New(slog.DiscardHandler)
 	}

@@ -22,7 +22,7 @@ const (
 
 // openTCP listens and serves until the listener is closed. The caller holds f.mu.
 func (p *port) openTCP(ctx context.Context) error {
-	ln, err := net.Listen("tcp", p.listen)
+	ln, err := p.f.listen("tcp", p.listen)
 	if err != nil {
 		return err
 	}
