@@ -29,6 +29,7 @@ type Updater interface {
 // UpdateHooks are what an [Updater] asks the agent.
 type UpdateHooks struct {
 	Settings  Update                 // of the configuration
+	Location  *time.Location         // of the machine's clock
 	Healthy   func() bool            // whether the tunnel is up
 	Directive func() fleet.Directive // what an edge wants
 	Stop      func(context.Context)  // ends what runs, before a restart of the machine

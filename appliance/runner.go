@@ -47,11 +47,12 @@ type runner struct {
 	updater   Updater
 	updateErr string
 	settings  Update
+	zone      *time.Location     // the machine's
 	restart   context.CancelFunc // ends the updater, which then begins with new settings
 }
 
 func newRunner(a *Agent) *runner {
-	r := &runner{Agent: a, Host: a.Host.withDefaults(), log: a.Log, wake: make(chan struct{}, 1), config: &Config{}, begin: time.Now()}
+	r := &runner{Agent: a, Host: a.Host.withDefaults(), log: a.Log, wake: make(chan struct{}, 1), config: &Config{}, begin: time.Now(), zone: time.UTC}
 	if r.log == nil {
 		r.log = slog.New(slog.DiscardHandler)
 	}
@@ -154,9 +155,9 @@ func (r *runner) updateOnce(ctx context.Context) error {
 	defer stop()
 	r.mu.Lock()
 	r.restart = stop
-	settings := r.settings
+	settings, zone := r.settings, r.zone
 	r.mu.Unlock()
-	u, err := r.Updates(UpdateHooks{Settings: settings, Healthy: r.healthy, Directive: r.wanted, Stop: r.stopServices,
+	u, err := r.Updates(UpdateHooks{Settings: settings, Location: zone, Healthy: r.healthy, Directive: r.wanted, Stop: r.stopServices,
 		Changed: func() { r.news.Store(true) }})
 	r.mu.Lock()
 	if r.updater, r.updateErr = u, ""; err != nil {
@@ -172,14 +173,18 @@ func (r *runner) updateOnce(ctx context.Context) error {
 	return errors.Join(errors.New("the updater ended"), err)
 }
 
-// configure gives the updater new settings.
-func (r *runner) configure(u Update) {
+// configure gives the updater new settings. While a version is on trial it is left alone.
+func (r *runner) configure(c *Config) {
+	zone, err := time.LoadLocation(orElse(c.TimeZone, "UTC"))
+	if err != nil {
+		zone = time.UTC
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.restart != nil && !reflect.DeepEqual(u, r.settings) {
+	same := reflect.DeepEqual(c.Update, r.settings) && r.zone.String() == zone.String()
+	if r.settings, r.zone = c.Update, zone; r.restart != nil && !same && (r.updater == nil || !r.updater.Report().Trial) {
 		r.restart()
 	}
-	r.settings = u
 }
 
 func (r *runner) sleep(ctx context.Context, d time.Duration) {

@@ -42,7 +42,7 @@ func (r *runner) load() {
 			r.notes = append(r.notes, "Until that is put right, the device goes on with the configuration that it accepted last.")
 		}
 	}
-	r.configure(r.config.Update)
+	r.configure(r.config)
 }
 
 const noFile = "keyhaven.yaml is not on the card; put it on the partition KEYHAVEN, which any computer shows when the card is in its reader"
@@ -74,6 +74,10 @@ func (r *runner) accept(c card) {
 		fail("The configuration cannot be kept on the data partition", err)
 	}
 	if len(c.tokens) == 0 {
+		return
+	}
+	if h.forgetful() {
+		r.notes = append(r.notes, "The join token stays on the card, as the data partition keeps nothing.")
 		return
 	}
 	if err := h.Writable(func(dir string) error { return scrub(dir, c.tokens) }); err != nil {

@@ -54,8 +54,8 @@ var headline = map[State]string{
 	StateUpdating:  "UPDATING, PLEASE LEAVE THE POWER ON",
 }
 
-// lines are what a person reads, on the screen and in the file, wrapped to width.
-func (s *Status) lines(width int) []string {
+// Lines are what a person reads, on the screen and in the file, wrapped to width.
+func (s *Status) Lines(width int) []string {
 	var out []string
 	add := func(text string) { out = append(out, wrap(plain(text), width)...) }
 	add(headline[s.State])
@@ -144,7 +144,7 @@ func wrap(text string, width int) (lines []string) {
 func (s *Status) file(now time.Time) []byte {
 	var b strings.Builder
 	b.WriteString("Keyhaven\r\n\r\n")
-	for _, l := range s.lines(100) {
+	for _, l := range s.Lines(100) {
 		b.WriteString(l + "\r\n")
 	}
 	fmt.Fprintf(&b, "\r\nWritten by the device at %s.\r\n", now.Format("2006-01-02 15:04 MST"))
@@ -154,7 +154,7 @@ func (s *Status) file(now time.Time) []byte {
 // screen is what the console shows: it clears itself, hides the cursor, and has no more rows than the smallest screen.
 func (s *Status) screen() []byte {
 	const rows, width = 28, 78
-	lines := s.lines(width)
+	lines := s.Lines(width)
 	if len(lines) > rows {
 		lines = append(lines[:rows-1], "… see keyhaven-status.txt on the card for all of it")
 	}

@@ -8,7 +8,6 @@ import (
 	"os"
 	"regexp"
 	"strings"
-	"time"
 
 	"github.com/keyhaven/keyhaven/appliance/slot"
 )
@@ -119,16 +118,8 @@ func (h *Host) dataTrouble() string {
 		"next start what it learns now. Write the image to another card: this one is likely worn out."
 }
 
-// uptime is for people; zero if it is not known.
-func (h *Host) uptime() time.Duration {
-	b, err := readSmall(h.path("/proc/uptime"))
-	if err != nil {
-		return 0
-	}
-	first, _, _ := strings.Cut(string(b), " ")
-	d, err := time.ParseDuration(first + "s")
-	if err != nil {
-		return 0
-	}
-	return d.Truncate(time.Second)
+// forgetful reports whether memory stands in for the data partition, as it does where that cannot be used.
+func (h *Host) forgetful() bool {
+	b, err := readSmall(h.path("/proc/mounts"))
+	return err == nil && strings.Contains(string(b), " "+dataDir+" tmpfs ")
 }

@@ -14,6 +14,9 @@ import (
 	"github.com/keyhaven/keyhaven/appliance/fleet"
 )
 
+// StatusPath is where a running appliance keeps its [Status] in JSON.
+const StatusPath = runDir + "/" + statusFile
+
 const (
 	statusFile = "status.json"         // in runDir, for appliance status
 	statusName = "keyhaven-status.txt" // on the card
@@ -70,7 +73,7 @@ func (r *runner) tellCard(st Status) {
 			r.shown.card = fingerprintOf(old)
 		}
 	}
-	text := st.file(r.Host.Now())
+	text := st.file(r.Host.Now().In(r.location()))
 	if fingerprintOf(text) == r.shown.card {
 		return
 	}
@@ -84,6 +87,12 @@ func (r *runner) tellCard(st Status) {
 		return
 	}
 	r.shown.card, r.shown.cardErr = fingerprintOf(text), ""
+}
+
+func (r *runner) location() *time.Location {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.zone
 }
 
 // writeCard writes a file of the card by a temporary one, whose name a FAT file system of old can hold too.
