@@ -26,7 +26,7 @@ LDFLAGS = -s -w -X github.com/keyhaven/keyhaven/internal/cli.release=$(VERSION)
 GOBUILD = $(GO) build -trimpath -buildvcs=false -ldflags '$(LDFLAGS)'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo demo-check test unit netns chaos idle upgrade browser interop peer transit reliability fuzz lint vuln bench image-e2e image-cuts image-check packages repo packages-check clean
+.PHONY: help setup build demo demo-check test unit netns chaos idle upgrade browser interop peer transit reliability fuzz lint vuln bench image image-lock image-e2e image-cuts image-check packages repo packages-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -119,6 +119,14 @@ $(GO) build -o /dev/null ./cmd/keyserver ./cmd/connector ./cmd/edge ./demo # fet
 $(GO) test -tags image -run '^$$' ./images/rpi/qemu >/dev/null
 ./scripts/rootless $(GO) test -count=1 -tags image -timeout 0 -v -run '$(1)' ./images/rpi/qemu -board $(2)
 endef
+
+image: ## the card's image for ARCH (arm64, armhf, armel, amd64), with update, checksums, bill of materials, Imager's entry
+	@./scripts/setup image
+	@GO='$(GO)' VERSION='$(VERSION)' SOURCE_DATE_EPOCH='$(SOURCE_DATE_EPOCH)' ./images/rpi/build
+
+image-lock: ## pin the Debian packages of images to what the mirror has now
+	@./scripts/setup image
+	@./images/rpi/lock/renew
 
 image-e2e: ## boot the image in BOARD, a machine of QEMU: a visitor of an edge gets pictures of its camera
 	$(call image-test,TestPetCam,$(BOARD))

@@ -43,7 +43,7 @@ grow_partition() {
 	if dd if=/run/mbr of="/dev/$disk" bs=512 count=1 conv=notrunc,fsync 2>/dev/null && blockdev --rereadpt "/dev/$disk"; then
 		say "the data partition now has $((want / 2048)) MiB"
 	else
-		note "the data partition could not be made larger"
+		note "The data partition could not be made larger; it stays as it is."
 	fi
 	rm -f /run/mbr
 	for i in 1 2 3 4 5 6 7 8 9 10; do [ -b "/dev/$data" ] && return; sleep 0.2; done

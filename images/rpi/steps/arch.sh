@@ -6,7 +6,7 @@ board_list() { for b in "$@"; do echo "raspberrypi,$b"; done; }
 
 case $ARCH in
 arm64)
-	export GOARCH=arm64
+	goarch=arm64 goarm=
 	kernel=linux-image-arm64 dtbs='broadcom/bcm2837-rpi-*.dtb broadcom/bcm2711-rpi-*.dtb'
 	firmware='start.elf fixup.dat start4.elf fixup4.dat' kernel_name=kernel8.img
 	boards="$(board_list 3-model-b 3-model-b-plus 3-model-a-plus 3-compute-module model-zero-2-w 4-model-b 400 4-compute-module) linux,dummy-virt"
@@ -18,14 +18,14 @@ arm64)
 	fi
 	;;
 armhf)
-	export GOARCH=arm GOARM=7
+	goarch=arm goarm=7
 	kernel=linux-image-armmp dtbs='bcm2836-rpi-*.dtb bcm2837-rpi-*.dtb bcm2711-rpi-*.dtb broadcom/bcm2836-rpi-*.dtb broadcom/bcm2837-rpi-*.dtb broadcom/bcm2711-rpi-*.dtb'
 	firmware='start.elf fixup.dat start4.elf fixup4.dat' kernel_name=kernel7.img
 	boards="$(board_list 2-model-b 3-model-b 3-model-b-plus 3-model-a-plus 3-compute-module model-zero-2-w 4-model-b 400 4-compute-module) linux,dummy-virt"
 	imager='pi4-32bit pi3-32bit pi2-32bit'
 	;;
 armel)
-	export GOARCH=arm GOARM=5
+	goarch=arm goarm=5
 	kernel=linux-image-rpi dtbs='bcm2835-rpi-*.dtb broadcom/bcm2835-rpi-*.dtb'
 	firmware='start.elf fixup.dat' kernel_name=kernel.img
 	boards="$(board_list model-a model-a-plus model-b model-b-rev2 model-b-plus model-b-i2c0 compute-module model-zero model-zero-w)"
@@ -33,7 +33,7 @@ armel)
 	;;
 amd64)
 	# A virtual machine, for trying things out and for tests: no firmware, the kernel is loaded from outside.
-	export GOARCH=amd64
+	goarch=amd64 goarm=
 	kernel=linux-image-amd64 dtbs='' firmware='' kernel_name=vmlinuz boards=pc imager=''
 	;;
 *)

@@ -18,7 +18,9 @@ repository() { # lock, debs, directory
 	done >"$3/Packages"
 }
 
-stamp=$(sha256sum "$lock" "$src/steps/builder.sh" | sha256sum | cut -c1-64)
+exec 9>"$root.lock"
+flock 9
+stamp=$(sha256sum <"$lock" | cut -c1-64)
 if [ "$(cat "$root/.stamp" 2>/dev/null)" != "$stamp" ]; then
 	echo "image: making the builder" >&2
 	rm -rf "$root" "$root.new" "$root.repo"
@@ -32,13 +34,14 @@ if [ "$(cat "$root/.stamp" 2>/dev/null)" != "$stamp" ]; then
 	echo "$stamp" >"$root.new/.stamp"
 	mv "$root.new" "$root"
 fi
+exec 9>&-
 
 mkdir -p "$root/src" "$root/work" "$root/debs"
 mount --bind "$src" "$root/src"
 mount --bind "$work" "$root/work"
 mount --bind "$debs" "$root/debs"
 mount --rbind /dev "$root/dev"
-mount -t proc proc "$root/proc"
+mount -t proc proc "$root/proc" 2>/dev/null || mount --rbind /proc "$root/proc"
 exec env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C.UTF-8 TZ=UTC HOME=/root \
 	SOURCE_DATE_EPOCH="$SOURCE_DATE_EPOCH" SUITE="$SUITE" ARCH="$ARCH" KERNEL="${KERNEL:-stable}" VERSION="$VERSION" \
 	chroot "$root" "$@"

@@ -61,12 +61,13 @@ lines() { # use
 
 # resolve writes the lock file of an architecture, or that of the builder, as the mirror has things now.
 resolve() { # lock name: <arch> or builder-<arch>
-	local name=$1 arch=${1#builder-} dir list kernel_from=''
+	local name=$1 arch dir list kernel_from=''
+	arch=${name#builder-} arch=${arch%-backports}
 	dir=$(mktemp -d)
 	apt_update "$dir" "$arch" || { rm -rf "$dir"; return 1; }
 	{
 		echo "# use package version sha256 size path; made by make image-lock"
-		if [ "$name" != "$arch" ]; then
+		if [ "$name" = "builder-$arch" ]; then
 			# shellcheck disable=SC2046 # words
 			apt-get -c "$dir/apt.conf" -qq --print-uris install $(words "$here/packages.builder") | lines install
 		else

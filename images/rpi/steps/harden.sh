@@ -19,7 +19,7 @@ for unit in "$root"/etc/systemd/system/keyhaven-*.service; do
 done
 # No login prompt, on no console; no shell of an emergency; no database that a first boot would make.
 for unit in getty@ serial-getty@ console-getty container-getty@ autovt@ debug-shell systemd-firstboot systemd-hwdb-update ldconfig \
-	systemd-journal-catalog-update systemd-update-done systemd-machine-id-commit ssh.socket sshd-keygen systemd-pcrphase; do
+	systemd-journal-catalog-update systemd-update-done systemd-machine-id-commit systemd-random-seed systemd-sysusers ssh.socket sshd-keygen systemd-pcrphase; do
 	case $unit in *.*) ;; *) unit=$unit.service ;; esac
 	ln -sfn /dev/null "$root/etc/systemd/system/$unit"
 done

@@ -42,6 +42,8 @@ mkdir -p "$root/usr/lib/modules" "$root/usr/lib/firmware"
 [ -e /work/unpacked/lib ] || ln -s usr/lib /work/unpacked/lib
 depmod -b /work/unpacked "$release"
 /src/steps/modules.sh /work/unpacked "$release" /src/modules.root "$root"
+# The radio's settings for some boards come with the Pi's firmware.
+[ -z "$firmware" ] || cp -a /work/unpacked/usr/lib/firmware/. "$root/usr/lib/firmware/"
 rm -rf "$root"/usr/lib/firmware/{cypress,brcm}/*pcie*
 (cd /work/unpacked && find usr/share/doc -name copyright -print0 | cpio -0 --quiet -pdm "$root")
 
