@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"net/url"
 	"strconv"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -133,6 +134,10 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if r.ProtoMajor == 1 {
 		// Without this net/http swallows the rest of a request's body once a response begins. HTTP/2 and 3 have it anyway.
 		_ = sw.control.EnableFullDuplex()
+	}
+	if site := v.origin.up.Site; site != nil {
+		site.Serve(sw, r, strings.TrimPrefix(v.target.Path, v.origin.up.Path), "https://"+v.host+v.origin.up.Path, h.log)
+		return
 	}
 	conn, single := visitorOf(r.Context())
 	if v.conn = conn; single {

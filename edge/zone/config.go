@@ -30,8 +30,8 @@ type Config struct {
 	Origins []Origin `mapstructure:"origins" json:"origins,omitempty"`
 }
 
-// Origin is a server behind the tunnel, a pool of them, or the ingress of a tunnel: exactly one of URL, Pool and Tunnel is
-// set.
+// Origin is a server behind the tunnel, a pool of them, the ingress of a tunnel, or a directory of the edge from which
+// connectors are installed: exactly one of URL, Pool, Tunnel and Install is set.
 type Origin struct {
 	// Path is a prefix of the request's path, matched byte by byte at a segment's end. Empty means every path.
 	Path string `mapstructure:"path" json:"path,omitempty"`
@@ -43,6 +43,11 @@ type Origin struct {
 	Scheme string `mapstructure:"scheme" json:"scheme,omitempty"`
 	// Tunnel, name or id, is the one whose connectors' ingress rules say what answers.
 	Tunnel string `mapstructure:"tunnel" json:"tunnel,omitempty"`
+	// Install is the absolute path of a directory that the edge itself serves, with a script that installs the connector from
+	// it. Only zones of the edge's own configuration have one.
+	Install string `mapstructure:"install" json:"-"`
+	// InstallKeys are the public keys of minisign, one of which must have signed the directory's SHA256SUMS.
+	InstallKeys []string `mapstructure:"install_keys" json:"-"`
 	// ProxyProtocol, "v1" or "v2", tells the origin the visitor's address ahead of everything else. Each connection of a
 	// visitor then has connections of its own to the origin. A pool has its own setting.
 	ProxyProtocol string `mapstructure:"proxy_protocol" json:"proxy_protocol,omitempty"`

@@ -10,6 +10,9 @@ import (
 	"strconv"
 	"strings"
 
+	"aead.dev/minisign"
+
+	"github.com/keyhaven/keyhaven/edge/install"
 	"github.com/keyhaven/keyhaven/edge/spec"
 )
 
@@ -17,10 +20,12 @@ import (
 type Upstream struct {
 	Path string // prefix without a slash at its end; "" fits every path
 	VNet string
-	Host string // name or address to dial; "" with Pool or Tunnel
+	Host string // name or address to dial; "" with Pool, Tunnel or Site
 	Port uint16
 	// Pool names a pool of endpoints, Tunnel a tunnel whose ingress answers, instead of the address.
 	Pool, Tunnel string
+	// Site is what the edge answers with itself, instead of the address.
+	Site *install.Site
 	// ProxyProtocol is "", "v1" or "v2".
 	ProxyProtocol string
 	// Carrier is "", "quic" or "tcp".
@@ -39,6 +44,8 @@ func (u *Upstream) Addr() string {
 		return "pool"
 	case u.Tunnel != "":
 		return "ingress"
+	case u.Site != nil:
+		return "install"
 	}
 	return net.JoinHostPort(u.Host, strconv.Itoa(int(u.Port)))
 }
@@ -55,7 +62,7 @@ func (u *Upstream) matches(path string) bool {
 	return strings.HasPrefix(path, u.Path) && (len(path) == len(u.Path) || path[len(u.Path)] == '/')
 }
 
-func (z *Zone) compileOrigins(c *Config, r *report) {
+func (z *Zone) compileOrigins(c *Config, r *report) (warnings []string) {
 	if len(c.Origins) == 0 {
 		r.fault("origins", "the zone has no origin")
 	}
@@ -70,8 +77,14 @@ func (z *Zone) compileOrigins(c *Config, r *report) {
 			continue
 		}
 		z.upstreams = append(z.upstreams, u)
+		if u.Site != nil {
+			if err := u.Site.Check(); err != nil {
+				warnings = append(warnings, fmt.Sprintf("%s.%s.install: nothing is served before this is mended: %v", r.at, at, err))
+			}
+		}
 	}
 	slices.SortStableFunc(z.upstreams, func(a, b *Upstream) int { return len(b.Path) - len(a.Path) })
+	return warnings
 }
 
 func (o *Origin) compile(at string, r *report) (u *Upstream, ok bool) {
@@ -141,14 +154,19 @@ func (o *Origin) checkWay(fault func(key, format string, args ...any)) {
 // target fills in where u leads and returns the scheme, "" after a fault.
 func (o *Origin) target(u *Upstream, fault func(key, format string, args ...any)) (scheme string) {
 	n := 0
-	for _, s := range []string{o.URL, o.Pool, o.Tunnel} {
+	for _, s := range []string{o.URL, o.Pool, o.Tunnel, o.Install} {
 		if s != "" {
 			n++
 		}
 	}
 	switch {
 	case n > 1:
-		fault("url", "an origin has exactly one of url, pool and tunnel")
+		fault("url", "an origin has exactly one of url, pool, tunnel and install")
+		return ""
+	case o.Install != "":
+		return o.site(u, fault)
+	case len(o.InstallKeys) > 0:
+		fault("install_keys", "goes with install")
 		return ""
 	case o.Tunnel != "":
 		u.Tunnel = o.Tunnel
@@ -181,6 +199,30 @@ func (o *Origin) target(u *Upstream, fault func(key, format string, args ...any)
 		u.Port = uint16(n)
 	}
 	return t.Scheme
+}
+
+// site fills in what the edge serves itself, and returns the scheme, "" after a fault.
+func (o *Origin) site(u *Upstream, fault func(key, format string, args ...any)) (scheme string) {
+	if o.H2C || o.Host != "" || o.Carrier != "" {
+		fault("install", "the edge itself answers, so that h2c, host and carrier have no meaning")
+		return ""
+	}
+	keys := make([]minisign.PublicKey, 0, len(o.InstallKeys))
+	for i, text := range o.InstallKeys {
+		k, err := install.ParseKey(text)
+		if err != nil {
+			fault(fmt.Sprintf("install_keys[%d]", i), "%v", err)
+			return ""
+		}
+		keys = append(keys, k)
+	}
+	s, err := install.New(o.Install, keys)
+	if err != nil {
+		fault("install", "%v; name the directory in install, and in install_keys the keys that its SHA256SUMS is signed with", err)
+		return ""
+	}
+	u.Site = s
+	return "http"
 }
 
 // roots returns the roots to trust, nil for the system's.

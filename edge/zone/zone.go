@@ -157,8 +157,7 @@ func compile(c *Config, owners map[string]string, hasGroup func(string) bool, r 
 		z.HTTP1, z.HTTP2, z.HTTP3 = true, true, true
 	}
 	warnings = z.loadCertificates(c, r, time.Now())
-	z.compileOrigins(c, r)
-	return z, warnings
+	return z, append(warnings, z.compileOrigins(c, r)...)
 }
 
 func (z *Zone) compileHosts(c *Config, owners map[string]string, r *report) {
