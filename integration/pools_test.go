@@ -33,6 +33,7 @@ func TestPoolsAndConfigurations(t *testing.T) {
 	w := twoSites(t)
 	t.Run("configurations", w.configurations)
 	t.Run("pools", w.pools)
+	t.Run("fleet", w.fleet)
 }
 
 type twoByTwo struct{ *world }
@@ -45,7 +46,8 @@ func twoSites(t *testing.T) *twoByTwo {
 	must(t, w.visitor.Route(second, netip.MustParseAddr("203.0.113.1")))
 	a, b := w.siteA(), w.siteB()
 	a.Replicas = []lab.ConnectorPlan{{Name: "a2", Ops: "127.0.0.1:9603"}}
-	plan := lab.Plan{Dir: t.TempDir(), Bin: bin, Tools: filepath.Join(bin, "keyhaven-demo"), Sites: []lab.SitePlan{a, b},
+	dir := t.TempDir()
+	plan := lab.Plan{Dir: dir, Bin: bin, Tools: filepath.Join(bin, "keyhaven-demo"), Sites: []lab.SitePlan{a, b},
 		Zones:     []lab.ZonePlan{{Host: poolHost, KeyType: "p256"}, {Host: socketHost, KeyType: "p256"}},
 		Edge:      lab.EdgePlan{NS: w.edge, Tunnel: edgeTunnel, Visitors: edgeVisitors, Ops: "127.0.0.1:9600"},
 		MoreEdges: []lab.EdgePlan{{NS: w.edge, Tunnel: "203.0.113.9:7844", Visitors: "203.0.113.9:443", Ops: "127.0.0.1:9604"}},
@@ -57,6 +59,8 @@ func twoSites(t *testing.T) *twoByTwo {
 			case strings.HasPrefix(file, "connector-a"):
 				cfg["allow"] = append(cfg["allow"].([]obj), obj{"to": "10.20.0.20/32", "ports": []int{8091}})
 				cfg["ingress"] = []obj{{"hostname": socketHost, "path": "^/ws", "service": "http://" + socketOrigin}, {"service": "http_status:404"}}
+			case strings.HasPrefix(file, "connector-pi"):
+				cfg["control"] = controlSocket(dir, strings.TrimSuffix(file, ".yaml"))
 			}
 		}}
 	var err error

@@ -71,6 +71,15 @@ type Report struct {
 // Broken reports whether the device gave up an update to Target.
 func (r Report) Broken() bool { return r.State == Failed || r.State == RolledBack }
 
+// Updating reports whether an update to Target is under way.
+func (r Report) Updating() bool {
+	switch r.State {
+	case Checking, Downloading, Writing, Trial:
+		return true
+	}
+	return false
+}
+
 // Bounds on texts, in bytes.
 const (
 	maxWord = 64

@@ -238,8 +238,8 @@ func (c *Control) pauseFailed(ctx context.Context, name string) error {
 		paused = n
 		r := old.Config
 		r.Events = append([]RolloutEvent(nil), r.Events...)
-		r.Paused, r.Reason = true, failuresReason+count(n)+" devices gave the update up, "+count(r.MaxFailures)+" may"
-		r.happened(c.now(), "paused by itself: "+count(n)+" devices gave the update up, "+count(r.MaxFailures)+" may")
+		r.Paused, r.Reason = true, failuresReason+count(n)+", where "+count(r.MaxFailures)+" may"
+		r.happened(c.now(), "paused by itself: "+r.Reason)
 		return rolloutShelf.replace(m, r, 0, c.now())
 	})
 	if err == nil && paused > 0 {
@@ -249,7 +249,7 @@ func (c *Control) pauseFailed(ctx context.Context, name string) error {
 }
 
 // failuresReason begins the reason of rollouts that were paused by themselves.
-const failuresReason = "too many failures: "
+const failuresReason = "too many devices gave the update up: "
 
 func (r *RolloutConfig) stopped() bool {
 	return r.Paused && strings.HasPrefix(r.Reason, failuresReason)

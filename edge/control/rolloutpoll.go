@@ -14,9 +14,10 @@ import (
 )
 
 const (
-	// deviceEvery is about how often a device is asked for its report, and deviceNever how often a connector is asked again
-	// that runs on none.
+	// deviceEvery is about how often a device is asked for its report, deviceBusy how often one that is updating, and
+	// deviceNever how often a connector is asked again that runs on none.
 	deviceEvery = time.Minute
+	deviceBusy  = 15 * time.Second
 	deviceNever = 10 * time.Minute
 	// deviceSoon keeps the sessions of one process from asking one after the other.
 	deviceSoon = 5 * time.Second
@@ -214,10 +215,11 @@ func (c *Control) poll(ctx context.Context, k processKey) {
 	if ctx.Err() != nil {
 		return
 	}
-	p.answered(t, want, len(answer), err)
-	if err == nil && len(answer) > 0 {
-		c.takeReport(l.connector, answer)
+	every := deviceEvery
+	if err == nil && len(answer) > 0 && c.takeReport(l.connector, answer) {
+		every = deviceBusy
 	}
+	p.answered(t, want, len(answer), every, err)
 	if c.directive(k) != want { // it has changed meanwhile
 		p.mark()
 	}
@@ -262,12 +264,12 @@ func (c *Control) liveOf(k processKey, try int) *live {
 	return nil
 }
 
-// answered notes how a process has answered, and when it is asked again.
-func (p *poller) answered(t *polled, want fleet.Directive, n int, err error) {
+// answered notes how a process has answered, and when it is asked again: after every, where it has a device.
+func (p *poller) answered(t *polled, want fleet.Directive, n int, every time.Duration, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	t.waiting, t.asked = false, time.Now()
-	wait, result := deviceEvery, "ok"
+	wait, result := every, "ok"
 	switch {
 	case errors.Is(err, tunnel.ErrUnsupported):
 		t.failures, t.empty, wait, result = 0, 1, deviceNever, "unsupported"
@@ -286,13 +288,14 @@ func (p *poller) answered(t *polled, want fleet.Directive, n int, err error) {
 	p.results.WithLabelValues(result).Inc()
 }
 
-// takeReport keeps what a device says of itself.
-func (c *Control) takeReport(k Connector, encoded []byte) {
+// takeReport keeps what a device says of itself, and reports whether it is updating.
+func (c *Control) takeReport(k Connector, encoded []byte) (updating bool) {
 	r, err := fleet.ParseReport(encoded)
 	if err != nil {
 		c.log.Debug("report of a device cannot be read", "peer", k.Name, "bytes", len(encoded))
 		c.reported(k, nil)
-		return
+		return false
 	}
 	c.reported(k, &r)
+	return r.Updating()
 }

@@ -198,7 +198,7 @@ func (p *RolloutProgress) count(r *RolloutConfig, k Connector, d deviceRecord) {
 		p.Updated++
 	case d.failed(r, k):
 		p.Failed++
-	case d.Report.Target == r.Version && !d.Report.Broken() && d.Report.State != fleet.Idle:
+	case d.Report.Target == r.Version && d.Report.Updating():
 		p.Updating++
 	default:
 		p.Waiting++
