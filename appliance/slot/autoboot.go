@@ -27,14 +27,14 @@ func parseAutoboot(b []byte) (int, error) {
 	return 0, ErrAutoboot
 }
 
-// files are the files of the configuration partition's top directory. Each change is on the card when its call returns,
-// but for that of Rename, which waits for SyncDir.
+// files are the files of the configuration partition's top directory. Each change is on the card when its call returns.
 type files interface {
 	ReadFile(name string) ([]byte, error)
 	Overwrite(name string, b []byte) error // of the same length as what it holds
 	Create(name string, b []byte) error    // in place of what is there
-	Rename(old, new string) error
-	SyncDir() error
+	// Replace gives a file another name, which may be taken. The clusters of the one that had it are not free before the
+	// new name is on the card: a cut would leave the old name to clusters that belong to nobody.
+	Replace(old, name string) error
 }
 
 // setDefault writes autoboot.txt and reads it back.
@@ -68,8 +68,5 @@ func replace(dir files, old, text []byte) error {
 	if err := dir.Create(autobootTemp, text); err != nil {
 		return err
 	}
-	if err := dir.Rename(autobootTemp, autobootFile); err != nil {
-		return err
-	}
-	return dir.SyncDir()
+	return dir.Replace(autobootTemp, autobootFile)
 }

@@ -84,15 +84,20 @@ func (d osFiles) write(name string, flags int, b []byte) error {
 	return err
 }
 
-func (d osFiles) Rename(old, name string) error { return os.Rename(d.path(old), d.path(name)) }
-
-func (d osFiles) SyncDir() error {
-	f, err := os.Open(string(d))
+func (d osFiles) Replace(old, name string) error {
+	// While it is open its clusters stay its own.
+	if f, err := os.Open(d.path(name)); err == nil {
+		defer f.Close()
+	}
+	if err := os.Rename(d.path(old), d.path(name)); err != nil {
+		return err
+	}
+	dir, err := os.Open(string(d))
 	if err != nil {
 		return err
 	}
-	err = f.Sync()
-	if cerr := f.Close(); err == nil {
+	err = syncDir(dir)
+	if cerr := dir.Close(); err == nil {
 		err = cerr
 	}
 	return err

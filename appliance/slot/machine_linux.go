@@ -65,6 +65,8 @@ func dropCache(f *os.File) error {
 	return nil
 }
 
+func syncDir(f *os.File) error { return f.Sync() }
+
 // restart writes out all file systems and restarts the machine by reboot(2), which the kernel does at once. The firmware reads
 // arg as the kernel hands it on.
 func (h *host) restart(arg string) error {

@@ -86,6 +86,8 @@ type Slots struct {
 	boot boot
 	m    machine
 	log  *slog.Logger
+
+	chunk, unsynced int64 // of WriteIdle
 }
 
 // boot is boot.json, which the initial system writes.
@@ -130,7 +132,7 @@ func Open(c Config) (*Slots, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w; start this machine from a card with the image", ErrNoAppliance, err)
 	}
-	s := &Slots{root: c.Root, log: c.Log}
+	s := &Slots{root: c.Root, log: c.Log, chunk: defaultChunk, unsynced: defaultUnsynced}
 	if err := json.Unmarshal(b, &s.boot); err != nil {
 		return nil, fmt.Errorf("%w: /%s: %w; restart the machine", ErrNoAppliance, bootFile, err)
 	}

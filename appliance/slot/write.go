@@ -6,16 +6,15 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
-	"hash"
 	"io"
 )
 
 const (
-	// sector is what a card writes whole, or in tests half.
+	// sector is the least that a card writes.
 	sector = 512
-	// chunk is how much is read and written at once, and syncEvery how much may wait in memory, in bytes.
-	chunk     = 1 << 20
-	syncEvery = 8 << 20
+	// defaultChunk is how much is read and written at once, and defaultUnsynced how much may wait in memory, in bytes.
+	defaultChunk    = 1 << 20
+	defaultUnsynced = 8 << 20
 )
 
 // WriteIdle writes the image of size bytes that r gives to the idle slot, and reads it back from the card. The slot is no
@@ -41,44 +40,54 @@ func (s *Slots) WriteIdle(ctx context.Context, r io.Reader, size int64, progress
 	if err != nil {
 		return fmt.Errorf("%w: open partition %d to write: %w", ErrCard, st.Idle, err)
 	}
-	err = writeDevice(ctx, dev, r, size, progress)
+	w := &writer{dev: dev, size: size, progress: progress, buf: make([]byte, s.chunk), unsynced: s.unsynced}
+	err = w.write(ctx, r)
 	if cerr := dev.Close(); err == nil && cerr != nil {
 		err = fmt.Errorf("%w: %w", ErrCard, cerr)
 	}
 	return err
 }
 
-func writeDevice(ctx context.Context, dev device, r io.Reader, size int64, progress func(int64)) error {
-	have, err := dev.Size()
+// A writer writes one image to a partition.
+type writer struct {
+	dev      device
+	size     int64
+	progress func(int64)
+	buf      []byte
+	unsynced int64
+}
+
+func (w *writer) write(ctx context.Context, r io.Reader) error {
+	have, err := w.dev.Size()
 	if err != nil {
 		return cardError("read", 0, err)
 	}
-	if size < 2*sector || size%sector != 0 || size > have {
-		return fmt.Errorf("slot: an image of %d bytes does not go into a slot of %d", size, have)
+	if w.size < 2*sector || w.size%sector != 0 || w.size > have {
+		return fmt.Errorf("slot: an image of %d bytes does not go into a slot of %d", w.size, have)
 	}
-	if err := writeSynced(dev, make([]byte, sector)); err != nil {
+	if err := w.first(make([]byte, sector)); err != nil {
 		return err
 	}
-	head, sum, err := stream(ctx, dev, r, size, progress)
+	head, sum, err := w.stream(ctx, r)
 	if err != nil {
 		return err
 	}
-	if err := readBack(ctx, dev, head, sum, size); err != nil {
+	if err := w.readBack(ctx, head, sum); err != nil {
 		return err
 	}
-	return writeSynced(dev, head)
+	return w.first(head)
 }
 
-// writeSynced writes the first sector and sees that it is on the card.
-func writeSynced(dev device, b []byte) error {
-	if _, err := dev.WriteAt(b, 0); err != nil {
+// first writes the first sector and sees that it is on the card.
+func (w *writer) first(b []byte) error {
+	if _, err := w.dev.WriteAt(b, 0); err != nil {
 		return cardError("write", 0, err)
 	}
-	if err := errors.Join(dev.Sync(), dev.Drop()); err != nil {
+	if err := errors.Join(w.dev.Sync(), w.dev.Drop()); err != nil {
 		return cardError("write", 0, err)
 	}
 	got := make([]byte, len(b))
-	if _, err := dev.ReadAt(got, 0); err != nil {
+	if _, err := w.dev.ReadAt(got, 0); err != nil {
 		return cardError("read", 0, err)
 	}
 	if !bytes.Equal(got, b) {
@@ -88,38 +97,38 @@ func writeSynced(dev device, b []byte) error {
 }
 
 // stream writes all of r but its first sector, which it returns with the hash of all.
-func stream(ctx context.Context, dev device, r io.Reader, size int64, progress func(int64)) (head, sum []byte, err error) {
-	buf, h := make([]byte, chunk), sha256.New()
-	for off, unsynced := int64(0), int64(0); off < size; {
-		if err := ctx.Err(); err != nil {
+func (w *writer) stream(ctx context.Context, r io.Reader) (head, sum []byte, err error) {
+	h := sha256.New()
+	for off, unsynced := int64(0), int64(0); off < w.size; {
+		if ctx.Err() != nil {
 			return nil, nil, context.Cause(ctx)
 		}
-		b := buf[:min(chunk, size-off)]
+		b := w.buf[:min(int64(len(w.buf)), w.size-off)]
 		if n, err := io.ReadFull(r, b); err != nil {
-			return nil, nil, short(err, off+int64(n), size)
+			return nil, nil, short(err, off+int64(n), w.size)
 		}
 		h.Write(b)
 		skip := 0
 		if off == 0 {
 			head, skip = bytes.Clone(b[:sector]), sector
 		}
-		if _, err := dev.WriteAt(b[skip:], off+int64(skip)); err != nil {
+		if _, err := w.dev.WriteAt(b[skip:], off+int64(skip)); err != nil {
 			return nil, nil, cardError("write", off, err)
 		}
 		off += int64(len(b))
-		if unsynced += int64(len(b)); unsynced >= syncEvery || off == size {
-			if err := dev.Sync(); err != nil {
+		if unsynced += int64(len(b)); unsynced >= w.unsynced || off == w.size {
+			if err := w.dev.Sync(); err != nil {
 				return nil, nil, cardError("write", off, err)
 			}
 			unsynced = 0
 		}
-		if progress != nil {
-			progress(off)
+		if w.progress != nil {
+			w.progress(off)
 		}
 	}
 	// The reader's last word: only now a bundle knows whether it was whole.
-	if n, err := io.ReadFull(r, buf[:1]); n > 0 {
-		return nil, nil, fmt.Errorf("slot: the image has more than %d bytes", size)
+	if n, err := io.ReadFull(r, w.buf[:1]); n > 0 {
+		return nil, nil, fmt.Errorf("slot: the image has more than %d bytes", w.size)
 	} else if err != io.EOF {
 		return nil, nil, err
 	}
@@ -134,34 +143,26 @@ func short(err error, got, size int64) error {
 	return err
 }
 
-// readBack reads from the card what was written and compares its hash. The first sector there must be empty still.
-func readBack(ctx context.Context, dev device, head, sum []byte, size int64) error {
-	if err := dev.Drop(); err != nil {
+// readBack reads from the card what was written and compares its hash. The first sector is not there yet.
+func (w *writer) readBack(ctx context.Context, head, sum []byte) error {
+	if err := w.dev.Drop(); err != nil {
 		return cardError("read", 0, err)
 	}
 	h := sha256.New()
 	h.Write(head)
-	if err := hashRest(ctx, dev, h, size); err != nil {
-		return err
-	}
-	if !bytes.Equal(h.Sum(nil), sum) {
-		return fmt.Errorf("%w: it gives back something else than was written; write another card", ErrCard)
-	}
-	return nil
-}
-
-func hashRest(ctx context.Context, dev device, h hash.Hash, size int64) error {
-	buf := make([]byte, chunk)
-	for off := int64(sector); off < size; {
+	for off := int64(sector); off < w.size; {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
-		b := buf[:min(chunk, size-off)]
-		if _, err := dev.ReadAt(b, off); err != nil {
+		b := w.buf[:min(int64(len(w.buf)), w.size-off)]
+		if _, err := w.dev.ReadAt(b, off); err != nil {
 			return cardError("read", off, err)
 		}
 		h.Write(b)
 		off += int64(len(b))
+	}
+	if !bytes.Equal(h.Sum(nil), sum) {
+		return fmt.Errorf("%w: it gives back something else than was written; write another card", ErrCard)
 	}
 	return nil
 }
