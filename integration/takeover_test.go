@@ -318,3 +318,52 @@ func breakProgram(t *testing.T, path string) (mend func()) {
 	must(t, os.WriteFile(path, []byte("#!/bin/sh\nexit 3\n"), 0o755))
 	return func() { must(t, os.Rename(path+".good", path)) }
 }
+
+// The key server is replaced while visitors make handshakes: none fails, and the audit log is one chain.
+func TestKeyServerTakeover(t *testing.T) {
+	programs := linkPrograms(t)
+	w := upWith(t, programs, onePlainZone, (*world).siteA)
+	m := manage(t, w.KeyServer)
+	eventually(t, "a page", func(ctx context.Context) error { _, err := w.curl(ctx, plain, "/", "-f"); return err })
+	// The edge does not wait for a key server whose connections come and go, which they did when this one was started anew.
+	time.Sleep(3 * time.Second)
+	stop := w.load(t)
+	for range 2 {
+		before := m.upgrade(t)
+		eventually(t, "the end of the process that was replaced", func(context.Context) error { return gone(before) })
+	}
+	pid := m.pid()
+	mend := breakProgram(t, filepath.Join(programs, "keyhaven-keyserver"))
+	must(t, syscall.Kill(pid, syscall.SIGUSR2))
+	eventually(t, "the failure", func(context.Context) error {
+		if !strings.Contains(w.KeyServer.Log(), "no other process takes over, this one goes on") {
+			return errors.New("not logged")
+		}
+		return nil
+	})
+	mend()
+	time.Sleep(time.Second) // with visitors
+	t.Logf("%d pages", stop())
+	if m.pid() != pid {
+		t.Errorf("process %d is the main one after one could not start, want %d", m.pid(), pid)
+	}
+	w.opsAnswers(t, w.sites[0], "127.0.0.1:9602")
+}
+
+// A single edge is replaced while visitors come, over kept connections and new ones: each waits at most, and none is refused.
+func TestEdgeTakeover(t *testing.T) {
+	programs := linkPrograms(t)
+	w := upWith(t, programs, onePlainZone, (*world).siteA)
+	m := manage(t, w.EdgeProc)
+	eventually(t, "a page", func(ctx context.Context) error { _, err := w.curl(ctx, plain, "/", "-f"); return err })
+	stop := w.load(t)
+	for range 2 {
+		before := m.upgrade(t)
+		eventually(t, "the end of the process that was replaced", func(context.Context) error { return gone(before) })
+	}
+	t.Logf("%d pages", stop())
+	if out, err := w.Edge(t.Context(), "status"); err != nil {
+		t.Errorf("status of the edge that took over: %v: %s", err, out)
+	}
+	w.opsAnswers(t, w.edge, "127.0.0.1:9600")
+}

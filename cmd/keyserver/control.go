@@ -43,10 +43,11 @@ func (s *server) listenControl(path string) (*control, error) {
 	if path == "" {
 		return nil, nil
 	}
-	ln, err := unixsock.Listen(path, controlConns)
+	socket, err := s.self.Listen("unix", path)
 	if err != nil {
 		return nil, fmt.Errorf("control: %w", err)
 	}
+	ln := unixsock.Limit(socket, controlConns)
 	own := uint32(os.Geteuid())
 	c := &control{ln: ln, logger: s.logger, allowed: func(uid uint32) bool { return uid == 0 || uid == own }, workers: s.keys.workers}
 	c.http = &http.Server{

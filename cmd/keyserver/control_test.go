@@ -12,6 +12,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/keyhaven/keyhaven/internal/takeover"
 	"github.com/keyhaven/keyhaven/signer"
 )
 
@@ -130,7 +131,7 @@ func TestControl(t *testing.T) {
 
 // TestControlRefusesOthers has callers whom the kernel knows for somebody else.
 func TestControlRefusesOthers(t *testing.T) {
-	s := &server{logger: slog.New(slog.DiscardHandler), keys: newKeyring(slog.New(slog.DiscardHandler))}
+	s := &server{logger: slog.New(slog.DiscardHandler), keys: newKeyring(slog.New(slog.DiscardHandler)), self: &takeover.Process{}}
 	socket := t.TempDir() + "/ks.sock"
 	c, err := s.listenControl(socket)
 	if err != nil {

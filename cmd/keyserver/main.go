@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/keyhaven/keyhaven/internal/cli"
+	"github.com/keyhaven/keyhaven/internal/takeover"
 	"github.com/keyhaven/keyhaven/pkcs11/worker"
 	"github.com/keyhaven/keyhaven/signer"
 )
@@ -52,6 +53,10 @@ func newRun() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "run",
 		Short: "Serve clients until SIGTERM; SIGHUP reloads keys, policy and certificates",
+		Long: `Run serves until SIGINT or SIGTERM, and then finishes the operations in flight. SIGHUP reads the configuration, keys, policy and
+certificates again. SIGUSR2 starts the program anew, from where it was started and with the same arguments: once the new process
+has opened every home of keys, this one finishes the operations in flight and hands over. Clients wait meanwhile. If the new
+process cannot open all, such as where the HSM has no sessions left, this one goes on.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			logger, err := cli.Logger(cmd)
 			if err != nil {
@@ -85,8 +90,12 @@ func newCheck() *cobra.Command {
 	return cmd
 }
 
-// run serves until ctx ends.
+// run serves until ctx ends, or another process takes over.
 func run(ctx context.Context, o loadOptions, logger *slog.Logger) error {
+	self, err := takeover.Begin() // before a signal can come that it is to take
+	if err != nil {
+		return err
+	}
 	if err := protect(); err != nil {
 		return err
 	}
@@ -95,19 +104,10 @@ func run(ctx context.Context, o loadOptions, logger *slog.Logger) error {
 	if err != nil {
 		return cli.ConfigError(err)
 	}
-	release, err := p.lockState()
-	if err != nil {
-		return err
-	}
-	defer release()
-	if path := p.cfg.beside(quotaFile); path != "" {
-		if err := o.quotas.Load(path); err != nil {
-			return cli.ConfigError(p.file.Errorf("state_dir", "%v", err))
-		}
-	}
 	s, err := newServer(ctx, p, o, logger)
 	if err != nil {
 		return err
 	}
+	s.self = self
 	return s.run(ctx)
 }

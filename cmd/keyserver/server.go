@@ -18,6 +18,7 @@ import (
 	"github.com/keyhaven/keyhaven/internal/cli"
 	"github.com/keyhaven/keyhaven/internal/notify"
 	"github.com/keyhaven/keyhaven/internal/ops"
+	"github.com/keyhaven/keyhaven/internal/takeover"
 	"github.com/keyhaven/keyhaven/internal/tracing"
 	"github.com/keyhaven/keyhaven/keyless"
 	"github.com/keyhaven/keyhaven/mtls"
@@ -43,6 +44,8 @@ type server struct {
 	records *operationLog
 	metrics *metrics
 	notify  notify.Notifier
+	self    *takeover.Process
+	next    *takeover.Successor // takes over at the end; nil: none
 
 	stopped   context.Context         // of run; for what the control socket starts
 	reloading sync.Mutex              // held during a reload
@@ -64,7 +67,7 @@ type live struct {
 
 // newServer wires a server. Nothing is opened yet but the exporter of spans, which connects later.
 func newServer(ctx context.Context, p *plan, o loadOptions, logger *slog.Logger) (*server, error) {
-	s := &server{options: o, logger: logger, started: time.Now(), keys: newKeyring(logger), notify: notify.Notifier{Logger: logger},
+	s := &server{options: o, logger: logger, started: time.Now(), keys: newKeyring(logger), notify: notify.Notifier{Logger: logger}, self: &takeover.Process{},
 		renewals: make(chan struct{}, 1), expiryNews: make(chan struct{}, 1)}
 	s.probes = newProber(s.keys.registry, p.cfg.Probe.Interval, logger)
 	s.auditor = newAuditor(s.keys.registry, func() int { return s.service.InProgress() }, logger)
@@ -76,7 +79,8 @@ func newServer(ctx context.Context, p *plan, o loadOptions, logger *slog.Logger)
 	})
 	s.metrics = newMetrics(registry, s)
 	s.use(p)
-	s.ops = &ops.Server{Addr: p.cfg.Ops.Listen, AllowNonLoopback: p.cfg.Ops.AllowNonLoopback, Ready: s.ready, Degraded: s.degraded, Registry: registry, Logger: logger}
+	s.ops = &ops.Server{Addr: p.cfg.Ops.Listen, AllowNonLoopback: p.cfg.Ops.AllowNonLoopback, Ready: s.ready, Degraded: s.degraded, Registry: registry, Logger: logger,
+		Listen: func(network, addr string) (net.Listener, error) { return s.self.Listen(network, addr) }}
 	handler := keyless.Handler(s.service)
 	var err error
 	if s.spans, err = tracing.Open(ctx, p.cfg.Tracing, "keyhaven-keyserver", p.source.Identity().String(), logger); err != nil {
@@ -203,9 +207,19 @@ const (
 // run serves until ctx ends and what is in flight then is done.
 func (s *server) run(ctx context.Context) (err error) {
 	hangups := cli.Hangups(ctx) // from the start, as an unexpected SIGHUP ends a process
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
 	s.stopped = ctx
 	l := s.current.Load()
-	// Before a PIN is tried: where a server runs already, this one ends here. Commands that come wait until it serves.
+	// Before a PIN is tried: where a server runs already, and does not hand over, this one ends here. Commands that come wait until
+	// it serves.
+	var claim claim
+	defer claim.release()
+	if !s.self.Succeeds() {
+		if err := claim.take(l.plan, s.options); err != nil {
+			return err
+		}
+	}
 	if s.control, err = s.listenControl(l.cfg.Control); err != nil {
 		return err
 	}
@@ -217,18 +231,24 @@ func (s *server) run(ctx context.Context) (err error) {
 		s.keys.registry.Wait()
 		err = errors.Join(err, s.keys.close())
 	}()
+	if s.self.Succeeds() {
+		if err := s.succeed(ctx, &claim); err != nil {
+			return err
+		}
+	}
+	defer func() { err = errors.Join(err, s.handOver(&claim)) }() // when the audit log and the budgets are closed
 	if err := s.auditor.use(l.plan); err != nil {
 		s.logger.Error("the audit is out of order", "config", l.where("audit"), "err", err)
 	}
 	defer func() { err = errors.Join(err, s.auditor.close()) }() // before the keys, one of which may sign the last checkpoint
 	defer s.log(&err)()
 	s.warn()
-	ln, err := (&net.ListenConfig{}).Listen(ctx, "tcp", l.cfg.Listen)
+	ln, err := s.self.Listen("tcp", l.cfg.Listen)
 	if err != nil {
 		return cli.ListenError(fmt.Errorf("listen: %w", err))
 	}
 	s.logger.Info("serving", "addr", ln.Addr().String(), "identity", l.source.Identity().String(), "keys", len(s.keys.registry.Entries()))
-	err = errors.Join(s.serve(ctx, ln, hangups), s.spans.Close(ctx))
+	err = errors.Join(s.serve(ctx, stop, ln, hangups), s.spans.Close(ctx))
 	s.logger.Info("stopped")
 	return err
 }
@@ -251,8 +271,8 @@ func (s *server) log(err *error) (end func()) {
 	}
 }
 
-// serve runs all loops until ctx ends and what is in flight then is done.
-func (s *server) serve(ctx context.Context, ln net.Listener, hangups <-chan os.Signal) error {
+// serve runs all loops until ctx ends, or end is called because another process takes over, and what is in flight then is done.
+func (s *server) serve(ctx context.Context, end func(), ln net.Listener, hangups <-chan os.Signal) error {
 	// The side services outlive the drain, so that /readyz can tell of it.
 	side, endSide := context.WithCancel(context.WithoutCancel(ctx))
 	defer endSide()
@@ -290,8 +310,15 @@ func (s *server) serve(ctx context.Context, ln net.Listener, hangups <-chan os.S
 	g.Go(func() error { return s.keepQuotas(side) })
 	g.Go(func() error { return s.reloads(main, hangups) })
 	g.Go(func() error {
+		if s.replaced(main) {
+			end()
+		}
+		return nil
+	})
+	g.Go(func() error {
 		select {
 		case <-bound:
+			s.self.Discard() // all is bound
 			s.notify.Ready(s.summary())
 		case <-main.Done():
 			return nil
