@@ -27,6 +27,11 @@ var (
 		"Rollouts by status; stopped are those that were paused by themselves, for their failures.", []string{"status"}, nil)
 )
 
+func newPollResults() *prometheus.CounterVec {
+	return prometheus.NewCounterVec(prometheus.CounterOpts{Name: "keyhaven_edge_fleet_polls_total",
+		Help: "Questions to connectors about the device they run on, by result."}, []string{"result"})
+}
+
 // Describe implements prometheus.Collector.
 func (f fleetCollector) Describe(ch chan<- *prometheus.Desc) {
 	ch <- descDevices

@@ -64,8 +64,7 @@ type poller struct {
 
 func newPoller() *poller {
 	return &poller{due: make(chan struct{}, 1), procs: map[processKey]*polled{}, lanes: [2]lane{{limit: maxPolls}, {limit: maxSlowPolls}},
-		results: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "keyhaven_edge_fleet_polls_total",
-			Help: "Questions to connectors about the device they run on, by result."}, []string{"result"})}
+		results: newPollResults()}
 }
 
 // mark asks for a look at all directives. It never blocks.

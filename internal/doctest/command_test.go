@@ -166,7 +166,7 @@ var (
 // docs/metrics.md has the metrics that the source registers, no more and no fewer.
 func TestEveryMetricIsDocumented(t *testing.T) {
 	want := map[string]bool{}
-	for _, file := range []string{"signer/metrics.go", "edge/metrics.go", "edge/control/metrics.go", "edge/control/packet.go", "edge/dns/server.go", "edge/balance/view.go", "edge/forward/metrics.go", "connector/metrics.go", "connector/packets.go", "connector/ingress/metrics.go", "cmd/keyserver/metrics.go", "cmd/edge/run.go"} {
+	for _, file := range []string{"signer/metrics.go", "edge/metrics.go", "edge/control/metrics.go", "edge/control/packet.go", "edge/control/rolloutmetrics.go", "edge/dns/server.go", "edge/balance/view.go", "edge/forward/metrics.go", "connector/metrics.go", "connector/packets.go", "connector/ingress/metrics.go", "cmd/keyserver/metrics.go", "cmd/edge/run.go"} {
 		b, err := os.ReadFile(filepath.Join(root(t), file))
 		if err != nil {
 			t.Fatal(err)
