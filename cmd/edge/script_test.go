@@ -171,7 +171,7 @@ func mode(ts *testscript.TestScript, neg bool, args []string) {
 }
 
 // testConnector is a small connector: test-connector TOKENFILE ADDR NAME DIR. It enrols unless DIR has an identity, holds
-// one session, refuses every flow, and says how it all went.
+// one session, refuses every flow, says that it runs on a device of version 1.0.0, and how it all went.
 func testConnector() {
 	if err := connect(os.Args[1], os.Args[2], os.Args[3], os.Args[4]); err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -210,6 +210,7 @@ func connect(tokenFile, addr, name, dir string) error {
 	}
 	c, err := tunnel.Dial(ctx, tunnel.DialConfig{Addr: addr, Identity: src,
 		Registration: tunnel.Registration{Instance: "i1", Version: "test", Hostname: "site"},
+		OnDevice:     func([]byte) []byte { return []byte(`{"product":"test","board":"a board","version":"1.0.0","state":"idle"}`) },
 		Handle:       func(_ context.Context, in *tunnel.Incoming) { in.Reject(tunnel.ResultDenied) }}) //nolint:errcheck // the edge sees it
 	if err != nil {
 		return err

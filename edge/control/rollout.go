@@ -16,7 +16,7 @@ import (
 
 const (
 	prefixRollout = "rollouts/" // + name
-	maxRollouts   = 256
+	maxRollouts   = 64
 	// maxRolloutTunnels and maxRolloutEvents bound what one record holds; older events are forgotten.
 	maxRolloutTunnels = 256
 	maxRolloutEvents  = 32
