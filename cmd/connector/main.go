@@ -19,6 +19,6 @@ func main() {
 
 func root() *cobra.Command {
 	cmd := cli.New("keyhaven-connector", "Reach private origins for the edges of a Keyhaven installation")
-	cmd.AddCommand(joinCommand(), runCommand(), checkCommand(), statusCommand(), diagCommand(), ingressCommand(), applianceCommand(), imageCommand())
+	cmd.AddCommand(joinCommand(), runCommand(), checkCommand(), statusCommand(), healthCommand(), diagCommand(), ingressCommand(), applianceCommand(), imageCommand())
 	return cmd
 }

@@ -21,6 +21,6 @@ func newRoot() *cobra.Command {
 	root := cli.New("keyhaven-edge", "Serve HTTPS with keys that stay in an HSM, through tunnels that only dial out")
 	whereFlags(root)
 	root.AddCommand(newRun(), newCheck(), newCA(), newKeyIdentity(), newVNet(), newTunnel(), newConnector(), newRoute(),
-		newPool(), newPort(), newZone(), newFleet(), newFlow(), newEdge(), newStatus(), newState(), newPing(), newTraceroute())
+		newPool(), newPort(), newZone(), newFleet(), newFlow(), newEdge(), newStatus(), newHealth(), newState(), newPing(), newTraceroute())
 	return root
 }

@@ -49,7 +49,12 @@ func call(cmd *cobra.Command, method, path string, in, out any) error {
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(cmd.Context(), controlTimeout+10*time.Second)
+	return callAt(cmd.Context(), socket, method, path, in, out)
+}
+
+// callAt asks the server that has the socket.
+func callAt(ctx context.Context, socket, method, path string, in, out any) error {
+	ctx, cancel := context.WithTimeout(ctx, controlTimeout+10*time.Second)
 	defer cancel()
 	transport := &http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {

@@ -38,7 +38,7 @@ func main() {
 
 func newRoot() *cobra.Command {
 	root := cli.New("keyhaven-keyserver", "Sign TLS handshakes with keys that stay in a token")
-	root.AddCommand(newRun(), newCheck(), newStatus(), newReload(), newToken(), newPolicy(), newAudit(), newCA(), newClient(), newKey())
+	root.AddCommand(newRun(), newCheck(), newStatus(), newHealth(), newReload(), newToken(), newPolicy(), newAudit(), newCA(), newClient(), newKey())
 	return root
 }
 
