@@ -13,12 +13,13 @@ rm -f "$root"/etc/{passwd-,shadow-,group-,gshadow-,subuid-,subgid-}
 
 # Units. Presets of Debian enable what is installed; what is wanted here is said by name.
 rm -rf "$root"/etc/systemd/system/*.wants/{ssh,sshd,getty@tty1,remote-fs,e2scrub_reap,fstrim,wpa_supplicant,apt-daily*,dpkg-db-backup*}.*
+rm -rf "$root"/etc/systemd/system/timers.target.wants
 systemctl enable systemd-networkd systemd-resolved systemd-timesyncd dbus-broker
 for unit in "$root"/etc/systemd/system/keyhaven-*.service; do
 	[ ! -e "$unit" ] || ! grep -q '^\[Install\]' "$unit" || systemctl enable "$(basename "$unit")"
 done
 # No login prompt, on no console; no shell of an emergency; no database that a first boot would make.
-for unit in getty@ serial-getty@ console-getty container-getty@ autovt@ debug-shell systemd-firstboot systemd-hwdb-update ldconfig \
+for unit in getty@ serial-getty@ console-getty container-getty@ autovt@ debug-shell systemd-firstboot systemd-hwdb-update ldconfig systemd-logind \
 	systemd-journal-catalog-update systemd-update-done systemd-machine-id-commit systemd-random-seed systemd-sysusers ssh.socket sshd-keygen systemd-pcrphase; do
 	case $unit in *.*) ;; *) unit=$unit.service ;; esac
 	ln -sfn /dev/null "$root/etc/systemd/system/$unit"
