@@ -85,7 +85,7 @@ func (e *Engine) exclusive(do func() error) error {
 	default:
 		defer unlock()
 	}
-	r, err := readRecord(e.c.Dir)
+	r, err := readRecord(e.dir)
 	e.mu.Lock()
 	if err == nil && !e.unsaved {
 		e.rec = r

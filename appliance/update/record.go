@@ -58,7 +58,7 @@ func newRecord() record {
 
 // load reads the record. One that cannot be used is begun anew, and says so.
 func (e *Engine) load() record {
-	r, err := readRecord(e.c.Dir)
+	r, err := readRecord(e.dir)
 	if err == nil {
 		return r
 	}
@@ -67,19 +67,15 @@ func (e *Engine) load() record {
 		e.c.Log.Warn("the record of updates is damaged and begun anew", "err", err)
 		r.Error = "the record of updates was damaged and is begun anew; nothing needs to be done"
 	}
-	if err := r.save(e.c.Dir); err != nil {
+	if err := r.save(e.dir); err != nil {
 		e.c.Log.Error("cannot write the record of updates", "err", err)
 	}
 	return r
 }
 
-func readRecord(dir string) (record, error) {
-	f, err := os.Open(filepath.Join(dir, recordFile))
+func readRecord(d directory) (record, error) {
+	b, err := d.Read(recordFile, maxRecord+1)
 	if err != nil {
-		return record{}, err
-	}
-	b, err := io.ReadAll(io.LimitReader(f, maxRecord+1))
-	if err := errors.Join(err, f.Close()); err != nil {
 		return record{}, err
 	}
 	return parseRecord(b)
@@ -99,23 +95,12 @@ func parseRecord(b []byte) (record, error) {
 }
 
 // save puts the record on the disk: whole under another name first, and then in place of the old one.
-func (r record) save(dir string) error {
+func (r record) save(d directory) error {
 	b, err := json.MarshalIndent(r, "", "  ")
 	if err != nil {
 		return err
 	}
-	return replaceFile(osDir(dir), append(b, '\n'))
-}
-
-// directory is what replaceFile needs of one.
-type directory interface {
-	Create(name string, b []byte) error // and have it on the disk
-	Rename(old, new string) error
-	Sync() error
-}
-
-func replaceFile(d directory, b []byte) error {
-	if err := d.Create(recordTemp, b); err != nil {
+	if err := d.Create(recordTemp, append(b, '\n')); err != nil {
 		return err
 	}
 	if err := d.Rename(recordTemp, recordFile); err != nil {
@@ -124,7 +109,24 @@ func replaceFile(d directory, b []byte) error {
 	return d.Sync()
 }
 
+// directory is what a record needs of one.
+type directory interface {
+	Read(name string, most int64) ([]byte, error)
+	Create(name string, b []byte) error // and have it on the disk
+	Rename(old, new string) error
+	Sync() error
+}
+
 type osDir string
+
+func (d osDir) Read(name string, most int64) ([]byte, error) {
+	f, err := os.Open(filepath.Join(string(d), name))
+	if err != nil {
+		return nil, err
+	}
+	b, err := io.ReadAll(io.LimitReader(f, most))
+	return b, errors.Join(err, f.Close())
+}
 
 func (d osDir) Create(name string, b []byte) error {
 	f, err := os.OpenFile(filepath.Join(string(d), name), os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)

@@ -235,7 +235,8 @@ func (e *Engine) due(l *looks) bool {
 	if d != l.directive {
 		l.directive, l.next = d, time.Now().Add(chance(e.c.Timing.Start))
 	}
-	if e.c.Healthy == nil || e.c.Healthy() {
+	up := e.c.Healthy == nil || e.c.Healthy()
+	if up {
 		l.up = time.Now()
 	}
 	switch {
@@ -255,7 +256,7 @@ func (e *Engine) due(l *looks) bool {
 	if !e.open(l) || time.Now().Before(l.next) {
 		return false
 	}
-	if time.Since(l.up) > e.c.Timing.Tick && time.Since(l.up) < e.c.Timing.Offline {
+	if !up && time.Since(l.up) < e.c.Timing.Offline {
 		e.say("updates wait for the tunnel")
 		return false
 	}

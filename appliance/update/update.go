@@ -101,6 +101,7 @@ type Engine struct {
 	c      Config
 	hours  window
 	source *source // nil: none
+	dir    directory
 
 	mu       sync.Mutex
 	rec      record
@@ -117,7 +118,9 @@ type Engine struct {
 
 // New checks c and reads the record of what was done before. A record that cannot be read is begun anew. The errors are those
 // of c itself.
-func New(c Config) (*Engine, error) {
+func New(c Config) (*Engine, error) { return newEngine(c, osDir(c.Dir)) }
+
+func newEngine(c Config, dir directory) (*Engine, error) {
 	if c.Slots == nil || len(c.Keys) == 0 || c.Dir == "" {
 		return nil, errors.New("update: slots, keys and a directory are needed")
 	}
@@ -131,7 +134,7 @@ func New(c Config) (*Engine, error) {
 		c.Location = time.Local
 	}
 	c.Timing.setDefaults()
-	e := &Engine{c: c}
+	e := &Engine{c: c, dir: dir}
 	var err error
 	if e.hours, err = parseWindow(c.Schedule); err != nil {
 		return nil, err
@@ -237,7 +240,7 @@ func (e *Engine) set(change func(*record)) {
 	}
 	rec := e.rec
 	e.mu.Unlock()
-	err := rec.save(e.c.Dir)
+	err := rec.save(e.dir)
 	e.mu.Lock()
 	e.unsaved = err != nil
 	e.mu.Unlock()
