@@ -106,7 +106,7 @@ func newMux(conn *tls.Conn, raw *corkConn, dialled bool, l Limits, maxIncoming i
 	m.granted.Store(int64(m.session))
 	m.urgent = appendMuxNumber(nil, muxLimits, 0, 4, uint64(maxIncoming))
 	if more := m.session - initialSessionWindow; more > 0 {
-		m.urgent = appendMuxNumber(m.urgent, muxWindow, 0, 4, uint64(min(more, 1<<32-1)))
+		m.urgent = appendMuxNumber(m.urgent, muxWindow, 0, 4, min(uint64(more), 1<<32-1))
 	}
 	m.pinging, m.pinged = true, time.Now()
 	m.urgent = m.appendPing(m.urgent)
