@@ -92,6 +92,7 @@ func (a *Agent) Run(ctx context.Context) error {
 		case <-a.Reload:
 			r.log.Info("reading the card again")
 			r.reload(ctx)
+		case <-r.look:
 		case <-tick.C:
 		}
 	}
@@ -127,10 +128,7 @@ func (r *runner) reload(ctx context.Context) {
 	r.load()
 	r.apply(ctx)
 	r.unitsAt = time.Time{}
-	select {
-	case r.wake <- struct{}{}:
-	default:
-	}
+	nudge(r.wake)
 }
 
 // rest keeps what the next start needs.

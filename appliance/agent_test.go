@@ -229,6 +229,7 @@ func joinsAt(_ context.Context, _ mtls.JoinToken, _, dir, _ string) error {
 }
 
 func TestFirstBoot(t *testing.T) {
+	t.Parallel()
 	token := testToken(t).Reveal()
 	m := newMachine(t, map[string]string{"keyhaven.yaml": "# mine\ntoken: " + token + "\r\nhostname: petcam\nwifi: {country: de, ssid: Home, password: correct horse}\n" +
 		"ssh: {keys: [\"" + goodKey + "\"]}\ncamera: cam.example.com\n"})

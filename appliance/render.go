@@ -33,7 +33,7 @@ func networkFiles(c *Config) map[string][]byte {
 // networkFile is one of them. The interface with the lower metric carries what may go over several.
 func networkFile(match string, c *Config, static bool, metric int) []byte {
 	var b strings.Builder
-	fmt.Fprintf(&b, "%s[Match]\n%s\n\n[Link]\nRequiredForOnline=no\n\n[Network]\nMulticastDNS=yes\nLLMNR=no\nIPv6PrivacyExtensions=no\n", made, match)
+	fmt.Fprintf(&b, "%s[Match]\n%s\n\n[Network]\nMulticastDNS=yes\nLLMNR=no\nIPv6PrivacyExtensions=no\n", made, match)
 	for _, d := range c.Network.DNS {
 		fmt.Fprintf(&b, "DNS=%s\n", d)
 	}

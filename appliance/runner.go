@@ -23,6 +23,7 @@ type runner struct {
 	enrol enroller
 	led   *led
 	wake  chan struct{} // a token may be there
+	look  chan struct{} // something changed that people should be told
 	news  atomic.Bool   // the fleet's report changed
 	beat  atomic.Int64  // when the agent was seen to work last, in nanoseconds of Unix time
 
@@ -52,7 +53,7 @@ type runner struct {
 }
 
 func newRunner(a *Agent) *runner {
-	r := &runner{Agent: a, Host: a.Host.withDefaults(), log: a.Log, wake: make(chan struct{}, 1), config: &Config{}, begin: time.Now(), zone: time.UTC}
+	r := &runner{Agent: a, Host: a.Host.withDefaults(), log: a.Log, wake: make(chan struct{}, 1), look: make(chan struct{}, 1), config: &Config{}, begin: time.Now(), zone: time.UTC}
 	if r.log == nil {
 		r.log = slog.New(slog.DiscardHandler)
 	}
@@ -90,6 +91,7 @@ func (r *runner) joining(ctx context.Context) {
 		}
 		if why, refused := errors.AsType[refusal](err); refused {
 			r.log.Error("the join token was refused", "token", token.ID, "err", oneLine(why.Error()))
+			nudge(r.look)
 			continue
 		}
 		if err != nil {
@@ -105,6 +107,15 @@ func (r *runner) joining(ctx context.Context) {
 		if err := r.systemctl(ctx, "--no-block", "restart", unitConnector); err != nil {
 			r.log.Error("the connector does not start", "err", err)
 		}
+		nudge(r.look)
+	}
+}
+
+// nudge leaves a message for who waits for c, once.
+func nudge(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
 	}
 }
 
@@ -125,6 +136,7 @@ func (r *runner) setTrouble(t *trouble) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.trouble = t
+	nudge(r.look)
 }
 
 // proposal is the name for the connector: the machine's and a part of its id, so that many machines may have one name. Machines
