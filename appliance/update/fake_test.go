@@ -243,16 +243,20 @@ func (p *publisher) bundle(t testing.TB, version string) []byte {
 func (p *publisher) publish(t testing.TB, version string, percent int) {
 	t.Helper()
 	b := p.bundle(t, version)
-	sum := sha256.Sum256(b)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.files["/stable/"+version+".update"] = b
 	p.index.Releases = slices.DeleteFunc(p.index.Releases, func(r bundle.Release) bool { return r.Version == version })
 	p.index.Releases = append(p.index.Releases, bundle.Release{
-		Version: version, URL: version + ".update", Size: int64(len(b)), SHA256: hex.EncodeToString(sum[:]), Percent: percent, Salt: "salt",
+		Version: version, URL: version + ".update", Size: int64(len(b)), SHA256: sumOf(b), Percent: percent, Salt: "salt",
 	})
 	p.index.Published = p.index.Published.Add(time.Hour)
 	p.write(t)
+}
+
+func sumOf(b []byte) string {
+	sum := sha256.Sum256(b)
+	return hex.EncodeToString(sum[:])
 }
 
 // write signs the index.

@@ -151,7 +151,7 @@ func afterCut(t *testing.T, m *machine, p *publisher, final string) {
 		if st := e.Report().State; st == "" {
 			t.Error("no state is reported")
 		}
-		if err := runFor(t, e, 24*time.Hour); errors.Is(err, ErrRestart) {
+		if err := runFor(t, e, 7*time.Hour); errors.Is(err, ErrRestart) {
 			continue
 		}
 		r := e.Report()
