@@ -215,6 +215,9 @@ func testRollout(t *testing.T, at, other *edge) {
 	for _, e := range []*edge{at, other} {
 		eventually(t, "all devices are known", func() bool { l, err := e.Devices(""); return err == nil && len(l) == n })
 	}
+	eventually(t, "the old connector is found to be one", func() bool {
+		return testutil.ToFloat64(at.polls.results.WithLabelValues("unsupported")) == 1
+	})
 	for name, g := range gadgets {
 		eventually(t, name+" is free", func() bool { return g.last() == fleet.Directive{Policy: fleet.Free} })
 	}
