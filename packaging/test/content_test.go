@@ -20,14 +20,14 @@ import (
 type target struct {
 	file, deb, rpm string
 	settings       map[string]string
-	emulate        []string // of programs without a C library
-	libc           string   // where the C library of the key server is
+	emulate        []string // nil: this machine does, without an emulator
+	libc           string   // where the C library of the key server is; empty: where it belongs
 	libcCPU        string   // a processor that runs that library, if it is another
 }
 
 var targets = map[string]target{
 	"amd64": {"amd64", "amd64", "x86_64", map[string]string{"GOARCH": "amd64"}, nil, "", ""},
-	"386":   {"i386", "i386", "i686", map[string]string{"GOARCH": "386"}, []string{"qemu-i386-static"}, "/usr/i686-linux-gnu", ""},
+	"386":   {"i386", "i386", "i686", map[string]string{"GOARCH": "386"}, nil, "/usr/i686-linux-gnu", ""},
 	"arm64": {"arm64", "arm64", "aarch64", map[string]string{"GOARCH": "arm64"}, []string{"qemu-aarch64-static", "-cpu", "cortex-a53"}, "/usr/aarch64-linux-gnu", ""},
 	"armhf": {"armhf", "armhf", "armv7hl", map[string]string{"GOARCH": "arm", "GOARM": "7"}, []string{"qemu-arm-static", "-cpu", "cortex-a7"}, "/usr/arm-linux-gnueabihf", ""},
 	"armel": {"armel", "armel", "armv5tel", map[string]string{"GOARCH": "arm", "GOARM": "5"}, []string{"qemu-arm-static", "-cpu", "arm926"}, "/usr/arm-linux-gnueabi", ""},
@@ -198,15 +198,16 @@ func TestPrograms(t *testing.T) {
 				t.Errorf("depends on %s; want a C library that Debian 12 has", depends)
 			}
 		}
-		run := []string{program, "--version"}
-		if x.emulate != nil {
-			run = append(slices.Clone(x.emulate), run...)
-			if cgo == "1" {
-				if x.libcCPU != "" {
-					run[2] = x.libcCPU
-				}
-				run = slices.Insert(run, 1, "-L", x.libc)
+		run := append(slices.Clone(x.emulate), program, "--version")
+		switch {
+		case cgo == "0" || x.libc == "":
+		case x.emulate == nil:
+			run = append([]string{x.libc + "/lib/ld-linux.so.2", "--library-path", x.libc + "/lib"}, run...)
+		default:
+			if x.libcCPU != "" {
+				run[2] = x.libcCPU
 			}
+			run = slices.Insert(run, 1, "-L", x.libc)
 		}
 		contains(t, strings.Join(run, " "), output(t, run[0], run[1:]...), newVersion)
 	})

@@ -37,6 +37,7 @@ func newRPMMachine(t *testing.T) *machine {
 func (m *machine) trusts(s *site, ring string) {
 	m.t.Helper()
 	m.write(rpmKey, read(m.t, ring), 0o644)
+	m.write("/etc/dnf/dnf.conf", "[main]\n", 0o644)
 	list := read(m.t, filepath.Join(s.dir, "keyhaven.repo"))
 	list = strings.ReplaceAll(list, "https://packages.example.com", s.url)
 	// dnf runs outside of the machine's tree.
@@ -45,7 +46,7 @@ func (m *machine) trusts(s *site, ring string) {
 
 func (m *machine) tryDNF(args ...string) (string, error) {
 	m.t.Helper()
-	all := []string{"--installroot", m.root, "--config", "/dev/null", "--setopt=reposdir=" + m.path("/etc/yum.repos.d"), "--setopt=install_weak_deps=false",
+	all := []string{"--installroot", m.root, "--config", m.path("/etc/dnf/dnf.conf"), "--setopt=reposdir=" + m.path("/etc/yum.repos.d"), "--setopt=install_weak_deps=false",
 		"--setopt=metadata_expire=0", "--setopt=cachedir=" + m.path("/var/cache/dnf"), "--setopt=persistdir=" + m.path("/var/lib/dnf"), "--setopt=logdir=/var/log", "--releasever=1", "-y"}
 	cmd := exec.CommandContext(m.t.Context(), "dnf", append(all, args...)...)
 	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C.UTF-8", "HOME=/root"}
@@ -90,6 +91,7 @@ func TestRPM(t *testing.T) {
 
 	m.use()
 	m.run("systemctl", "enable", "--now", "keyhaven-connector")
+	m.run("systemctl", "start", "keyhaven-edge")
 	m.systemctl()
 	repository(t, "new", dir, keys)
 	m.dnf("upgrade")
@@ -175,7 +177,7 @@ func reindex(t *testing.T, dir, keys string) {
 	t.Helper()
 	script(t, nil, "createrepo_c", "--quiet", "--no-database", filepath.Join(dir, "rpm"))
 	repomd := filepath.Join(dir, "rpm/repodata/repomd.xml")
-	script(t, nil, filepath.Join(work, "release"), "openpgp", "--keys", keys, repomd)
+	script(t, []string{"SOURCE_DATE_EPOCH=1800000000"}, filepath.Join(work, "release"), "openpgp", "--keys", keys, repomd)
 }
 
 // A machine that has the package of keys follows from key a to key b; one that has key a alone does not.
