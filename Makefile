@@ -25,8 +25,11 @@ LDFLAGS = -s -w -X github.com/keyhaven/keyhaven/internal/cli.release=$(VERSION)
 # Flags of every program that leaves this tree.
 GOBUILD = $(GO) build -trimpath -buildvcs=false -ldflags '$(LDFLAGS)'
 
+# Of make containers; those of the key server are made for this machine's architecture alone.
+CONTAINER_ARCHS ?= $(shell $(GO) env GOARCH)
+
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo demo-check test unit netns chaos idle upgrade browser interop peer transit reliability fuzz lint vuln bench image image-lock image-e2e image-cuts image-check packages repo packages-check clean
+.PHONY: help setup build demo demo-check test unit netns chaos idle upgrade browser interop peer transit reliability fuzz lint vuln bench image image-lock image-e2e image-cuts image-check packages repo packages-check binaries binaries-check containers containers-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -154,6 +157,23 @@ repo: packages ## the signed apt and yum repository in dist/repo, for a web serv
 packages-check: ## install, upgrade and refuse packages of PACKAGE_ARCHS with real apt and dnf, in trees of their own
 	@./scripts/setup packages packages-check $(if $(filter-out amd64,$(PACKAGE_ARCHS)),packages-foreign)
 	@GO='$(GO)' PACKAGE_ARCHS='$(PACKAGE_ARCHS)' ./packaging/test/check
+
+binaries: ## static programs for every system into dist/bin, or those that BINARIES names, with checksums, signature and bill of materials
+	@rm -rf dist/bin
+	@GO='$(GO)' VERSION='$(VERSION)' SOURCE_DATE_EPOCH='$(SOURCE_DATE_EPOCH)' ./packaging/release/binaries dist/bin
+
+binaries-check: ## build them twice, and run those for Linux under QEMU
+	@./scripts/setup binaries
+	$(GO) test -count=1 -tags packages -timeout 0 -v ./packaging/release
+
+containers: ## images of the programs for CONTAINER_ARCHS as OCI archives into dist/containers, without root
+	@./scripts/setup containers
+	@$(GO) run ./packaging/release key --dir dist/keys
+	@rm -rf dist/containers
+	@GO='$(GO)' VERSION='$(VERSION)' SOURCE_DATE_EPOCH='$(SOURCE_DATE_EPOCH)' CONTAINER_ARCHS='$(CONTAINER_ARCHS)' ./packaging/container/build dist/containers
+
+containers-check: containers ## run them: a connector joins an edge, a key server loads SoftHSM2's module
+	$(GO) test -count=1 -tags packages -timeout 10m -v ./packaging/container
 
 clean: ## remove what the targets made
 	rm -rf bin dist
