@@ -330,14 +330,19 @@ func TestDeviceAway(t *testing.T) {
 }
 
 func TestDeviceRecord(t *testing.T) {
-	now := time.Unix(1000, 0)
+	now := time.Unix(1000, 0).UTC()
 	failed := fleet.Report{Version: "1", State: fleet.Failed, Target: "2", Since: now}
 	d := deviceRecord{Connector: "c"}.next(failed, now, "e")
-	if d.Failed != (FailedUpdate{"2", now}) {
+	if d.Failed != (FailedUpdate{"2", now, now}) {
 		t.Fatalf("got %+v", d.Failed)
 	}
 	if again := d.next(failed, now.Add(time.Minute), "e"); again.Failed != d.Failed || again.says(d) {
 		t.Errorf("the same report is news: %+v", again)
+	}
+	looking := failed
+	looking.State = fleet.Checking
+	if again := d.next(looking, now.Add(time.Minute), "e").next(failed, now.Add(2*time.Minute), "e"); again.Failed != d.Failed {
+		t.Errorf("after a look for updates the same failure counts again: %+v", again.Failed)
 	}
 	checked := failed
 	checked.Checked = now

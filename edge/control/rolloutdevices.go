@@ -34,7 +34,8 @@ type deviceRecord struct {
 // A FailedUpdate is an update that a device gave up. It is kept until that version runs.
 type FailedUpdate struct {
 	Version string    `json:"version"`
-	At      time.Time `json:"at"` // when an edge learnt of it
+	At      time.Time `json:"at"`             // when an edge learnt of it
+	Since   time.Time `json:"since,omitzero"` // when it was, by the device, which tells one from the next
 }
 
 type deviceProblem string
@@ -44,10 +45,12 @@ const unreadable deviceProblem = "what it reports cannot be read; is the connect
 // next is the record after a report.
 func (d deviceRecord) next(r fleet.Report, now time.Time, edge string) deviceRecord {
 	n := deviceRecord{Connector: d.Connector, Report: r, At: now, Edge: edge, Failed: d.Failed}
-	news := r.State != d.Report.State || r.Target != d.Report.Target || !r.Since.Equal(d.Report.Since)
 	switch {
-	case r.Broken() && r.Target != "" && news:
-		n.Failed = FailedUpdate{Version: r.Target, At: now}
+	case r.Broken() && r.Target != "":
+		// A device that looks for updates meanwhile is back at the same failure afterwards.
+		if r.Target != d.Failed.Version || !r.Since.Equal(d.Failed.Since) {
+			n.Failed = FailedUpdate{Version: r.Target, At: now, Since: r.Since.UTC()}
+		}
 	case !r.Broken() && !r.Trial && r.Version == d.Failed.Version:
 		n.Failed = FailedUpdate{}
 	}
