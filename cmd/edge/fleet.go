@@ -32,7 +32,7 @@ func fleetList() *cobra.Command {
 		func(w io.Writer, list []control.DeviceView) {
 			row(w, "DEVICE", "TUNNEL", "CONTACT", "VERSION", "STATE", "TARGET", "IS TO", "REPORTED", "BOARD")
 			for _, d := range list {
-				row(w, d.Name, d.TunnelName, d.Contact, d.Report.Version, d.Report.State, d.Report.Target, isTo(d.Directive), when(d.Reported), d.Report.Board)
+				row(w, d.Name, d.TunnelName, d.Contact, d.Report.Version, ifTrue(d.Problem == "", d.Report.State)+ifTrue(d.Problem != "", "unreadable"), d.Report.Target, isTo(d.Directive), when(d.Reported), d.Report.Board)
 			}
 		})
 	cmd.Flags().StringVar(&tunnel, "tunnel", "", "only those of this tunnel")
