@@ -210,8 +210,10 @@ func connect(tokenFile, addr, name, dir string) error {
 	}
 	c, err := tunnel.Dial(ctx, tunnel.DialConfig{Addr: addr, Identity: src,
 		Registration: tunnel.Registration{Instance: "i1", Version: "test", Hostname: "site"},
-		OnDevice:     func([]byte) []byte { return []byte(`{"product":"test","board":"a board","version":"1.0.0","state":"idle"}`) },
-		Handle:       func(_ context.Context, in *tunnel.Incoming) { in.Reject(tunnel.ResultDenied) }}) //nolint:errcheck // the edge sees it
+		OnDevice: func([]byte) []byte {
+			return []byte(`{"product":"test","board":"a board","version":"1.0.0","state":"idle"}`)
+		},
+		Handle: func(_ context.Context, in *tunnel.Incoming) { in.Reject(tunnel.ResultDenied) }}) //nolint:errcheck // the edge sees it
 	if err != nil {
 		return err
 	}
