@@ -112,7 +112,7 @@ func Copy(image, output string) (_ *os.File, err error) {
 func sparse(out *os.File, r io.Reader) error {
 	buf, zero := make([]byte, 256<<10), make([]byte, 256<<10)
 	for at := int64(0); ; {
-		n, err := io.ReadFull(r, buf)
+		n, err := fill(r, buf)
 		if n > 0 && !bytes.Equal(buf[:n], zero[:n]) {
 			if _, err := out.WriteAt(buf[:n], at); err != nil {
 				return err
@@ -122,12 +122,22 @@ func sparse(out *os.File, r io.Reader) error {
 		switch {
 		case at > maxImage:
 			return fmt.Errorf("is larger than %d GiB; is it an image?", maxImage>>30)
-		case err == io.EOF || err == io.ErrUnexpectedEOF:
+		case err == io.EOF:
 			return out.Truncate(at)
 		case err != nil:
 			return fmt.Errorf("%w; fetch it again", err)
 		}
 	}
+}
+
+// fill is io.ReadFull that tells the end of r from its being cut off.
+func fill(r io.Reader, b []byte) (n int, err error) {
+	for n < len(b) && err == nil {
+		var m int
+		m, err = r.Read(b[n:])
+		n += m
+	}
+	return n, err
 }
 
 // KeepPartition leaves of an image the configuration partition alone, at the file's beginning.

@@ -55,7 +55,7 @@ func checksum(short []byte) (sum byte) {
 // place adds the records of a file to a directory.
 func place(dir []byte, name string, cluster uint16, size uint32, when time.Time) error {
 	units := utf16.Encode([]rune(name))
-	if len(units) == 0 || len(units) > 255 || strings.ContainsAny(name, `\/:*?"<>|`) || strings.ContainsFunc(name, func(r rune) bool { return r < ' ' }) {
+	if len(units) == 0 || len(units) > 255 || strings.TrimRight(name, ". ") != name || strings.ContainsAny(name, `\/:*?"<>|`) || strings.ContainsFunc(name, func(r rune) bool { return r < ' ' }) {
 		return fmt.Errorf("%q is no name for a file", name)
 	}
 	short, err := alias(dir, name)

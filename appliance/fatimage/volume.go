@@ -62,7 +62,7 @@ func Open(dev Device, start int64) (*Volume, error) {
 	switch {
 	case b[510] != 0x55 || b[511] != 0xaa || u16(11) != sector:
 		return nil, ErrNoFAT
-	case perCluster == 0 || perCluster&(perCluster-1) != 0 || reserved == 0 || fats < 1 || fats > 2 || entries == 0 || fatSectors == 0 || total <= dataStart:
+	case perCluster == 0 || perCluster&(perCluster-1) != 0 || reserved == 0 || fats < 1 || fats > 2 || entries == 0 || fatSectors == 0 || fatSectors > 256 || total <= dataStart:
 		return nil, fmt.Errorf("%w: its head makes no sense", ErrNoFAT)
 	}
 	clusters := (total - dataStart) / perCluster
@@ -228,9 +228,11 @@ func (v *Volume) ReadFile(name string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	if int64(len(list))*v.cluster < int64(e.size) {
+	need := (int64(e.size) + v.cluster - 1) / v.cluster
+	if int64(len(list)) < need {
 		return nil, fmt.Errorf("the file system is damaged: %s is shorter than it says", name)
 	}
+	list = list[:need]
 	b := make([]byte, int64(len(list))*v.cluster)
 	for i, c := range list {
 		if _, err := v.dev.ReadAt(b[int64(i)*v.cluster:][:v.cluster], v.at(c)); err != nil {
