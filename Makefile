@@ -162,7 +162,7 @@ binaries: ## static programs for every system into dist/bin, or those that BINAR
 	@rm -rf dist/bin
 	@GO='$(GO)' VERSION='$(VERSION)' SOURCE_DATE_EPOCH='$(SOURCE_DATE_EPOCH)' ./packaging/release/binaries dist/bin
 
-binaries-check: ## build them twice, and run those for Linux under QEMU
+binaries-check: binaries ## build the connector twice, and run the programs for Linux under QEMU
 	@./scripts/setup binaries
 	$(GO) test -count=1 -tags packages -timeout 0 -v ./packaging/release
 

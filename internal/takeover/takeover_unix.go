@@ -13,7 +13,6 @@ import (
 	"os/signal"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -175,6 +174,8 @@ func (p *Process) Start(ctx context.Context, content func() bool) (*Successor, e
 			started = started || b == sayStarted
 		case started && errors.Is(err, os.ErrDeadlineExceeded) && ctx.Err() == nil && content != nil && content():
 			return s, nil
+		case ctx.Err() != nil:
+			return nil, s.failed(context.Cause(ctx))
 		default:
 			return nil, s.failed(err)
 		}
@@ -279,7 +280,7 @@ func (s *Successor) failed(why error) error {
 	case err != nil:
 		return fmt.Errorf("process %d: %w", s.process.Pid, err)
 	case errors.Is(why, io.EOF):
-		return fmt.Errorf("process %s ended before it was ready: %s; its log says why", strconv.Itoa(s.process.Pid), state)
+		return fmt.Errorf("process %d ended before it was ready: %v; its log says why", s.process.Pid, state)
 	case errors.Is(why, os.ErrDeadlineExceeded):
 		return fmt.Errorf("process %d was not ready after %v; its log says why", s.process.Pid, ReadyTimeout)
 	}

@@ -1,0 +1,252 @@
+//go:build unix
+
+package takeover
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+
+	"github.com/keyhaven/keyhaven/internal/notify"
+)
+
+// role has this test's own program do what a successor does.
+const role = "TAKEOVER_TEST_ROLE"
+
+func TestMain(m *testing.M) {
+	if as := os.Getenv(role); as != "" {
+		if err := succeed(as); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	goleak.VerifyTestMain(m)
+}
+
+// succeed takes over and answers each connection with a line, until it is told to end.
+func succeed(as string) error {
+	if as == "dies" {
+		return errors.New("this one cannot start")
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
+	defer stop()
+	p, err := Begin()
+	if err != nil {
+		return err
+	}
+	if !p.Succeeds() || os.Getenv(variable) != "" {
+		return errors.New("no predecessor, or its variable is left for others to see")
+	}
+	if as == "hangs" {
+		<-ctx.Done()
+		return nil
+	}
+	if err := p.Ready(ctx); err != nil {
+		return err
+	}
+	words := strings.Fields(as)
+	lns := make([]net.Listener, 2)
+	for i, network := range []string{"tcp", "unix"} {
+		if lns[i], err = p.Listen(network, words[i]); err != nil {
+			return err
+		}
+		go serve(lns[i], "second")
+	}
+	p.Discard()
+	<-ctx.Done()
+	return errors.Join(lns[0].Close(), lns[1].Close())
+}
+
+func serve(ln net.Listener, line string) {
+	for {
+		c, err := ln.Accept()
+		if err != nil {
+			return
+		}
+		fmt.Fprintln(c, line)
+		c.Close()
+	}
+}
+
+func says(network, addr string) (string, error) {
+	c, err := net.Dial(network, addr)
+	if err != nil {
+		return "", err
+	}
+	defer c.Close()
+	if err := c.SetDeadline(time.Now().Add(30 * time.Second)); err != nil {
+		return "", err
+	}
+	line, err := bufio.NewReader(c).ReadString('\n')
+	return strings.TrimSpace(line), err
+}
+
+// begin is Begin for a process that is not to keep the signal.
+func begin(t *testing.T) *Process {
+	t.Helper()
+	p, err := Begin()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { signal.Stop(p.request) })
+	return p
+}
+
+func TestTakeover(t *testing.T) {
+	p := begin(t)
+	if p.Succeeds() {
+		t.Fatal("a predecessor, where there is none")
+	}
+	if err := p.Ready(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(t.TempDir(), "s")
+	tcp, err := p.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	unix, err := p.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	spare, err := p.Listen("tcp", "127.0.0.1:0") // the successor does not want it
+	if err != nil {
+		t.Fatal(err)
+	}
+	closed, err := p.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	closed.Close()
+
+	t.Setenv(role, "dies")
+	if _, err := p.Start(t.Context(), nil); err == nil || !strings.Contains(err.Error(), "ended before it was ready: exit status 1") {
+		t.Errorf("a process that ends: %v", err)
+	}
+	t.Setenv(role, "hangs")
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	if _, err := p.Start(ctx, nil); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("a process that hangs: %v", err)
+	}
+	cancel()
+
+	// After both, this process goes on.
+	go serve(tcp, "first")
+	if got, err := says("tcp", tcp.Addr().String()); err != nil || got != "first" {
+		t.Errorf("got %q, %v", got, err)
+	}
+	t.Setenv(role, "127.0.0.1:0 "+path)
+	s, err := p.Start(t.Context(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	process, err := os.FindProcess(s.PID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	addr, unwanted := tcp.Addr().String(), spare.Addr().String()
+	for _, ln := range []net.Listener{tcp, unix, spare} {
+		ln.Close()
+	}
+	// Who comes now waits until the other process accepts.
+	waiting, err := net.Dial("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer waiting.Close()
+	if err := s.Release(notify.Notifier{}); err != nil {
+		t.Fatal(err)
+	}
+	waiting.SetDeadline(time.Now().Add(30 * time.Second)) //nolint:errcheck // Read would fail too
+	if b, err := io.ReadAll(waiting); err != nil || string(b) != "second\n" {
+		t.Errorf("who waited got %q, %v", b, err)
+	}
+	for network, a := range map[string]string{"tcp": addr, "unix": path} {
+		if got, err := says(network, a); err != nil || got != "second" {
+			t.Errorf("%s: got %q, %v", network, got, err)
+		}
+	}
+	for end := time.Now().Add(30 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		c, err := net.Dial("tcp", unwanted)
+		if err != nil {
+			break
+		}
+		c.Close()
+		if time.Now().After(end) {
+			t.Fatal("a socket that nobody wants still takes connections")
+		}
+	}
+	if err := process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	if state, err := process.Wait(); err != nil || !state.Success() {
+		t.Errorf("the process that took over: %v, %v", state, err)
+	}
+	if _, err := os.Lstat(path); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("its socket is left behind: %v", err)
+	}
+}
+
+// A predecessor that ends without handing over leaves a process that ends, too.
+func TestPredecessorGone(t *testing.T) {
+	p := begin(t)
+	t.Setenv(role, "127.0.0.1:0 "+filepath.Join(t.TempDir(), "s"))
+	s, err := p.Start(t.Context(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	process, err := os.FindProcess(s.PID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.in.Close()
+	s.out.Close()
+	if state, err := process.Wait(); err != nil || state.ExitCode() != 1 {
+		t.Errorf("got %v, %v, want exit code 1", state, err)
+	}
+}
+
+func TestRequest(t *testing.T) {
+	p := begin(t)
+	if err := syscall.Kill(os.Getpid(), syscall.SIGUSR2); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-p.Requests():
+	case <-time.After(30 * time.Second):
+		t.Error("the signal is not reported")
+	}
+}
+
+// FuzzBequest reads what stands in the environment, which anybody may set who starts the program.
+func FuzzBequest(f *testing.F) {
+	f.Add(`{"in":3,"out":4,"sockets":[{"network":"tcp","addr":"127.0.0.1:1","fd":5}]}`)
+	f.Add(`{"in":0,"out":1}`)
+	f.Add(`{"in":3,"out":3}`)
+	f.Fuzz(func(t *testing.T, text string) {
+		b, err := parse(text)
+		if err != nil {
+			return
+		}
+		seen := map[int]bool{}
+		for _, fd := range b.fds() {
+			if fd < 3 || seen[fd] {
+				t.Errorf("descriptor %d of %s", fd, text)
+			}
+			seen[fd] = true
+		}
+	})
+}
