@@ -11,6 +11,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -280,7 +281,7 @@ for rollouts that name a version. Which devices are first is decided by --salt: 
 			if err != nil {
 				return err
 			}
-			_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s: %d releases for %s\n", output, len(x.Releases), x.Arch)
+			_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s: the index for %s, newest %s\n", output, x.Arch, newest(x))
 			return err
 		},
 	}
@@ -292,6 +293,11 @@ for rollouts that name a version. Which devices are first is decided by --salt: 
 	cmd.Flags().StringVar(&published, "published", "", "time of publication (default: now); devices refuse an index older than one that they saw")
 	cmd.Flags().StringVar(&output, "output", "", "file to write")
 	return cmd
+}
+
+// newest is the version that devices are told of.
+func newest(x updates.Index) string {
+	return slices.MaxFunc(x.Releases, func(a, b updates.Release) int { return updates.Compare(a.Version, b.Version) }).Version
 }
 
 // addReleases adds the bundles to x. They are checked with the key that signs the index.
