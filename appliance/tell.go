@@ -21,9 +21,10 @@ const (
 	statusFile = "status.json"         // in runDir, for appliance status
 	statusName = "keyhaven-status.txt" // on the card
 
-	cardEvery   = 3 * time.Minute // the file on the card is written once in this time at most
-	cardFirst   = time.Minute     // and not before there is something to say, or so long after the start
-	screenEvery = time.Minute     // the screen is drawn again, in case something wrote on it
+	cardEvery   = 3 * time.Minute  // the file on the card is written once in this time at most
+	cardFirst   = time.Minute      // and not before there is something to say, or so long after the start
+	cardSettled = 20 * time.Second // a state that may pass by itself is told on the card when it has lasted for so long
+	screenEvery = time.Minute      // the screen is drawn again, in case something wrote on it
 )
 
 // shown is what was told, and where.
@@ -32,7 +33,8 @@ type shown struct {
 	json     []byte
 	screen   []byte
 	screenAt time.Time
-	card     string // fingerprint of what is on the card
+	stateAt  time.Time // when status.State became what it is, by a clock that is not set
+	card     string    // fingerprint of what is on the card
 	cardAt   time.Time
 	cardErr  string
 }
@@ -45,6 +47,7 @@ func (r *runner) tell() {
 	st.Since = r.shown.status.Since
 	if st.State != r.shown.status.State || st.Since.IsZero() {
 		st.Since = r.Host.Now().UTC().Truncate(time.Second)
+		r.shown.stateAt = time.Now()
 		r.log.Info("state", "state", string(st.State), "found", st.Text)
 	}
 	r.shown.status = st
@@ -64,6 +67,9 @@ func (r *runner) tell() {
 func (r *runner) tellCard(st Status) {
 	now := time.Now()
 	settled := st.State != StateStarting && (st.State != StateJoining || st.Todo != "")
+	if passing := st.State == StateNoEdge || st.State == StateNoNetwork; passing && now.Sub(r.shown.stateAt) < cardSettled {
+		settled = false
+	}
 	if r.shown.cardAt.IsZero() && !settled && now.Sub(r.begin) < cardFirst || !r.shown.cardAt.IsZero() && now.Sub(r.shown.cardAt) < cardEvery {
 		return
 	}
