@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"testing"
 )
@@ -107,5 +108,49 @@ func TestNoAppliance(t *testing.T) {
 	s := &Slots{root: root}
 	if got := s.Boards(); len(got) != 1 || got[0] != "pc" {
 		t.Errorf("a machine without a device tree is %q", got)
+	}
+}
+
+// The image's last resort restarts a trial that is not kept in time, and nothing else.
+func TestTrialWatch(t *testing.T) {
+	script, err := filepath.Abs("../../images/rpi/rootfs/usr/lib/keyhaven/trial-watch")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, c := range map[string]struct {
+		before, after []byte // autoboot.txt at the start, and when the time is over
+		want          bool
+	}{
+		"no trial": {autobootText(PartA), autobootText(PartB), false},
+		"kept":     {autobootText(PartB), autobootText(PartA), false},
+		"not kept": {autobootText(PartB), autobootText(PartB), true},
+		"damaged":  {[]byte("rubbish"), []byte("rubbish"), false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			root, bin := machineOnFiles(t, "/dev/mmcblk0"), t.TempDir()
+			auto := filepath.Join(root, configDir, autobootFile)
+			for path, text := range map[string]string{
+				auto:                                string(c.before),
+				filepath.Join(root, "proc/cmdline"): "quiet kh.health=5/40",
+				filepath.Join(root, "after"):        string(c.after),
+				filepath.Join(bin, "sleep"):         "#!/bin/sh\necho \"$1\" >'" + root + "/slept'\ncp '" + root + "/after' '" + auto + "'\n",
+				filepath.Join(bin, "reboot"):        "#!/bin/sh\necho \"$*\" >'" + root + "/rebooted'\n",
+			} {
+				if err := os.WriteFile(path, []byte(text), 0o700); err != nil {
+					t.Fatal(err)
+				}
+			}
+			cmd := exec.Command("/bin/sh", script, root)
+			cmd.Env = append(os.Environ(), "PATH="+bin+":"+os.Getenv("PATH"))
+			if out, err := cmd.CombinedOutput(); err != nil {
+				t.Fatalf("%v: %s", err, out)
+			}
+			if b, err := os.ReadFile(filepath.Join(root, "rebooted")); (err == nil) != c.want || c.want && string(b) != "--force --force\n" {
+				t.Errorf("got a restart %q, %v; want one: %v", b, err, c.want)
+			}
+			if b, err := os.ReadFile(filepath.Join(root, "slept")); err == nil && string(b) != "340\n" {
+				t.Errorf("waited for %q seconds", b)
+			}
+		})
 	}
 }

@@ -189,7 +189,10 @@ func (e *Engine) install(ctx context.Context, src io.Reader, version string, for
 	if err != nil {
 		return e.failed(ctx, err)
 	}
-	e.set(func(r *record) { r.begin(fleet.Writing, m.Version, e.running.Version) })
+	e.set(func(r *record) {
+		r.begin(fleet.Writing, m.Version, e.running.Version)
+		r.Proven = without(r.Proven, m.Version)
+	})
 	e.c.Log.Info("write an update to the idle slot", "version", m.Version, "partition", st.Idle, "size", m.Size)
 	progress := func(int64) {}
 	if version == "" { // otherwise the download tells
@@ -235,8 +238,8 @@ func (e *Engine) failed(ctx context.Context, err error) error {
 	return err
 }
 
-// Rollback returns to the system in the other slot, which is not tried first: it ran before. The version that runs is blocked.
-// With force a version that was given up is returned to as well. It ends with [ErrRestart] or an error. While a trial runs it is
+// Rollback returns to the system in the other slot, which is not tried first: it was kept on this card before. The version that
+// runs is blocked. With force any whole system is returned to. It ends with [ErrRestart] or an error. While a trial runs it is
 // given up.
 func (e *Engine) Rollback(ctx context.Context, force bool) error {
 	return e.exclusive(func() error {
@@ -249,14 +252,14 @@ func (e *Engine) Rollback(ctx context.Context, force bool) error {
 		if err != nil {
 			return err
 		}
-		e.mu.Lock()
-		blocked := e.rec.blocks(info.Version)
-		e.mu.Unlock()
-		if blocked && !force && !st.Trial {
-			return fmt.Errorf("update: the other slot has %s, which was given up on this device; to start it all the same, say --force", info.Version)
-		}
 		if st.Trial {
 			return e.giveUp(ctx, "somebody asked for the one before")
+		}
+		e.mu.Lock()
+		good := slices.Contains(e.rec.Proven, info.Version) && !e.rec.blocks(info.Version)
+		e.mu.Unlock()
+		if !good && !force {
+			return fmt.Errorf("update: the other slot has %s, which was given up or never kept on this device; to start it all the same, say --force", info.Version)
 		}
 		e.set(func(r *record) {
 			r.block(e.running.Version)

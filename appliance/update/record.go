@@ -22,8 +22,8 @@ const (
 	recordTemp   = "state.json.new"
 	recordFormat = 1
 	maxRecord    = 64 << 10
-	// maxBlocked bounds the versions that are kept as given up.
-	maxBlocked = 8
+	// maxVersions bounds the versions that are known as given up, and those as proven.
+	maxVersions = 8
 	// maxTrials is how often a version is started that ends its trial without a word, by a cut of power or a crash.
 	maxTrials = 2
 	// maxGates is how often the program may restart during a trial.
@@ -46,6 +46,7 @@ type record struct {
 	Returning bool      `json:"returning,omitempty"` // Slot becomes the default because somebody asked for it
 	Failures  int       `json:"failures,omitempty"`  // one after the other
 	Blocked   []string  `json:"blocked,omitempty"`   // versions that were given up
+	Proven    []string  `json:"proven,omitempty"`    // versions that were kept on this card
 	Device    string    `json:"device"`              // random name of this card
 }
 
@@ -88,7 +89,7 @@ func parseRecord(b []byte) (record, error) {
 		return r, fmt.Errorf("%s: %w", recordFile, err)
 	}
 	if r.Format != recordFormat || !slices.Contains(states, r.State) || len(b) > maxRecord || dec.More() || r.Device == "" ||
-		r.Trials < 0 || r.Gates < 0 || r.Failures < 0 || len(r.Blocked) > maxBlocked {
+		r.Trials < 0 || r.Gates < 0 || r.Failures < 0 || len(r.Blocked) > maxVersions || len(r.Proven) > maxVersions {
 		return r, fmt.Errorf("%s has format %d and state %q, or values that make no sense", recordFile, r.Format, r.State)
 	}
 	return r, nil
@@ -153,20 +154,23 @@ func (d osDir) Sync() error {
 }
 
 // block keeps a version from being tried again.
-func (r *record) block(version string) {
-	if version == "" || r.blocks(version) {
-		return
-	}
-	r.Blocked = append(r.Blocked, version)
-	if len(r.Blocked) > maxBlocked {
-		r.Blocked = r.Blocked[1:]
-	}
-}
+func (r *record) block(version string) { r.Blocked = with(r.Blocked, version) }
+
+func (r *record) unblock(version string) { r.Blocked = without(r.Blocked, version) }
 
 func (r *record) blocks(version string) bool {
 	return slices.ContainsFunc(r.Blocked, func(v string) bool { return bundle.Compare(v, version) == 0 })
 }
 
-func (r *record) unblock(version string) {
-	r.Blocked = slices.DeleteFunc(r.Blocked, func(v string) bool { return bundle.Compare(v, version) == 0 })
+// with returns list with version as its newest entry.
+func with(list []string, version string) []string {
+	if version == "" {
+		return list
+	}
+	list = append(without(list, version), version)
+	return list[max(len(list)-maxVersions, 0):]
+}
+
+func without(list []string, version string) []string {
+	return slices.DeleteFunc(slices.Clone(list), func(v string) bool { return bundle.Compare(v, version) == 0 })
 }

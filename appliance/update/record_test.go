@@ -88,7 +88,7 @@ func TestPowerCutsOfRollback(t *testing.T) {
 		if m.slots[slot.PartB].Version == "" {
 			m.slots[slot.PartB] = system("0.9.0")
 		}
-		if err := m.engine(t, p, func(c *Config) { c.Automatic = false }).Rollback(t.Context(), false); !errors.Is(err, ErrRestart) || m.dead {
+		if err := m.engine(t, p, func(c *Config) { c.Automatic = false }).Rollback(t.Context(), true); !errors.Is(err, ErrRestart) || m.dead {
 			return
 		}
 		m.begin()

@@ -33,6 +33,9 @@ func (e *Engine) recover() slot.State {
 	}
 	st := e.look()
 	e.set(func(r *record) {
+		if st.Default == st.Current {
+			r.Proven = with(r.Proven, e.running.Version)
+		}
 		switch {
 		case r.Returning:
 			e.returned(r, st)
@@ -87,6 +90,7 @@ func (e *Engine) returnedHalfway(st slot.State) bool {
 func (r *record) confirm() {
 	r.State, r.Error, r.Trials, r.Gates, r.Failures = fleet.Confirmed, "", 0, 0, 0
 	r.unblock(r.Target)
+	r.Proven = with(r.Proven, r.Target)
 }
 
 // fellBack notes that the machine restarted during a trial, or before it. That may have been the power: a version has more

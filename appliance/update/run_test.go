@@ -400,6 +400,7 @@ func TestOldIndexIsRefused(t *testing.T) {
 func TestInstallAndRollback(t *testing.T) {
 	m, p := newMachine("1.0.0"), newPublisher(t)
 	e := m.engine(t, p, nil)
+	e.recover()
 	if err := e.Rollback(t.Context(), false); !errors.Is(err, slot.ErrEmpty) {
 		t.Errorf("rollback to an empty slot: got %v", err)
 	}
@@ -439,6 +440,26 @@ func TestInstallAndRollback(t *testing.T) {
 	}
 	if err := e.Rollback(t.Context(), true); !errors.Is(err, ErrRestart) || m.start() != "0.9.0" {
 		t.Errorf("forced: got %v", err)
+	}
+}
+
+// A system that was never kept is not returned to, however whole it is: nobody knows whether it starts.
+func TestRollbackToUnproven(t *testing.T) {
+	m, p := newMachine("1.0.0"), newPublisher(t)
+	e := m.engine(t, p, nil)
+	e.recover()
+	if err := e.Install(t.Context(), bytes.NewReader(p.bundle(t, "1.1.0")), false); !errors.Is(err, ErrRestart) {
+		t.Fatal(err)
+	}
+	m.tryboot = false // the power goes before the trial
+	m.start()
+	e = m.engine(t, p, nil)
+	e.recover()
+	if err := e.Rollback(t.Context(), false); err == nil || !strings.Contains(err.Error(), "never kept") || m.def != slot.PartA {
+		t.Errorf("got %v, default %d", err, m.def)
+	}
+	if err := e.Rollback(t.Context(), true); !errors.Is(err, ErrRestart) || m.def != slot.PartB {
+		t.Errorf("forced: got %v, default %d", err, m.def)
 	}
 }
 

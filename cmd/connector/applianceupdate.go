@@ -77,7 +77,7 @@ newer one. While a version is on trial it is given up.`,
 			return atRestart(cmd, e.Rollback(cmd.Context(), force))
 		},
 	}
-	cmd.Flags().BoolVar(&force, "force", false, "return to a version that was given up, too")
+	cmd.Flags().BoolVar(&force, "force", false, "return to a version that was given up or never kept, too")
 	rootFlag(cmd, &root)
 	return cmd
 }

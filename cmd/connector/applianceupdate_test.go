@@ -220,7 +220,8 @@ func TestApplianceUpdateAndRollback(t *testing.T) {
 	if err != nil || !strings.Contains(string(state), `"state": "trial"`) {
 		t.Errorf("got %s, %v", state, err)
 	}
-	applianceSays(t, "", 0, "the device restarts", "rollback", "--root", root) // B was not tried; it is whole
+	applianceSays(t, "", 1, "never kept on this device", "rollback", "--root", root)
+	applianceSays(t, "", 0, "the device restarts", "rollback", "--root", root, "--force")
 	if got, err := os.ReadFile(filepath.Join(root, "boot/keyhaven/autoboot.txt")); err != nil || !strings.HasPrefix(string(got), "[all]\ntryboot_a_b=1\nboot_partition=3\n") {
 		t.Errorf("autoboot.txt is %q, %v", got, err)
 	}
