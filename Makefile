@@ -29,7 +29,7 @@ GOBUILD = $(GO) build -trimpath -buildvcs=false -ldflags '$(LDFLAGS)'
 CONTAINER_ARCHS ?= $(shell $(GO) env GOARCH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo demo-check test unit netns chaos idle upgrade browser interop peer transit reliability fuzz lint vuln bench image image-lock image-e2e image-cuts image-check packages repo packages-check binaries binaries-check containers containers-check clean
+.PHONY: help setup build demo demo-check test unit netns chaos idle upgrade browser interop peer transit reliability fuzz lint vuln bench image image-lock image-e2e image-cuts image-check packages repo packages-check install-site binaries binaries-check containers containers-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -161,6 +161,9 @@ packages-check: ## install, upgrade and refuse packages of PACKAGE_ARCHS with re
 binaries: ## static programs for every system into dist/bin, or those that BINARIES names, with checksums, signature and bill of materials
 	@rm -rf dist/bin
 	@GO='$(GO)' VERSION='$(VERSION)' SOURCE_DATE_EPOCH='$(SOURCE_DATE_EPOCH)' ./packaging/release/binaries dist/bin
+
+install-site: binaries repo ## what an edge serves at /install.sh (docs/install-script.md), in dist/install
+	@GO='$(GO)' ./packaging/site/build dist/bin dist/repo dist/install
 
 binaries-check: binaries ## build the connector twice, and run the programs for Linux under QEMU
 	@./scripts/setup binaries
