@@ -472,23 +472,7 @@ func (l *line) share(n int) (per, share int) {
 	return per, share
 }
 
-// dial tries the addresses, beginning with another one for each from. While the connector is suspended it waits.
-func (e *endpoint) dial(ctx context.Context, addrs []string, from int, cfg tunnel.DialConfig) (session, error) {
-	for {
-		try, leave, err := e.c.suspension.enter(ctx)
-		if err != nil {
-			return nil, err
-		}
-		s, err := e.attempt(try, addrs, from, cfg)
-		cut := errors.Is(context.Cause(try), errSuspended)
-		leave()
-		if err == nil || !cut {
-			return s, err
-		}
-	}
-}
-
-// attempt tries the addresses once.
+// attempt tries the addresses once, beginning with another one for each from.
 func (e *endpoint) attempt(ctx context.Context, addrs []string, from int, cfg tunnel.DialConfig) (session, error) {
 	c := e.c
 	ctx, cancel := context.WithTimeout(ctx, tryTimeout)

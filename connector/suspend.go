@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"sync"
+
+	"github.com/keyhaven/keyhaven/tunnel"
 )
 
 // errSuspended ends attempts to reach an edge that go on when Suspend is called.
@@ -46,6 +48,22 @@ func (p *suspension) enter(ctx context.Context) (try context.Context, leave func
 		cancel(nil)
 		p.under.Done()
 	}, nil
+}
+
+// dial is attempt, once the connector is not suspended.
+func (e *endpoint) dial(ctx context.Context, addrs []string, from int, cfg tunnel.DialConfig) (session, error) {
+	for {
+		try, leave, err := e.c.suspension.enter(ctx)
+		if err != nil {
+			return nil, err
+		}
+		s, err := e.attempt(try, addrs, from, cfg)
+		cut := errors.Is(context.Cause(try), errSuspended)
+		leave()
+		if err == nil || !cut {
+			return s, err
+		}
+	}
 }
 
 // Suspend makes no more sessions until Resume; those that there are go on. A process calls it before it starts the one that
