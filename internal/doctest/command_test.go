@@ -133,7 +133,7 @@ func flags(help string, words []string) error {
 // Each command line of our programs in the pages names commands and flags that there are.
 func TestCommandLines(t *testing.T) {
 	bin := build(t)
-	for _, name := range []string{"README.md", "docs/install.md", "docs/administration.md", "docs/edges.md", "docs/ingress.md", "docs/balancing.md", "docs/packets.md", "docs/troubleshooting.md"} {
+	for _, name := range []string{"README.md", "docs/install.md", "docs/administration.md", "docs/edges.md", "docs/ingress.md", "docs/balancing.md", "docs/packets.md", "docs/updates.md", "docs/troubleshooting.md"} {
 		t.Run(name, func(t *testing.T) {
 			lines := commandLines(page(t, name))
 			if len(lines) == 0 && name == "docs/install.md" {
