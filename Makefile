@@ -179,4 +179,4 @@ containers-check: containers ## run them: a connector joins an edge, a key serve
 	$(GO) test -count=1 -tags packages -timeout 10m -v ./packaging/container
 
 clean: ## remove what the targets made
-	rm -rf bin dist
+	rm -rf bin build dist

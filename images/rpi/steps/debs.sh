@@ -91,7 +91,8 @@ resolve() { # lock name: <arch> or builder-<arch>
 # fetch brings the packages of a lock file into the cache. It fails unless each is there with its SHA-256.
 fetch() { # lock file
 	local use package version sum size path wanted=() url
-	mkdir -p "$cache/debs"
+	exec 9>"$cache/lock"
+	flock 9
 	while read -r use package version sum size path; do
 		[ "$use" != '#' ] && [ ! -e "$cache/debs/$sum.deb" ] || continue
 		case $path in
@@ -105,7 +106,6 @@ fetch() { # lock file
 		say "fetching $((${#wanted[@]} / 3)) packages"
 		/usr/lib/apt/apt-helper -o APT::Sandbox::User=root -o Acquire::Retries=3 download-file "${wanted[@]}" >/dev/null || true
 	fi
-	awk -v d="$cache/debs/" '$1 != "#" {print $4 "  " d $4 ".part"}' "$1" | sha256sum -c --quiet --ignore-missing >/dev/null 2>&1 || true
 	while read -r use package version sum size path; do
 		[ "$use" != '#' ] || continue
 		if [ -e "$cache/debs/$sum.part" ] && echo "$sum  $cache/debs/$sum.part" | sha256sum -c --status; then
@@ -114,6 +114,7 @@ fetch() { # lock file
 		rm -f "$cache/debs/$sum.part"
 		[ -e "$cache/debs/$sum.deb" ] || { say "cannot be had: $package $version"; return 1; }
 	done <"$1"
+	exec 9>&-
 	awk -v d="$cache/debs/" '$1 != "#" {print $4 "  " d $4 ".deb"}' "$1" | sha256sum -c --quiet
 }
 

@@ -22,6 +22,8 @@ for program in e2fsck mke2fs resize2fs fsck.fat; do
 	queue+=("$tree/bin/$program")
 done
 cp "$root/etc/mke2fs.conf" "$tree/etc/"
+# A Raspberry Pi starts in 1970: times in the future are no damage.
+printf '[options]\nbroken_system_clock = true\n' >"$tree/etc/e2fsck.conf"
 while [ ${#queue[@]} -gt 0 ]; do
 	file=${queue[0]} queue=("${queue[@]:1}")
 	for library in $(grep -aoE '(lib[a-z0-9_]+\.so\.[0-9]+|ld-linux[a-z0-9-]*\.so\.[0-9]+)' "$file" | sort -u); do

@@ -50,12 +50,13 @@ rm -rf "$root"/usr/lib/firmware/{cypress,brcm}/*pcie*
 # 3. What triggers and first boots would make.
 cat "$root"/usr/share/ca-certificates/mozilla/*.crt >"$root/etc/ssl/certs/ca-certificates.crt"
 (cd "$root/etc/ssl/certs" && ln -sf ca-certificates.crt ../cert.pem)
+cp "$root/usr/share/openssh/sshd_config" "$root/etc/ssh/sshd_config"
 ln -sf dash "$root/usr/bin/sh"
 ln -sfn ../run/systemd/resolve/stub-resolv.conf "$root/etc/resolv.conf"
 ln -sfn /usr/share/zoneinfo/Etc/UTC "$root/etc/localtime"
 
 # 4. Our own.
-cp -a --no-preserve=ownership /src/rootfs/. "$root/"
+cp -r --no-preserve=mode,ownership /src/rootfs/. "$root/"
 install -D -m 755 /work/in/keyhaven-connector "$root/usr/bin/keyhaven-connector"
 install -D -m 644 /work/in/keyhaven-connector.service "$root/usr/lib/systemd/system/keyhaven-connector.service"
 install -D -m 644 /work/in/keyhaven-connector.sysctl.conf "$root/usr/lib/sysctl.d/60-keyhaven-connector.conf"
