@@ -120,7 +120,11 @@ func system() []byte {
 // configuration adds what the configuration says, and what can be found out with it.
 func (b *bundle) configuration(ctx context.Context, s *settings) {
 	b.know(filepath.Join(s.Identity.Dir, mtls.KeyFileName))
-	b.know(s.Transport.Proxy.PasswordFile)
+	file, err := s.Transport.Proxy.password("transport.proxy.password_file")
+	if err != nil {
+		file = s.Transport.Proxy.PasswordFile // a secret too if its mode is wrong
+	}
+	b.know(file)
 	values := map[string]any{}
 	if err := mapstructure.Decode(s.config, &values); err != nil {
 		b.add("config.json", nil, err)

@@ -82,7 +82,8 @@ func (t *transportConfig) checkFlags() (err error) {
 	if err != nil {
 		return cli.UsageError("%v", err)
 	}
-	return t.Proxy.readable("--proxy-password-file")
+	_, err = t.Proxy.password("--proxy-password-file")
+	return err
 }
 
 func join(cmd *cobra.Command, tokenFile, dir, name string, way transportConfig) error {

@@ -57,7 +57,7 @@ func run(cmd *cobra.Command) error {
 	if err != nil {
 		return err
 	}
-	if err := s.Transport.Proxy.readable("transport.proxy.password_file"); err != nil {
+	if _, err := s.Transport.Proxy.password("transport.proxy.password_file"); err != nil {
 		return err
 	}
 	registry := ops.NewRegistry()

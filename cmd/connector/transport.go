@@ -5,12 +5,11 @@ import (
 	"maps"
 	"net/netip"
 	"net/url"
-	"os"
-	"runtime"
 	"slices"
 
 	"github.com/keyhaven/keyhaven/connector"
 	"github.com/keyhaven/keyhaven/internal/cli"
+	"github.com/keyhaven/keyhaven/internal/credential"
 	"github.com/keyhaven/keyhaven/tunnel"
 	"github.com/keyhaven/keyhaven/vnet"
 )
@@ -72,26 +71,21 @@ func (p proxyConfig) dialer() func() (*tunnel.ProxyConfig, error) {
 		return nil
 	}
 	return func() (*tunnel.ProxyConfig, error) {
-		if err := p.readable("transport.proxy.password_file"); err != nil {
-			return nil, err
-		}
-		return &tunnel.ProxyConfig{URL: p.URL, User: p.User, PasswordFile: p.PasswordFile}, nil
+		file, err := p.password("transport.proxy.password_file")
+		return &tunnel.ProxyConfig{URL: p.URL, User: p.User, PasswordFile: file}, err
 	}
 }
 
-// readable reports whether the password is there, and for its owner alone. key is what names the file.
-func (p *proxyConfig) readable(key string) error {
+// password is the file with the password, which is its owner's alone or a credential; "" without one. key is what names it.
+func (p *proxyConfig) password(key string) (string, error) {
 	if p.PasswordFile == "" {
-		return nil
+		return "", nil
 	}
-	info, err := os.Stat(p.PasswordFile)
-	switch {
-	case err != nil:
-		return cli.ConfigError(fmt.Errorf("%s: %w", key, err))
-	case info.Mode().Perm()&0o077 != 0 && runtime.GOOS != "windows":
-		return cli.ConfigError(fmt.Errorf("%s %s: others may read it; run chmod 600 %s", key, p.PasswordFile, p.PasswordFile))
+	file, err := credential.File(p.PasswordFile)
+	if err != nil {
+		return "", cli.ConfigError(fmt.Errorf("%s: %w", key, err))
 	}
-	return nil
+	return file, nil
 }
 
 func (l *limitsConfig) check(fault faultFunc) {

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/keyhaven/keyhaven/internal/conf"
+	"github.com/keyhaven/keyhaven/internal/credential"
 	"github.com/keyhaven/keyhaven/keyless"
 	"github.com/keyhaven/keyhaven/pkcs11"
 	"github.com/keyhaven/keyhaven/pkcs11/worker"
@@ -137,7 +138,7 @@ func (c *TokenConfig) token(modules []string) (pkcs11.Config, error) {
 	case strings.Contains(c.URI, "pin-value"):
 		return pkcs11.Config{}, errors.New("has a pin-value; a PIN has no place in a configuration: write it to a file of mode 600 and name that with pin-source")
 	}
-	text, credential, err := takeCredential(c.URI)
+	text, name, err := takeCredential(c.URI)
 	if err != nil {
 		return pkcs11.Config{}, err
 	}
@@ -147,11 +148,11 @@ func (c *TokenConfig) token(modules []string) (pkcs11.Config, error) {
 	}
 	tc := tokenConfig(uri, c.Module, modules)
 	tc.Sessions, tc.AllowExtractable, tc.AllowFinalTry = c.Sessions, c.AllowExtractable, c.AllowFinalTry
-	if credential != "" {
-		if _, err := credentialFile(credential); err != nil {
+	if name != "" {
+		if _, err := credential.Path(name); err != nil {
 			return tc, err
 		}
-		tc.PIN = func() (pkcs11.PIN, error) { return readCredential(credential) }
+		tc.PIN = func() (pkcs11.PIN, error) { return readCredential(name) }
 	}
 	return tc, nil
 }

@@ -17,6 +17,7 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
 
+	"github.com/keyhaven/keyhaven/internal/credential"
 	"github.com/keyhaven/keyhaven/state"
 )
 
@@ -137,12 +138,13 @@ func (c Config) client() (clientv3.Config, error) {
 const maxPassword = 4096
 
 func readPassword(path string) (string, error) {
+	path, err := credential.File(path)
+	if err != nil {
+		return "", fmt.Errorf("password file: %w", err)
+	}
 	info, err := os.Stat(path)
 	if err != nil {
 		return "", fmt.Errorf("read the password: %w", err)
-	}
-	if info.Mode().Perm()&0o077 != 0 {
-		return "", fmt.Errorf("password file %q has mode %04o and is open to others; run: chmod 600 %s", path, info.Mode().Perm(), path)
 	}
 	if info.Size() > maxPassword {
 		return "", fmt.Errorf("password file %q has %d bytes; the limit is %d", path, info.Size(), maxPassword)
