@@ -25,7 +25,7 @@ var machines = map[string]struct {
 	qemu    []string
 }{
 	"amd64":   {elf.EM_X86_64, elf.ELFCLASS64, []string{"qemu-x86_64-static"}},
-	"386":     {elf.EM_386, elf.ELFCLASS32, []string{"qemu-i386-static", "-cpu", "pentium3"}},
+	"386":     {elf.EM_386, elf.ELFCLASS32, []string{"qemu-i386-static", "-cpu", "coreduo"}},
 	"arm64":   {elf.EM_AARCH64, elf.ELFCLASS64, []string{"qemu-aarch64-static", "-cpu", "cortex-a53"}},
 	"armv5":   {elf.EM_ARM, elf.ELFCLASS32, []string{"qemu-arm-static", "-cpu", "arm926"}},
 	"armv6":   {elf.EM_ARM, elf.ELFCLASS32, []string{"qemu-arm-static", "-cpu", "arm1176"}},
