@@ -13,7 +13,7 @@ import (
 	"github.com/keyhaven/keyhaven/appliance/slot"
 )
 
-// ErrNothing: there is nothing to install.
+// ErrNothing says that there is nothing to install.
 var ErrNothing = errors.New("there is no newer version for this device")
 
 // A Request says what Update is to look for. The zero value is what a device does of its own accord: the newest version, if it

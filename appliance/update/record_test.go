@@ -221,7 +221,7 @@ func FuzzRecord(f *testing.F) {
 		}
 		m := newMachine("1.0.0")
 		if err := r.save(m); err != nil {
-			t.Skip() // a time that JSON cannot hold
+			return // a time that JSON cannot hold
 		}
 		if _, err := parseRecord(m.files[recordFile]); err != nil && len(m.files[recordFile]) <= maxRecord {
 			t.Errorf("%s: %v", m.files[recordFile], err)

@@ -41,7 +41,7 @@ type Slots interface {
 // not come yet.
 var ErrRestart = errors.New("the machine restarts")
 
-// ErrBusy: another program works on the slots.
+// ErrBusy says that another program works on the slots.
 var ErrBusy = errors.New("another update is being written; wait until it is done")
 
 // Config says how updates are to be done. Slots, Keys and Dir are needed; the zero value of the others is usable.
@@ -213,7 +213,11 @@ func (e *Engine) Text() string {
 			fmt.Fprintf(&b, " (%d %%)", e.done*100/e.total)
 		}
 	case fleet.Trial:
-		b.WriteString(", on trial: kept once the tunnel is up, else the one before comes back")
+		if e.trial {
+			b.WriteString(", on trial: kept once the tunnel is up, else the one before comes back")
+		} else {
+			fmt.Fprintf(&b, ", restarts into %s on trial", e.rec.Target)
+		}
 	case fleet.Confirmed:
 		fmt.Fprintf(&b, ", updated from %s", e.rec.Previous)
 	case fleet.RolledBack:
