@@ -146,6 +146,30 @@ func scrubFile(path string, texts []string) error {
 	return errors.Join(err, f.Sync(), f.Close())
 }
 
+// WriteCard puts a keyhaven.yaml on the card of the appliance at root, in place of the one that is there, whatever the name of
+// that. The caller has checked it.
+func WriteCard(root string, config []byte) error {
+	h := Host{Root: root}.withDefaults()
+	return h.Writable(func(dir string) error {
+		entries, err := os.ReadDir(dir)
+		if err != nil {
+			return err
+		}
+		if err := writeCard(filepath.Join(dir, ConfigNames[0]), config); err != nil {
+			return err
+		}
+		for _, e := range entries {
+			isOld := slices.ContainsFunc(ConfigNames, func(n string) bool { return strings.EqualFold(n, e.Name()) })
+			if isOld && !strings.EqualFold(e.Name(), ConfigNames[0]) {
+				if _, err := remove(filepath.Join(dir, e.Name())); err != nil {
+					return err
+				}
+			}
+		}
+		return nil
+	})
+}
+
 // overwritten is a file as scrub leaves it.
 func overwritten(b []byte, texts []string) []byte {
 	for _, t := range texts {

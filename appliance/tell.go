@@ -103,7 +103,7 @@ func (r *runner) location() *time.Location {
 
 // writeCard writes a file of the card by a temporary one, whose name a FAT file system of old can hold too.
 func writeCard(path string, b []byte) error {
-	temp := filepath.Join(filepath.Dir(path), "KHSTATUS.TMP")
+	temp := filepath.Join(filepath.Dir(path), "KEYHAVEN.TMP")
 	f, err := os.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o644)
 	if err != nil {
 		return err

@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 
@@ -16,6 +17,7 @@ import (
 
 	"github.com/keyhaven/keyhaven/appliance"
 	updates "github.com/keyhaven/keyhaven/appliance/bundle"
+	"github.com/keyhaven/keyhaven/appliance/fatimage"
 	"github.com/keyhaven/keyhaven/appliance/slot"
 	"github.com/keyhaven/keyhaven/appliance/update"
 	"github.com/keyhaven/keyhaven/internal/cli"
@@ -24,7 +26,7 @@ import (
 
 // applianceOnLinux are commands that work on a device alone.
 func applianceOnLinux() []*cobra.Command {
-	return []*cobra.Command{applianceRunCommand(), applianceStatusCommand()}
+	return []*cobra.Command{applianceRunCommand(), applianceStatusCommand(), applianceConfigureCommand()}
 }
 
 func applianceRunCommand() *cobra.Command {
@@ -109,4 +111,47 @@ publishes, and how updates stand. The exit code is 1 if it is not connected.`,
 	})
 	rootFlag(cmd, &root)
 	return cmd
+}
+
+func applianceConfigureCommand() *cobra.Command {
+	var root string
+	cmd := &cobra.Command{
+		Use:   "configure FILE",
+		Short: "Give the device a new keyhaven.yaml",
+		Long: `Configure checks the file, writes it to the card as keyhaven.yaml, and has it read at once. "-" is standard input. A file with
+mistakes is refused, and nothing changes; the exit code is then 3.`,
+		Example: "  ssh root@petcam.local keyhaven-connector appliance configure - < keyhaven.yaml",
+		Args:    cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			b, err := configFrom(cmd, args[0])
+			if err != nil {
+				return err
+			}
+			if _, err := appliance.Parse(fatimage.ConfigName, b); err != nil {
+				return cli.ConfigError(err)
+			}
+			if err := appliance.WriteCard(root, b); err != nil {
+				return err
+			}
+			if root != "/" {
+				return nil
+			}
+			out, err := exec.CommandContext(cmd.Context(), "systemctl", "reload", "keyhaven-appliance.service").CombinedOutput()
+			if err != nil {
+				return fmt.Errorf("the file is on the card and counts from the next start; reading it now failed: %w: %s", err, out)
+			}
+			_, err = fmt.Fprintln(cmd.OutOrStdout(), "the file is on the card and in force; keyhaven-connector appliance status shows what becomes of it")
+			return err
+		},
+	}
+	rootFlag(cmd, &root)
+	return cmd
+}
+
+// configFrom reads a keyhaven.yaml from a file or standard input.
+func configFrom(cmd *cobra.Command, path string) ([]byte, error) {
+	if path != "-" {
+		return readConfig(path)
+	}
+	return io.ReadAll(io.LimitReader(cmd.InOrStdin(), appliance.MaxConfig+1))
 }

@@ -110,3 +110,22 @@ func TestJoinKept(t *testing.T) {
 		t.Errorf("a damaged key: %v", err)
 	}
 }
+
+func TestApplianceConfigure(t *testing.T) {
+	t.Parallel()
+	root := device(t, "hostname: a\n")
+	write(t, filepath.Join(root, "boot/keyhaven/keyhaven.yaml.txt"), "hostname: b\n")
+	if said, code := runProgram(t, "hostname: c\n", "appliance", "configure", "--root", root, "-"); code != 0 {
+		t.Fatalf("code %d: %s", code, said)
+	}
+	said, code := runProgram(t, "wifi: {country: UK}\n", "appliance", "configure", "--root", root, "-")
+	if code != 3 || !strings.Contains(said, "did you mean GB?") {
+		t.Errorf("code %d: %s", code, said)
+	}
+	if b, err := os.ReadFile(filepath.Join(root, "boot/keyhaven/keyhaven.yaml")); err != nil || string(b) != "hostname: c\n" {
+		t.Errorf("the card holds %q, %v", b, err)
+	}
+	if _, err := os.Stat(filepath.Join(root, "boot/keyhaven/keyhaven.yaml.txt")); err == nil {
+		t.Error("the old file under another name is still there")
+	}
+}

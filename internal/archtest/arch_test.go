@@ -28,7 +28,7 @@ var allowed = map[string][]string{
 	"vnet":        {},
 	"tunnel":      {"mtls", "vnet"},
 	"ingressconf": {"vnet"},
-	"appliance":   {"appliance", "ingressconf"},
+	"appliance":   {"appliance", "connector", "ingressconf", "mtls", "tunnel", "vnet"},
 	"connector":   {"appliance/fleet", "connector", "ingressconf", "mtls", "tunnel", "vnet"},
 	"edge":        {"appliance/fleet", "edge", "ingressconf", "keyless", "mtls", "state", "tunnel", "vnet"},
 	"state":       {"state"},
