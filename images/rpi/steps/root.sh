@@ -57,6 +57,7 @@ ln -sfn /usr/share/zoneinfo/Etc/UTC "$root/etc/localtime"
 
 # 4. Our own.
 cp -r --no-preserve=mode,ownership /src/rootfs/. "$root/"
+(cd /src/rootfs && find . -type f -perm -u+x -exec chmod 755 "$root/{}" \;)
 install -D -m 755 /work/in/keyhaven-connector "$root/usr/bin/keyhaven-connector"
 install -D -m 644 /work/in/keyhaven-connector.service "$root/usr/lib/systemd/system/keyhaven-connector.service"
 install -D -m 644 /work/in/keyhaven-connector.sysctl.conf "$root/usr/lib/sysctl.d/60-keyhaven-connector.conf"
