@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -161,7 +162,7 @@ func TestApt(t *testing.T) {
 	m.run("systemctl", "enable", "--now", "keyhaven-connector")
 	m.run("systemctl", "start", "keyhaven-edge") // by hand, not enabled
 	m.systemctl()
-	repository(t, "new", dir, keys)
+	repository(t, "again", dir, keys)
 	m.mustUpdate()
 	m.apt("-o", "Dpkg::Options::=--force-confold", "dist-upgrade")
 	for _, name := range programs {
@@ -210,7 +211,7 @@ func TestApt(t *testing.T) {
 func TestPurgeOfUnused(t *testing.T) {
 	m := newMachine(t)
 	for _, name := range programs {
-		deb := glob(t, filepath.Join(work, "new", name+"_*_amd64.deb"))[0]
+		deb := glob(t, filepath.Join(work, "again", name+"_*_amd64.deb"))[0]
 		m.write("/root/"+filepath.Base(deb), read(t, deb), 0o644)
 		m.run("dpkg", "-i", "/root/"+filepath.Base(deb))
 	}
@@ -224,7 +225,7 @@ func TestPurgeOfUnused(t *testing.T) {
 func TestAptRefuses(t *testing.T) {
 	keys := filepath.Join(work, "keys")
 	base := t.TempDir()
-	repository(t, "new", base, keys)
+	repository(t, "one", base, keys)
 	release := func(dir string) string { return filepath.Join(dir, "deb/dists/stable") }
 	for _, c := range []struct {
 		name string
@@ -259,10 +260,10 @@ func TestAptRefuses(t *testing.T) {
 			os.Remove(release(dir) + "/Release.gpg")
 		}, "is not signed", ""},
 		{"the signature of a stranger", func(t *testing.T, dir string) {
-			repository(t, "new", dir, keySet(t, []string{"c"}, nil))
+			repository(t, "one", dir, keySet(t, []string{"c"}, nil))
 		}, "NO_PUBKEY", ""},
 		{"a release of long ago", func(t *testing.T, dir string) {
-			repository(t, "new", dir, keys, "REPO_DATE=1750000000")
+			repository(t, "one", dir, keys, "REPO_DATE=1750000000")
 		}, "is expired", ""},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -308,7 +309,7 @@ func TestAptKeyRollover(t *testing.T) {
 	}
 	follows.apt("install", "keyhaven-archive-keyring")
 
-	repository(t, "new", dir, keySet(t, []string{"a", "b"}, nil))
+	repository(t, "one", dir, keySet(t, []string{"a", "b"}, nil))
 	follows.mustUpdate()
 	sleeps.mustUpdate()
 
@@ -332,5 +333,32 @@ func TestAptKeyRollover(t *testing.T) {
 	repository(t, "next", dir, keySet(t, []string{"a"}, nil))
 	if out, err := follows.update(); err == nil {
 		t.Errorf("key a is still accepted:\n%s", out)
+	}
+}
+
+// Debian's armhf and that of Raspberry Pi OS are in suites of their own: no machine is offered the other's.
+func TestSuites(t *testing.T) {
+	dir := t.TempDir()
+	repository(t, "new", dir, filepath.Join(work, "keys"))
+	for _, arch := range archs {
+		x, suite := targets[arch], "stable"
+		if arch == "armv6" {
+			suite = "rpi"
+		}
+		index := read(t, filepath.Join(dir, "deb/dists", suite, "main/binary-"+x.deb+"/Packages"))
+		var got []string
+		for line := range strings.Lines(index) {
+			if name, ok := strings.CutPrefix(line, "Filename: "); ok {
+				got = append(got, strings.TrimSpace(name))
+			}
+		}
+		want := []string{"pool/" + suite + "/keyhaven-archive-keyring_" + newVersion + "_all.deb"}
+		for _, name := range programs {
+			want = append(want, "pool/"+suite+"/"+filepath.Base(x.debFile(name)))
+		}
+		slices.Sort(got)
+		if !slices.Equal(got, want) {
+			t.Errorf("%s: got %v, want %v", arch, got, want)
+		}
 	}
 }

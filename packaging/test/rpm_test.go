@@ -93,7 +93,7 @@ func TestRPM(t *testing.T) {
 	m.run("systemctl", "enable", "--now", "keyhaven-connector")
 	m.run("systemctl", "start", "keyhaven-edge")
 	m.systemctl()
-	repository(t, "new", dir, keys)
+	repository(t, "again", dir, keys)
 	m.dnf("upgrade")
 	for _, name := range programs {
 		if got := m.rpmVersion(name); got != newVersion {
@@ -119,7 +119,7 @@ func TestRPM(t *testing.T) {
 func TestRPMRefuses(t *testing.T) {
 	keys := filepath.Join(work, "keys")
 	base := t.TempDir()
-	repository(t, "new", base, keys)
+	repository(t, "one", base, keys)
 	const connector = "rpm/Packages/keyhaven-connector-*.x86_64.rpm"
 	for _, c := range []struct {
 		name string
@@ -135,7 +135,7 @@ func TestRPMRefuses(t *testing.T) {
 		}, "is not signed"},
 		{"a package with the signature of a stranger under indexes that are signed", func(t *testing.T, dir string) {
 			other := t.TempDir()
-			repository(t, "new", other, keySet(t, []string{"c"}, nil))
+			repository(t, "one", other, keySet(t, []string{"c"}, nil))
 			path := glob(t, filepath.Join(dir, connector))[0]
 			if err := os.WriteFile(path, []byte(read(t, glob(t, filepath.Join(other, connector))[0])), 0o644); err != nil {
 				t.Fatal(err)
@@ -150,7 +150,7 @@ func TestRPMRefuses(t *testing.T) {
 		}, "signature"},
 		{"no signature", func(t *testing.T, dir string) { os.Remove(filepath.Join(dir, "rpm/repodata/repomd.xml.asc")) }, "repomd.xml"},
 		{"the signature of a stranger", func(t *testing.T, dir string) {
-			repository(t, "new", dir, keySet(t, []string{"c"}, nil))
+			repository(t, "one", dir, keySet(t, []string{"c"}, nil))
 		}, "signature"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -194,7 +194,7 @@ func TestRPMKeyRollover(t *testing.T) {
 	}
 	follows.dnf("install", "keyhaven-archive-keyring", "keyhaven-connector")
 
-	repository(t, "new", dir, keySet(t, []string{"b"}, []string{"c"}))
+	repository(t, "one", dir, keySet(t, []string{"b"}, []string{"c"}))
 	follows.dnf("upgrade")
 	if got := follows.rpmVersion("keyhaven-connector"); got != newVersion {
 		t.Errorf("after the change of keys: got version %q, want %q", got, newVersion)
