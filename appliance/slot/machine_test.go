@@ -80,7 +80,7 @@ func TestMachine(t *testing.T) {
 		if err := os.WriteFile(filepath.Join(root, configDir, autobootFile), []byte("edited"), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if did, err := s.Repair(); err != nil || !did {
+		if did, err := s.Repair(PartA); err != nil || !did {
 			t.Errorf("got %v, %v", did, err)
 		}
 		if left, err := filepath.Glob(filepath.Join(root, configDir, "*.new")); err != nil || len(left) > 0 {

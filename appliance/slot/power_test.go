@@ -111,7 +111,7 @@ func TestPowerCutsOfCommitAndRollback(t *testing.T) {
 				}
 				// The next start finds its way, also from a sector of which a part is new.
 				k.current = got
-				if _, err := k.slots().Repair(); err != nil {
+				if _, err := k.slots().Repair(k.current); err != nil {
 					t.Error(err)
 				}
 				if st, err := k.slots().State(); err != nil || st.Default == 0 {
@@ -130,7 +130,7 @@ func TestPowerCutsOfRepair(t *testing.T) {
 	if err := (fatFiles{c.layout(1)}).Create(autobootFile, edited); err != nil {
 		t.Fatal(err)
 	}
-	n := everyCut(t, c, losses, func(s *Slots) error { _, err := s.Repair(); return err }, func(t *testing.T, k *card, done bool) {
+	n := everyCut(t, c, losses, func(s *Slots) error { _, err := s.Repair(PartA); return err }, func(t *testing.T, k *card, done bool) {
 		if got := k.firmware(t, false); got != PartA {
 			t.Errorf("the firmware starts %d", got)
 		}
@@ -138,7 +138,7 @@ func TestPowerCutsOfRepair(t *testing.T) {
 		if err != nil || !bytes.Equal(b, autobootText(PartA)) && (done || !bytes.Equal(b, edited)) {
 			t.Errorf("autoboot.txt is %q, %v", b, err)
 		}
-		if _, err := k.slots().Repair(); err != nil {
+		if _, err := k.slots().Repair(k.current); err != nil {
 			t.Error(err)
 		}
 	})

@@ -268,14 +268,20 @@ func (s *Slots) Rollback() (Info, error) {
 	return info, s.setDefault(Other(st.Current))
 }
 
-// Repair makes the slot that runs the default if autoboot.txt is damaged, and says whether it had to.
-func (s *Slots) Repair() (bool, error) {
+// Repair makes part the default if autoboot.txt is damaged, and says whether it had to. A slot that does not run has to hold a
+// system; otherwise the one that runs becomes the default.
+func (s *Slots) Repair(part int) (bool, error) {
 	st, err := s.State()
 	if err != nil || st.Default != 0 {
 		return false, err
 	}
-	s.log.Warn("autoboot.txt is damaged and is written anew", "default", st.Current)
-	return true, s.setDefault(st.Current)
+	if part != st.Current {
+		if _, err := s.Info(part); err != nil {
+			part = st.Current
+		}
+	}
+	s.log.Warn("autoboot.txt is damaged and is written anew", "default", part)
+	return true, s.setDefault(part)
 }
 
 // RebootTrial restarts the machine into the idle slot, once: whatever restarts it after that starts the default. It

@@ -127,11 +127,24 @@ func TestRepair(t *testing.T) {
 	if err := s.Commit(); !errors.Is(err, ErrAutoboot) {
 		t.Errorf("keeping with a damaged autoboot.txt: got %v", err)
 	}
-	if did, err := s.Repair(); err != nil || !did || c.firmware(t, false) != PartB {
+	if did, err := s.Repair(PartB); err != nil || !did || c.firmware(t, false) != PartB {
 		t.Errorf("got %v, %v, the firmware starts %d", did, err, c.firmware(t, false))
 	}
-	if did, err := s.Repair(); err != nil || did {
+	if did, err := s.Repair(PartA); err != nil || did || c.firmware(t, false) != PartB {
 		t.Errorf("a second time: got %v, %v", did, err)
+	}
+	for _, other := range []string{"whole", "empty"} {
+		want := PartA
+		if other == "empty" {
+			clear(c.slotBytes(PartA))
+			want = PartB
+		}
+		if err := (fatFiles{c.layout(1)}).Create(autobootFile, []byte("boot_partition=1")); err != nil {
+			t.Fatal(err)
+		}
+		if did, err := s.Repair(PartA); err != nil || !did || c.firmware(t, false) != want {
+			t.Errorf("the other slot is %s: got %v, %v, the firmware starts %d", other, did, err, c.firmware(t, false))
+		}
 	}
 }
 

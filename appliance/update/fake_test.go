@@ -149,11 +149,11 @@ func (m *machine) Rollback() (slot.Info, error) {
 	return i, m.step(func() { m.def = slot.Other(m.current) })
 }
 
-func (m *machine) Repair() (bool, error) {
+func (m *machine) Repair(part int) (bool, error) {
 	if m.def != 0 {
 		return false, nil
 	}
-	return true, m.step(func() { m.def = m.current })
+	return true, m.step(func() { m.def = part })
 }
 
 func (m *machine) RebootTrial() error {

@@ -187,6 +187,7 @@ func TestRecover(t *testing.T) {
 		"failed":              {record{State: fleet.Failed, Target: "1.1.0", Error: "no space"}, 2, 2, fleet.Failed, "1.1.0", "no space"},
 		"return not begun":    {record{State: fleet.RolledBack, Target: "1.1.0", Slot: 3, Returning: true}, 2, 2, fleet.Idle, "1.1.0", "cut off"},
 		"return done":         {record{State: fleet.RolledBack, Target: "1.1.0", Previous: "1.0.0", Slot: 3, Returning: true}, 3, 3, fleet.RolledBack, "1.0.0", "somebody asked"},
+		"bad during a trial":  {record{State: fleet.Trial, Target: "1.1.0", Slot: 3, Trials: 1, Gates: 1}, 3, 0, fleet.Trial, "1.1.0", ""},
 		"autoboot.txt is bad": {record{State: fleet.Idle}, 2, 0, fleet.Idle, "", ""},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -200,8 +201,8 @@ func TestRecover(t *testing.T) {
 			e := m.engine(t, p, nil)
 			e.recover()
 			wantReport(t, e, m.slots[c.current].Version, c.state, c.target, c.text)
-			if m.def == 0 {
-				t.Error("autoboot.txt was not repaired")
+			if want := 2; c.def == 0 && m.def != want {
+				t.Errorf("autoboot.txt was repaired to %d, want %d", m.def, want)
 			}
 		})
 	}

@@ -28,9 +28,7 @@ func (e *Engine) Run(ctx context.Context) error {
 
 // recover makes the record fit what runs, and says in it what happened.
 func (e *Engine) recover() slot.State {
-	if _, err := e.c.Slots.Repair(); err != nil {
-		e.c.Log.Error("cannot repair autoboot.txt", "err", err)
-	}
+	e.repair()
 	st := e.look()
 	e.set(func(r *record) {
 		if st.Default == st.Current {
@@ -58,6 +56,23 @@ func (e *Engine) recover() slot.State {
 		e.c.Log.Warn("update", "state", r.State, "target", r.Target, "err", r.Error)
 	}
 	return st
+}
+
+// repair writes a damaged autoboot.txt anew. What runs becomes the default, unless it is known to be on trial.
+func (e *Engine) repair() {
+	st, err := e.c.Slots.State()
+	if err != nil || st.Default != 0 {
+		return
+	}
+	part := st.Current
+	e.mu.Lock()
+	if e.rec.State == fleet.Trial && e.rec.Slot == part {
+		part = slot.Other(part)
+	}
+	e.mu.Unlock()
+	if _, err := e.c.Slots.Repair(part); err != nil {
+		e.c.Log.Error("cannot repair autoboot.txt", "err", err)
+	}
 }
 
 // returned ends a return to the other slot that somebody asked for.

@@ -32,7 +32,7 @@ type Slots interface {
 	WriteIdle(ctx context.Context, r io.Reader, size int64, progress func(int64)) error
 	Commit() error
 	Rollback() (slot.Info, error)
-	Repair() (bool, error)
+	Repair(part int) (bool, error)
 	RebootTrial() error
 	Reboot() error
 }
