@@ -28,12 +28,13 @@ var (
 	laterFlag = flag.Int("later", 8, "of that many states one is updated afterwards")
 )
 
-const cutYAML = "hostname: petcam\n"
+const cutYAML = "hostname: petcam\n" + timeYAML
 
 // The power is cut at many points of an update. Whatever the card had written by then, the machine comes up on the old
 // or the new version with its tunnel up, and takes the next update.
 func TestCutsUpdate(t *testing.T) {
 	h := newHost(t)
+	timeServer(t, h.ns)
 	file, _ := h.token(t)
 	dir := shortDir(t)
 	source(t, h.ns, dir)
@@ -65,6 +66,7 @@ func TestCutsUpdate(t *testing.T) {
 // is removed.
 func TestCutsFirstBoot(t *testing.T) {
 	h := newHost(t)
+	timeServer(t, h.ns)
 	file, _ := h.token(t)
 	disk := h.personalise(t, cutYAML+sourceYAML, file)
 	must(t, disk.Grow(2*disk.Size()))
@@ -141,8 +143,11 @@ func choose(t *testing.T, r *Record, want int) (states []state) {
 				kind = []string{"configuration", "slot", "slot", "data"}[n]
 			}
 		}
-		if op.Flush {
+		switch {
+		case op.Flush:
 			kind = "flush"
+		case op.Off >= parts[3].Off: // it has grown meanwhile
+			kind = "data"
 		}
 		kinds[kind] = append(kinds[kind], i)
 	}
@@ -262,6 +267,7 @@ func (h *host) newLane(t *testing.T, n int, next string) *lane {
 	must(t, h.WriteYAML(l.name+".yaml", cfg))
 	l.edge = h.Process(l.name, l.ns, "keyhaven-edge", "run", "--config", h.Path(l.name+".yaml"))
 	source(t, l.ns, l.dir)
+	timeServer(t, l.ns)
 	must(t, os.Symlink(filepath.Join(next, "stable"), l.path("next")))
 	return l
 }
@@ -341,6 +347,7 @@ func (l *lane) comesUp(t *testing.T, r *Run, versions []string, later bool, o *o
 // two trials that ended so, the next one is installed.
 func TestKills(t *testing.T) {
 	h := newHost(t)
+	timeServer(t, h.ns)
 	file, _ := h.token(t)
 	dir := shortDir(t)
 	stable := filepath.Join(dir, "stable")

@@ -10,7 +10,15 @@ import (
 	"go.uber.org/goleak"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+// tidy removes what the tests of a run have in common.
+var tidy = func() {}
+
+func TestMain(m *testing.M) {
+	goleak.VerifyTestMain(m, goleak.Cleanup(func(code int) {
+		tidy()
+		os.Exit(code)
+	}))
+}
 
 func must(t *testing.T, err error) {
 	t.Helper()

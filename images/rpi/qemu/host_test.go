@@ -26,6 +26,7 @@ var (
 	imageFlag    = flag.String("image", "", "image to boot; the newest in build/image for the machine unless given")
 	keysFlag     = flag.String("keys", "../../../dist/keys", "directory with the keys that the image trusts for updates")
 	figuresFlag  = flag.String("figures", "../../../dist/image/figures.json", "file that gets what was measured, a line of JSON for each")
+	programsFlag = flag.String("programs", "", "directory with the programs; they are built unless it is given")
 	picturesFlag = flag.String("pictures", "", "directory that gets pictures of the screen, for the documentation")
 	slowFlag     = flag.Float64("slow", 3, "factor for all deadlines")
 )
@@ -43,6 +44,7 @@ var programs = sync.OnceValues(func() (string, error) {
 	if err != nil {
 		return "", err
 	}
+	tidy = func() { os.RemoveAll(dir) }
 	for _, p := range []string{"cmd/keyserver", "cmd/connector", "cmd/edge", "demo"} {
 		cmd := exec.Command("go", "build", "-o", filepath.Join(dir, "keyhaven-"+filepath.Base(p)), "../../../"+p)
 		if out, err := cmd.CombinedOutput(); err != nil {
@@ -54,6 +56,9 @@ var programs = sync.OnceValues(func() (string, error) {
 
 func bin(t *testing.T) string {
 	t.Helper()
+	if *programsFlag != "" {
+		return *programsFlag
+	}
 	dir, err := programs()
 	must(t, err)
 	return dir

@@ -4,12 +4,10 @@ package qemu
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
 	"math/rand"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -105,55 +103,21 @@ func eventuallyDown(t *testing.T, h *host) {
 func TestClockIn1970(t *testing.T) {
 	h := newHost(t)
 	file, token := h.token(t)
-	disk := h.personalise(t, "hostname: petcam\nntp: [10.0.2.2]\n", file)
+	disk := h.personalise(t, cutYAML, file)
 	r := h.switchOn(t, Machine{Disk: disk, Clock: time.Unix(0, 0)}, token)
 	awaitStatus(t, r, 4*time.Minute, "clock")
 	screenshot(t, r, "mistake-clock")
-	timeServer(t, h)
+	timeServer(t, h.ns)
 	eventually(t, r, 5*time.Minute, "the tunnel, after a time server came up", h.tunnelUp)
-}
-
-// timeServer answers SNTP requests with the host's time. See RFC 5905, figure 8.
-func timeServer(t *testing.T, h *host) {
-	t.Helper()
-	var c net.PacketConn
-	must(t, h.ns.Do(func() (err error) {
-		c, err = net.ListenPacket("udp", "127.0.0.1:123")
-		return err
-	}))
-	done := make(chan struct{})
-	t.Cleanup(func() { c.Close(); <-done })
-	go func() {
-		defer close(done)
-		b := make([]byte, 512)
-		for {
-			n, from, err := c.ReadFrom(b)
-			if err != nil {
-				return
-			}
-			if n < 48 {
-				continue
-			}
-			now := time.Now()
-			stamp := uint64(now.Unix()+2208988800)<<32 | uint64(now.Nanosecond())<<32/1e9
-			out := make([]byte, 48)
-			out[0], out[1], out[2], out[3] = 4<<3|4, 2, b[2], 0xec // version 4, server, stratum 2
-			copy(out[12:], []byte{127, 0, 0, 1})
-			binary.BigEndian.PutUint64(out[16:], stamp)
-			copy(out[24:32], b[40:48]) // their transmit time
-			binary.BigEndian.PutUint64(out[32:], stamp)
-			binary.BigEndian.PutUint64(out[40:], stamp)
-			c.WriteTo(out, from)
-		}
-	}()
 }
 
 // A data partition that holds nothing of ours, or is full of zeros, is made anew; the status says so, and with a token
 // the machine enrols again.
 func TestBrokenDataPartition(t *testing.T) {
 	h := newHost(t)
+	timeServer(t, h.ns)
 	file, token := h.token(t)
-	disk := h.personalise(t, "hostname: petcam\n", file)
+	disk := h.personalise(t, cutYAML, file)
 	p, err := disk.Partition(4)
 	must(t, err)
 	junk := make([]byte, 1<<20)
@@ -170,8 +134,9 @@ func TestBrokenDataPartition(t *testing.T) {
 // A data partition without room for one more byte: a machine that has enrolled goes on, and says what is wrong.
 func TestFullDataPartition(t *testing.T) {
 	h := newHost(t)
+	timeServer(t, h.ns)
 	file, _ := h.token(t)
-	disk := h.personalise(t, "hostname: petcam\n", file)
+	disk := h.personalise(t, cutYAML, file)
 	r := h.switchOn(t, Machine{Disk: disk})
 	eventually(t, r, 5*time.Minute, "the tunnel", h.tunnelUp)
 	time.Sleep(10 * time.Second)
@@ -206,10 +171,11 @@ func fill(t *testing.T, d *Disk) {
 // Updates that must not be taken: each leaves the machine in its version, with its tunnel up, and the status says why.
 func TestRefusedUpdates(t *testing.T) {
 	h := newHost(t)
+	timeServer(t, h.ns)
 	file, _ := h.token(t)
 	dir := shortDir(t)
 	source(t, h.ns, dir)
-	disk := h.personalise(t, "hostname: petcam\n"+sourceYAML, file)
+	disk := h.personalise(t, cutYAML+sourceYAML, file)
 	old, err := readSlotInfo(disk, 2)
 	must(t, err)
 	stable := filepath.Join(dir, "stable")
@@ -263,11 +229,12 @@ func TestBadSlots(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			h := newHost(t)
+			timeServer(t, h.ns)
 			file, _ := h.token(t)
 			dir := shortDir(t)
 			source(t, h.ns, dir)
 			h.publish(t, updateKey(), h.release(t, filepath.Join(dir, "stable"), updateKey(), is(newVersion), c.change))
-			disk := h.personalise(t, "hostname: petcam\n"+sourceYAML, file)
+			disk := h.personalise(t, cutYAML+sourceYAML, file)
 			old, err := readSlotInfo(disk, 2)
 			must(t, err)
 			r := h.switchOn(t, Machine{Disk: disk, Append: quickGate})

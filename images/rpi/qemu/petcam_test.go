@@ -23,12 +23,13 @@ const petcamYAML = `
 hostname: petcam
 timezone: Europe/Berlin
 camera: {hostname: ` + camHost + `, resolution: 640x480, fps: 5}
-`
+` + timeYAML
 
 // A card is written with a join token and put into a Pi: a visitor of the edge sees what its camera sees, over TLS with
 // a key that is in the HSM. The token is gone from the card, and the next boot does without.
 func TestPetCam(t *testing.T) {
 	h := newHost(t)
+	timeServer(t, h.ns)
 	file, token := h.token(t)
 	disk := h.personalise(t, petcamYAML, file)
 	before := h.signatures()
