@@ -131,7 +131,7 @@ func connectorYAML(c *Config) ([]byte, error) {
 	f := connectorFile{Edges: c.Edges, Allow: []allowRule{}, Control: controlPath, Remote: true}
 	f.Identity.Dir = identityDir
 	for _, a := range c.Allow {
-		f.Allow = append(f.Allow, allowRule{To: a.To, Ports: a.Ports})
+		f.Allow = append(f.Allow, allowRule(a))
 	}
 	for _, r := range c.rules() {
 		f.Ingress = append(f.Ingress, ingressRule{Hostname: r.Hostname, Path: r.Path, Service: r.Service, Bandwidth: r.Bandwidth})

@@ -43,7 +43,8 @@ type runner struct {
 
 	mu        sync.Mutex // guards what follows
 	health    Health
-	trouble   *trouble // of joining
+	trouble   *trouble  // of joining
+	joined    time.Time // when that was done last
 	directive fleet.Directive
 	updater   Updater
 	updateErr string
@@ -103,7 +104,9 @@ func (r *runner) joining(ctx context.Context) {
 			continue
 		}
 		r.log.Info("joined", "token", token.ID)
-		r.setTrouble(nil)
+		r.mu.Lock()
+		r.trouble, r.joined = nil, time.Now()
+		r.mu.Unlock()
 		if err := r.systemctl(ctx, "--no-block", "restart", unitConnector); err != nil {
 			r.log.Error("the connector does not start", "err", err)
 		}

@@ -190,8 +190,13 @@ func TestNoEdge(t *testing.T) {
 		}
 	}
 	m.connect(t, false)
-	st := m.says(t, m.agent(nil), string(StateNoEdge))
-	if st.Text != "Edge edge.example.com: no answer" || st.Todo != "look at the edge" || st.Identity == "" {
+	m.says(t, m.agent(nil), "The connector is starting", "spiffe://")
+	r := newRunner(m.agent(nil))
+	r.boot(t.Context())
+	r.begin = r.begin.Add(-connectWithin)
+	r.tick(t.Context())
+	st := r.status()
+	if st.State != StateNoEdge || st.Text != "Edge edge.example.com: no answer" || st.Todo != "look at the edge" || st.Identity == "" {
 		t.Errorf("%+v", st)
 	}
 	if !m.ran("start keyhaven-connector.service") {
@@ -281,8 +286,20 @@ func TestCardIsSpared(t *testing.T) {
 	if m.writable != 1 || !strings.Contains(m.read(t, cardDir+"/keyhaven-status.txt"), "WAITING FOR A JOIN TOKEN") {
 		t.Errorf("written %d times, want once", m.writable)
 	}
-	r.shown.cardAt = r.shown.cardAt.Add(-cardEvery)
+	r.shown.cardAt = r.shown.cardAt.Add(-cardSoon)
 	r.tellCard(st)
+	if m.writable != 2 || !strings.Contains(m.read(t, cardDir+"/keyhaven-status.txt"), "CONNECTED") {
+		t.Errorf("another state: written %d times, want twice", m.writable)
+	}
+	for i := range 20 { // a device that cannot make up its mind
+		st.State = []State{StateNoEdge, StateHealthy}[i%2]
+		r.shown.cardAt = r.shown.cardAt.Add(-cardSoon)
+		r.tellCard(st)
+	}
+	if m.writable != 1+cardQuick {
+		t.Errorf("written %d times, want %d", m.writable, 1+cardQuick)
+	}
+	m.writable = 2
 	st.Camera, st.Update = "camera works: 640x480, 5 pictures a second, 3 visitors", "version 1, gets 2 (40 %)"
 	r.shown.cardAt = r.shown.cardAt.Add(-cardEvery)
 	r.tellCard(st)

@@ -21,7 +21,9 @@ const (
 	statusFile = "status.json"         // in runDir, for appliance status
 	statusName = "keyhaven-status.txt" // on the card
 
-	cardEvery   = 3 * time.Minute  // the file on the card is written once in this time at most
+	cardEvery   = 3 * time.Minute  // the file on the card is written once in this time at most,
+	cardSoon    = 10 * time.Second // but a few times sooner for another state: after a start much happens
+	cardQuick   = 5
 	cardFirst   = time.Minute      // and not before there is something to say, or so long after the start
 	cardSettled = 20 * time.Second // a state that may pass by itself is told on the card when it has lasted for so long
 	screenEvery = time.Minute      // the screen is drawn again, in case something wrote on it
@@ -36,6 +38,8 @@ type shown struct {
 	stateAt  time.Time // when status.State became what it is, by a clock that is not set
 	card     string    // fingerprint of what is on the card
 	cardAt   time.Time
+	cardWas  State
+	quick    int // times that it was written sooner
 	cardErr  string
 }
 
@@ -70,7 +74,13 @@ func (r *runner) tellCard(st Status) {
 	if passing := st.State == StateNoEdge || st.State == StateNoNetwork; passing && now.Sub(r.shown.stateAt) < cardSettled {
 		settled = false
 	}
-	if r.shown.cardAt.IsZero() && !settled && now.Sub(r.begin) < cardFirst || !r.shown.cardAt.IsZero() && now.Sub(r.shown.cardAt) < cardEvery {
+	since, another := now.Sub(r.shown.cardAt), st.State != r.shown.cardWas && r.shown.quick < cardQuick
+	switch {
+	case r.shown.cardAt.IsZero():
+		if !settled && now.Sub(r.begin) < cardFirst {
+			return
+		}
+	case since < cardSoon, since < cardEvery && !(settled && another):
 		return
 	}
 	path := filepath.Join(cardDir, statusName)
@@ -83,7 +93,10 @@ func (r *runner) tellCard(st Status) {
 	if fingerprintOf(text) == r.shown.card {
 		return
 	}
-	r.shown.cardAt = now
+	if since < cardEvery {
+		r.shown.quick++
+	}
+	r.shown.cardAt, r.shown.cardWas = now, st.State
 	err := r.Host.Writable(func(dir string) error { return writeCard(filepath.Join(dir, statusName), text) })
 	if err != nil {
 		if msg := oneLine(unwrapPath(err).Error()); msg != r.shown.cardErr {
@@ -229,7 +242,7 @@ func (r *runner) connectionLocked(st *Status) {
 	case !identity:
 		st.State, st.Text = StateNoToken, "The device has no identity and no join token."
 		st.Todo = "Make a join token at the edge (keyhaven-edge tunnel token create NAME), write it into keyhaven.yaml on the card as token:, and start the device again."
-	case r.connector == nil && young:
+	case time.Since(r.begin) < connectWithin || time.Since(r.joined) < connectWithin:
 		st.State, st.Text = StateStarting, "The connector is starting."
 	default:
 		st.State, st.Text, st.Todo = StateNoEdge, r.health.Text, connectorTodo(r.connector)
