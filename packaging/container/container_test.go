@@ -281,3 +281,20 @@ clients: [{id: "spiffe://keys.test/edge/edge1", keys: [www], operations: [tls-si
 		t.Errorf("status: %s", out)
 	}
 }
+
+// TestSameImage builds an image twice.
+func TestSameImage(t *testing.T) {
+	var images [2][]byte
+	for i := range images {
+		dir := t.TempDir()
+		cmd := exec.Command("./build", dir, "connector")
+		cmd.Env = append(os.Environ(), "VERSION=1.2.3", "SOURCE_DATE_EPOCH=1700000000", "CONTAINER_ARCHS="+runtime.GOARCH)
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+		images[i] = read(t, filepath.Join(dir, "keyhaven-connector-1.2.3-"+runtime.GOARCH+".oci.tar"))
+	}
+	if !bytes.Equal(images[0], images[1]) {
+		t.Error("the same source gave two images")
+	}
+}
