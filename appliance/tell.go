@@ -7,6 +7,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -137,6 +138,9 @@ func writeCard(path string, b []byte) error {
 	return syncDir(filepath.Dir(path))
 }
 
+// progress is what comes and goes in the text about updates.
+var progress = regexp.MustCompile(` \(\d+ %\)|, looks for a newer one`)
+
 // fingerprintOf is what counts of the file on the card: not when it was written, and not what changes all the time.
 func fingerprintOf(b []byte) string {
 	var keep []string
@@ -145,11 +149,12 @@ func fingerprintOf(b []byte) string {
 		if strings.HasPrefix(l, "Written by") {
 			continue
 		}
-		for _, name := range []string{"Camera:", "Update:"} {
-			if strings.HasPrefix(l, name) {
-				l, _, _ = strings.Cut(l, ",")
-				l, _, _ = strings.Cut(l, "(")
-			}
+		if strings.HasPrefix(l, "Camera:") {
+			l, _, _ = strings.Cut(l, ",")
+			l, _, _ = strings.Cut(l, "(")
+		}
+		if strings.HasPrefix(l, "Update:") { // how far a download is, but not what became of it
+			l = progress.ReplaceAllString(l, "")
 		}
 		keep = append(keep, l)
 	}
