@@ -245,8 +245,9 @@ func awaitStatus(t *testing.T, r *Run, patience time.Duration, words ...string) 
 		if err != nil {
 			return err
 		}
+		text := strings.Join(strings.Fields(string(b)), " ") // lines are wrapped
 		for _, w := range words {
-			if !strings.Contains(string(b), w) {
+			if !strings.Contains(text, w) {
 				return fmt.Errorf("it lacks %q:\n%s", w, b)
 			}
 		}
