@@ -13,6 +13,11 @@ repair() {
 	[ $? -lt 4 ] && note "The data partition was damaged and has been repaired."
 }
 
+# make_data makes the file system anew. Named by its path, or busybox would take its own mke2fs.
+make_data() {
+	/bin/mke2fs -q -t ext4 -F -b 4096 -L khdata -m 1 -i 16384 -J size=8 -E resize=268435456 "/dev/$data" >/run/mkfs.data 2>&1
+}
+
 # mount_data mounts the data partition, repaired if need be; made anew if it is beyond repair; replaced by memory if the card
 # cannot hold it. It then lets the file system grow into its partition, mounted, as the kernel does that under its journal.
 mount_data() { # where
@@ -20,7 +25,7 @@ mount_data() { # where
 		sleep 5
 		if repair && attach "$1"; then
 			:
-		elif readable && mke2fs -q -t ext4 -F -b 4096 -L khdata -m 1 -i 16384 -J size=8 -E resize=268435456 "/dev/$data" >/run/mkfs.data 2>&1 && attach "$1"; then
+		elif readable && make_data && attach "$1"; then
 			note "The data partition was beyond repair and has been made anew. This device needs a new join token."
 		else
 			note "The data partition cannot be used: what this device learns is lost when it is switched off. Replace the card."
