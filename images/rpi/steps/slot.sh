@@ -10,17 +10,18 @@ raspi=/work/unpacked/usr/lib/raspi-firmware
 for file in $firmware; do cp "$raspi/$file" "$tree/"; done
 [ -z "$firmware" ] || cp /work/unpacked/usr/share/doc/raspi-firmware/copyright "$tree/firmware-copyright.txt"
 
-count=0
+boards=$virtual
 for pattern in $dtbs; do
 	for dir in "/work/unpacked/usr/lib/linux-image-$release" "/work/unpacked/usr/lib/modules/$release/dtb" "/work/unpacked/usr/lib/modules/$release/dtbs"; do
 		for dtb in "$dir"/$pattern; do
 			[ -e "$dtb" ] || continue
 			cp "$dtb" "$tree/"
-			count=$((count + 1))
+			# The first name in a device tree is the board's.
+			boards="$boards $(grep -aoE 'raspberrypi,[a-z0-9-]+' "$dtb" | sed -n 1p)"
 		done
 	done
 done
-[ -z "$dtbs" ] || [ "$count" -gt 0 ] || { echo "image: the kernel package has none of the device trees $dtbs" >&2; exit 1; }
+[ -z "$dtbs" ] || [ "$boards" != "$virtual" ] || { echo "image: the kernel package has none of the device trees $dtbs" >&2; exit 1; }
 
 kernel_image=$(find /work/unpacked/boot /work/unpacked/usr/lib/modules -maxdepth 2 -name 'vmlinuz*')
 case $ARCH in
