@@ -49,7 +49,6 @@ type list struct {
 
 // devices are offered where at least one image is for them.
 var devices = []device{
-	{"Raspberry Pi 5", []string{"pi5-64bit", "pi5-32bit"}, "Raspberry Pi 5, 500 and Compute Module 5", "exclusive"},
 	{"Raspberry Pi 4", []string{"pi4-64bit", "pi4-32bit"}, "Raspberry Pi 4, 400 and Compute Module 4", "inclusive"},
 	{"Raspberry Pi 3", []string{"pi3-64bit", "pi3-32bit"}, "Raspberry Pi 3, 3+, Zero 2 W and Compute Module 3", "inclusive"},
 	{"Raspberry Pi 2", []string{"pi2-32bit"}, "Raspberry Pi 2", "inclusive"},
