@@ -180,6 +180,7 @@ func (l *tlsListener) run(ctx, hctx context.Context) error {
 			sleep(ctx, acceptPause)
 			continue
 		}
+		limitBacklog(raw)
 		if l.trust.Has(addrOf(raw.RemoteAddr())) {
 			wg.Go(func() { l.behind(hctx, raw) })
 			continue
