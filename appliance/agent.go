@@ -56,7 +56,7 @@ const (
 	reportEvery   = time.Minute      // to the fleet
 	clockEvery    = time.Hour        // the time is kept
 	aliveWithin   = time.Minute      // a tick takes no longer, or the watchdog restarts the agent
-	networkWithin = 20 * time.Second // an address is waited for before its lack is told
+	networkWithin = 30 * time.Second // an address is waited for before its lack is told
 	connectWithin = 45 * time.Second // after the start, or after joining, a session is waited for before its lack is told
 	updaterEvery  = time.Minute      // between attempts to begin with updates
 )
