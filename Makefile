@@ -132,7 +132,7 @@ image-lock: ## pin the Debian packages of images to what the mirror has now
 	@./images/rpi/lock/renew
 
 image-e2e: ## boot the image in BOARD, a machine of QEMU: a visitor of an edge gets pictures of its camera
-	$(call image-test,TestPetCam,$(BOARD))
+	$(call image-test,TestPetCam|TestSizes,$(BOARD))
 
 image-cuts: ## cut the power of CUTS_BOARD at many points of an update and of the first boot
 	$(call image-test,TestCuts|TestKills,$(CUTS_BOARD))

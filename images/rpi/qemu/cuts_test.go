@@ -23,7 +23,7 @@ import (
 )
 
 var (
-	cutsFlag  = flag.Int("cuts", 56, "how many different states of the card to boot, for first boot and for the update each")
+	cutsFlag  = flag.Int("cuts", 50, "how many different states of the card to boot at least, for first boot and for the update each")
 	lanesFlag = flag.Int("lanes", runtime.NumCPU(), "how many machines run at once")
 	laterFlag = flag.Int("later", 8, "of that many states one is updated afterwards")
 )
@@ -169,7 +169,7 @@ func choose(t *testing.T, r *Record, want int) (states []state) {
 				}
 			}
 		}
-		if len(points) >= want+want/2 {
+		if len(points) >= want+want/3 {
 			break
 		}
 	}
@@ -185,8 +185,8 @@ func choose(t *testing.T, r *Record, want int) (states []state) {
 	}
 	t.Logf("%d operations (%d configuration, %d data, %d slot, %d table, %d flushes): %d different states of %d points", len(ops),
 		len(kinds["configuration"]), len(kinds["data"]), len(kinds["slot"]), len(kinds["table"]), len(kinds["flush"]), len(states), len(points))
-	if len(states) < 50 {
-		t.Errorf("%d states are fewer than 50", len(states))
+	if len(states) < want {
+		t.Errorf("%d states are fewer than %d", len(states), want)
 	}
 	return states
 }

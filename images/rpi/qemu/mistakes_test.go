@@ -77,6 +77,14 @@ func screenshot(t *testing.T, r *Run, name string) {
 	must(t, r.Screenshot(file))
 }
 
+// keep writes a file for the documentation if -pictures is given.
+func keep(t *testing.T, name string, b []byte) {
+	t.Helper()
+	if *picturesFlag != "" {
+		must(t, os.WriteFile(filepath.Join(*picturesFlag, name), b, 0o644))
+	}
+}
+
 // eventuallyDown waits until the edge has noticed that the machine is gone, so that the next test does not take its
 // tunnel for its own.
 func eventuallyDown(t *testing.T, h *host) {
@@ -188,13 +196,17 @@ func TestRefusedUpdates(t *testing.T) {
 	}
 	foreign := foreignKey(t)
 	h.publish(t, foreign, h.release(t, stable, foreign, is(newVersion), nil))
-	refused(start(), "signed")
+	refused(start(), "not signed by a key of this device")
+
+	must(t, os.RemoveAll(stable))
+	h.publish(t, updateKey(), h.release(t, stable, updateKey(), func(i *slotInfo) { i.Version, i.Arch = newVersion, "armel" }, nil))
+	refused(start(), "another architecture")
 
 	must(t, os.RemoveAll(stable))
 	h.publish(t, updateKey(), h.release(t, stable, updateKey(), is("0.0.1"), nil))
 	r := start()
-	time.Sleep(30 * time.Second) // an older one is nothing to report
-	refused(r, old.Version)
+	time.Sleep(2 * time.Minute) // an older one is nothing to report
+	refused(r, "CONNECTED", old.Version)
 }
 
 // foreignKey makes a secret key whose public half no image has.

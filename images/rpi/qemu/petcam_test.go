@@ -55,7 +55,10 @@ func TestPetCam(t *testing.T) {
 	})
 	h.stream(t)
 	awaitStatus(t, r, 2*time.Minute, "CONNECTED", "petcam", camHost)
+	screenshot(t, r, "connected")
 	scrubbed(t, disk, token)
+	screenshot(t, r, "connected")
+	keep(t, "snapshot.jpg", first)
 
 	start = time.Now()
 	must(t, r.PowerCut())
