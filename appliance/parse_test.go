@@ -58,6 +58,8 @@ func TestParseMistakes(t *testing.T) {
 		{"no space", "hostname:petcam\nwifi: {}\n", "keyhaven.yaml:1: write hostname, a colon, a space"},
 		{"equals", "hostname = petcam\ntimezone: UTC\n", "keyhaven.yaml:1: write hostname, a colon"},
 		{"broken", "publish:\n  - {hostname: a.example.com\nallow: []\n", "not valid YAML near here"},
+		{"first line indented", " token: khj1_...\nhostname: petcam\n", "keyhaven.yaml:2: this is not valid YAML near here (this line belongs to nothing before it"},
+		{"two documents", "hostname: a\n---\nhostname: b\n", "keyhaven.yaml:3: a second document begins here"},
 		{"unknown", "hostnam: petcam\n", "keyhaven.yaml:1: hostnam: unknown key; did you mean hostname?"},
 		{"unknown inside", "camera:\n  hostname: a.example.com\n  resolutoin: 1x1\n", "keyhaven.yaml:3: camera.resolutoin: unknown key; did you mean resolution?"},
 		{"twice", "hostname: a\nhostname: b\n", "keyhaven.yaml:2: hostname: is given twice"},

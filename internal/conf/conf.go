@@ -3,6 +3,7 @@
 package conf
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -278,14 +279,9 @@ func (f *File) read(t reflect.Type) (map[string]any, error) {
 
 // parse reads a document and checks it against t.
 func (f *File) parse(b []byte, t reflect.Type) (map[string]any, error) {
-	var doc yaml.Node
-	if err := yaml.Unmarshal(b, &doc); err != nil {
-		e := &Error{File: f.path, Msg: "not valid YAML: " + strings.TrimPrefix(err.Error(), "yaml: ")}
-		if m := yamlLine.FindStringSubmatch(err.Error()); m != nil {
-			e.Line, _ = strconv.Atoi(m[1])
-			e.Msg = "not valid YAML: " + m[2]
-		}
-		return nil, Errors{e}
+	doc, err := f.document(b)
+	if err != nil {
+		return nil, err
 	}
 	if len(doc.Content) == 0 {
 		return map[string]any{}, nil // an empty file
@@ -304,6 +300,41 @@ func (f *File) parse(b []byte, t reflect.Type) (map[string]any, error) {
 		return nil, Errors{f.Errorf("", "%v", err)}
 	}
 	return m, nil
+}
+
+// document reads the one document of a file. YAML lets others follow, which would count for nothing: they are an error, as is
+// text after a first line that is indented, which YAML takes for the beginning of the next document.
+func (f *File) document(b []byte) (first yaml.Node, err error) {
+	d := yaml.NewDecoder(bytes.NewReader(b))
+	for n := 0; ; n++ {
+		var doc yaml.Node
+		switch err := d.Decode(&doc); {
+		case errors.Is(err, io.EOF):
+			return first, nil
+		case err != nil:
+			return first, Errors{f.syntax(err)}
+		case n == 0:
+			first = doc
+		case doc.Content[0].Tag != "!!null":
+			return first, Errors{&Error{File: f.path, Line: doc.Content[0].Line, Msg: "a second document begins here, and only one is read; remove the line --- or ... before it"}}
+		}
+	}
+}
+
+// syntax is what the parser of YAML did not understand.
+func (f *File) syntax(err error) *Error {
+	e := &Error{File: f.path}
+	reason := strings.TrimPrefix(err.Error(), "yaml: ")
+	if m := yamlLine.FindStringSubmatch(err.Error()); m != nil {
+		e.Line, _ = strconv.Atoi(m[1])
+		reason = m[2]
+	}
+	if strings.Contains(reason, "expected <document start>") {
+		reason = "this line belongs to nothing before it; keys of one group start in the same column"
+		e.Line++ // the parser counts from 0 here
+	}
+	e.Msg = "not valid YAML: " + reason
+	return e
 }
 
 // openRemedy says what to do about a file that does not open.
