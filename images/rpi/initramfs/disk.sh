@@ -27,24 +27,28 @@ number() { # offset
 	echo $((($1 | $2 << 8 | $3 << 16) + $4 * 16777216))
 }
 
+table=${table:-/run/mbr}
+
 # grow_partition lets partition 4 end where the card ends. The table is one sector, which is written at once or not at all;
-# nothing of the card is in use yet.
+# nothing of the card is in use yet. A table that could not be read whole is never written.
 grow_partition() {
 	local start size sectors want i octal
+	[ "$(bytes "$disk" 510 2)" = 55aa ] || return
 	start=$(number 502) size=$(number 506) sectors=$(cat "/sys/block/$disk/size")
 	want=$(((sectors - start) / 2048 * 2048))
 	[ $want -le 4294965248 ] || want=4294965248
 	[ $((want - size)) -ge 2048 ] || return
-	dd if="/dev/$disk" of=/run/mbr bs=512 count=1 2>/dev/null
+	dd if="/dev/$disk" of="$table" bs=512 count=1 2>/dev/null
 	octal=
 	for i in 0 8 16 24; do octal="$octal\\$(printf %03o $((want >> i & 255)))"; done
 	# shellcheck disable=SC2059 # the format is the bytes
-	printf "$octal" | dd of=/run/mbr bs=1 seek=506 conv=notrunc 2>/dev/null
-	if dd if=/run/mbr of="/dev/$disk" bs=512 count=1 conv=notrunc,fsync 2>/dev/null && blockdev --rereadpt "/dev/$disk"; then
+	printf "$octal" | dd of="$table" bs=1 seek=506 conv=notrunc 2>/dev/null
+	if [ "$(wc -c <"$table")" -eq 512 ] && [ "$(bytes "..$table" 510 2)" = 55aa ] &&
+		dd if="$table" of="/dev/$disk" bs=512 count=1 conv=notrunc,fsync 2>/dev/null && blockdev --rereadpt "/dev/$disk"; then
 		say "the data partition now has $((want / 2048)) MiB"
 	else
 		note "The data partition could not be made larger; it stays as it is."
 	fi
-	rm -f /run/mbr
+	rm -f "$table"
 	for i in 1 2 3 4 5 6 7 8 9 10; do [ -b "/dev/$data" ] && return; sleep 0.2; done
 }
