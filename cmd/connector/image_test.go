@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/keyhaven/keyhaven/appliance/fatimage"
 	"github.com/keyhaven/keyhaven/mtls"
@@ -181,10 +182,17 @@ func TestApplianceCheck(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	good := write(t, filepath.Join(dir, "keyhaven.yaml"), "hostname: pi\n")
-	if said, code := runProgram(t, "", "appliance", "check", good); code != 0 || !strings.Contains(said, "good") {
+	if said, code := runProgram(t, "", "appliance", "check", good); code != 0 || !strings.Contains(said, "good, but without a join token") {
 		t.Errorf("code %d: %s", code, said)
 	}
 	bad := write(t, filepath.Join(dir, "user-data"), "hostname: p_i\n")
+	write(t, good, "token: "+install(t).token(t, time.Now().Add(time.Hour))+"\nhostname: pi\n")
+	if said, code := runProgram(t, "", "appliance", "check", good); code != 0 || !strings.HasSuffix(said, ": good\n") {
+		t.Errorf("with a token: code %d: %s", code, said)
+	}
+	if said, code := runProgram(t, "", "appliance", "check"); code != 2 || !strings.Contains(said, "name one file") {
+		t.Errorf("no file: code %d: %s", code, said)
+	}
 	if said, code := runProgram(t, "", "appliance", "check", bad); code != 3 || !strings.Contains(said, "user-data:1: hostname") {
 		t.Errorf("code %d: %s", code, said)
 	}
