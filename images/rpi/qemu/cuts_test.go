@@ -256,20 +256,33 @@ func (h *host) newLane(t *testing.T, n int, next string) *lane {
 	l.ns, err = h.net.Namespace(l.name)
 	must(t, err)
 	must(t, l.ns.AddAddr("lo", netip.MustParsePrefix("10.0.2.2/32")))
-	must(t, os.CopyFS(filepath.Join(l.dir, "ca"), os.DirFS(h.Path("edge-ca"))))
-	must(t, os.CopyFS(filepath.Join(l.dir, "identity"), os.DirFS(h.Path("edge-identity"))))
+	copyKeys(t, h.Path("edge-ca"), l.path("ca"))
+	copyKeys(t, h.Path("edge-identity"), l.path("identity"))
 	cfg := h.EdgeConfig()
-	delete(cfg, "visitors")
 	delete(cfg, "key_identity")
+	cfg["visitors"] = map[string]any{"listen": map[string]any{"tls": []string{visitors}}}
 	cfg["state"] = map[string]any{"file": l.path("state.db")}
 	cfg["admin"] = map[string]any{"socket": l.path("edge.sock")}
 	cfg["identity"] = map[string]any{"ca_dir": l.path("ca"), "dir": l.path("identity")}
 	must(t, h.WriteYAML(l.name+".yaml", cfg))
+	_, err = h.Tool(t.Context(), "keyhaven-edge", "check", "--config", h.Path(l.name+".yaml"))
+	must(t, err)
 	l.edge = h.Process(l.name, l.ns, "keyhaven-edge", "run", "--config", h.Path(l.name+".yaml"))
 	source(t, l.ns, l.dir)
 	timeServer(t, l.ns)
 	must(t, os.Symlink(filepath.Join(next, "stable"), l.path("next")))
 	return l
+}
+
+// copyKeys copies a directory with keys, which stay closed to others.
+func copyKeys(t *testing.T, from, to string) {
+	t.Helper()
+	files, err := os.ReadDir(from)
+	must(t, err)
+	must(t, os.Mkdir(to, 0o700))
+	for _, f := range files {
+		copyFile(t, filepath.Join(from, f.Name()), filepath.Join(to, f.Name()))
+	}
 }
 
 func (l *lane) path(name string) string { return filepath.Join(l.dir, name) }
@@ -321,7 +334,13 @@ func (l *lane) comesUp(t *testing.T, r *Run, versions []string, later bool, o *o
 	ctx, cancel := deadline(t, 5*time.Minute)
 	defer cancel()
 	start := time.Now()
-	err := r.Until(ctx, func(ctx context.Context) error { return tunnelUp(ctx, l.ask) })
+	err := r.Until(ctx, func(ctx context.Context) error {
+		if !l.edge.Running() {
+			cancel() // it is no use to wait
+			return errors.New("the lane's edge has ended: " + tail(l.edge.Log(), 3))
+		}
+		return tunnelUp(ctx, l.ask)
+	})
 	o.Seconds = time.Since(start).Seconds()
 	o.Boots = len(r.History())
 	if err != nil {

@@ -110,9 +110,13 @@ type host struct {
 	ns  *testnet.Namespace
 }
 
+// sweep removes what earlier runs left because they were killed.
+var sweep = sync.OnceFunc(func() { testnet.Sweep("khq") })
+
 // newHost makes a host that lives as long as the test.
 func newHost(t *testing.T) *host {
 	t.Helper()
+	sweep()
 	n, err := testnet.New("khq")
 	must(t, err)
 	t.Cleanup(func() { must(t, n.Close()) })
