@@ -52,6 +52,8 @@ var (
 	ErrTooOld    = errors.New("what runs is too old for the update")
 	ErrTooLarge  = errors.New("the update is too large")
 	ErrCorrupt   = errors.New("the update is damaged")
+	ErrExpired   = errors.New("the index of the update source has expired")
+	ErrChannel   = errors.New("the update is for another channel")
 )
 
 // A Manifest says what a bundle holds and for which devices.

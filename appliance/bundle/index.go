@@ -30,8 +30,9 @@ type Index struct {
 	Product   string    `json:"product"`
 	Arch      string    `json:"arch"`
 	Channel   string    `json:"channel"`
-	Published time.Time `json:"published"` // a device refuses an index older than one that it has seen
-	Releases  []Release `json:"releases"`  // newest first
+	Published time.Time `json:"published"`        // a device refuses an index older than one that it has seen
+	Expires   time.Time `json:"expires,omitzero"` // a device refuses it from then on; zero: never
+	Releases  []Release `json:"releases"`         // newest first
 }
 
 // A Release is one bundle of an [Index].
@@ -79,7 +80,7 @@ func ReadIndex(r io.Reader, keys []minisign.PublicKey) (Index, error) {
 
 // WriteIndex signs x and writes it to w, its releases newest first.
 func WriteIndex(w io.Writer, x Index, sign func([]byte) ([]byte, error)) error {
-	x.Format, x.Product, x.Published = Format, Product, x.Published.UTC()
+	x.Format, x.Product, x.Published, x.Expires = Format, Product, x.Published.UTC(), x.Expires.UTC()
 	x.Releases = slices.SortedStableFunc(slices.Values(x.Releases), func(a, b Release) int { return Compare(b.Version, a.Version) })
 	if err := x.Validate(); err != nil {
 		return err
@@ -116,6 +117,8 @@ func (x Index) Validate() error {
 		return fmt.Errorf("%w: the index has channel %q, which is not like stable", ErrFormat, clip(x.Channel))
 	case x.Published.IsZero():
 		return fmt.Errorf("%w: the index does not say when it was published", ErrFormat)
+	case !x.Expires.IsZero() && !x.Expires.After(x.Published):
+		return fmt.Errorf("%w: the index expires before it is published; make it again", ErrFormat)
 	case len(x.Releases) > maxReleases:
 		return fmt.Errorf("%w: the index has %d releases, %d are allowed; leave old ones out", ErrTooLarge, len(x.Releases), maxReleases)
 	}

@@ -63,6 +63,7 @@ func TestIndexRefuses(t *testing.T) {
 		"size":       {func(x *Index) { x.Releases[0].Size = 0 }, ErrFormat},
 		"sha256":     {func(x *Index) { x.Releases[0].SHA256 = "ab" }, ErrFormat},
 		"percent":    {func(x *Index) { x.Releases[0].Percent = 101 }, ErrFormat},
+		"expired":    {func(x *Index) { x.Expires = x.Published }, ErrFormat},
 		"twice":      {func(x *Index) { x.Releases[0].Version = "0.6.0" }, ErrFormat},
 	} {
 		x := exampleIndex()

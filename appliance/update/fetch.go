@@ -113,7 +113,7 @@ func (s *source) index(ctx context.Context, channel, arch string, oldest time.Ti
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode == http.StatusNotModified && (last.etag != "" || last.modified != "") {
-		return last.index, nil
+		return last.index, current(u, last.index)
 	}
 	if resp.StatusCode != http.StatusOK {
 		return bundle.Index{}, s.refused(u, resp)
@@ -129,7 +129,16 @@ func (s *source) index(ctx context.Context, channel, arch string, oldest time.Ti
 			x.Published.Format(time.RFC3339), oldest.Format(time.RFC3339))
 	}
 	s.last[u.String()] = answer{resp.Header.Get("ETag"), resp.Header.Get("Last-Modified"), x}
-	return x, nil
+	return x, current(u, x)
+}
+
+// current refuses an index that has expired: somebody keeps newer ones away. A clock that is behind refuses none.
+func current(u *url.URL, x bundle.Index) error {
+	if x.Expires.IsZero() || time.Now().Before(x.Expires) {
+		return nil
+	}
+	return fmt.Errorf("%w: that at %s was good until %s; publish it again, or look whether something in between keeps an old one", bundle.ErrExpired, place(u),
+		x.Expires.Format(time.RFC3339))
 }
 
 func (s *source) request(ctx context.Context, u *url.URL) (*http.Request, error) {

@@ -51,7 +51,7 @@ func (e *Engine) Update(ctx context.Context, q Request) error {
 		}
 		defer d.Close()
 		d.progress = e.tell
-		return e.install(ctx, d, rel.Version, q.Force)
+		return e.install(ctx, d, rel.Version, x.Channel, q.Force)
 	})
 }
 
@@ -61,7 +61,7 @@ func (e *Engine) Install(ctx context.Context, r io.Reader, force bool) error {
 		if err := e.noTrial(); err != nil {
 			return err
 		}
-		return e.install(ctx, r, "", force)
+		return e.install(ctx, r, "", "", force)
 	})
 }
 
@@ -101,7 +101,7 @@ func (e *Engine) ask(ctx context.Context, q Request) (bundle.Index, error) {
 		channel = q.Directive.Channel
 	}
 	e.setChecking(true)
-	x, err := e.source.index(ctx, channel, e.running.Arch, e.rec.Published)
+	x, err := e.source.index(ctx, channel, e.running.Arch, e.rec.Published[channel])
 	e.mu.Lock()
 	e.checkErr = ""
 	if err != nil && !errors.Is(ctx.Err(), context.Canceled) {
@@ -115,7 +115,7 @@ func (e *Engine) ask(ctx context.Context, q Request) (bundle.Index, error) {
 			return
 		}
 		r.Checked = time.Now().UTC().Truncate(time.Second)
-		r.Published = x.Published
+		r.saw(channel, x.Published)
 	})
 	if err != nil {
 		e.c.Log.Warn("the update source gave no answer that can be used", "err", err)
@@ -171,8 +171,8 @@ func (r *record) begin(state, target, running string) {
 	r.State, r.Target, r.Previous, r.Error, r.Slot, r.Gates = state, target, running, "", 0, 0
 }
 
-// install writes a bundle to the idle slot and has it started. Version, if not empty, is what it has to be.
-func (e *Engine) install(ctx context.Context, src io.Reader, version string, force bool) error {
+// install writes a bundle to the idle slot and has it started. Version and channel, if not empty, are those of the index.
+func (e *Engine) install(ctx context.Context, src io.Reader, version, channel string, force bool) error {
 	r, err := bundle.Open(src, e.c.Keys)
 	if err != nil {
 		return e.failed(ctx, err)
@@ -181,6 +181,9 @@ func (e *Engine) install(ctx context.Context, src io.Reader, version string, for
 	m := r.Manifest()
 	if version != "" && m.Version != version {
 		return e.failed(ctx, fmt.Errorf("%w: the index says %s, the bundle is %s; make the index again", bundle.ErrCorrupt, version, m.Version))
+	}
+	if channel != "" && m.Channel != "" && m.Channel != channel {
+		return e.failed(ctx, fmt.Errorf("%w: it is for %s, the index for %s; publish each where it belongs", bundle.ErrChannel, m.Channel, channel))
 	}
 	if err := e.fits(m, force); err != nil {
 		return e.failed(ctx, err)
@@ -253,7 +256,7 @@ func (e *Engine) Rollback(ctx context.Context, force bool) error {
 			return err
 		}
 		if st.Trial {
-			return e.giveUp(ctx, "somebody asked for the one before")
+			return e.giveUp(ctx, "somebody asked for the one before", true)
 		}
 		e.mu.Lock()
 		good := slices.Contains(e.rec.Proven, info.Version) && !e.rec.blocks(info.Version)

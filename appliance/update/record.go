@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -24,6 +25,8 @@ const (
 	maxRecord    = 64 << 10
 	// maxVersions bounds the versions that are known as given up, and those as proven.
 	maxVersions = 8
+	// maxChannels bounds the channels of which the newest index is known.
+	maxChannels = 16
 	// maxTrials is how often a version is started that ends its trial without a word, by a cut of power or a crash.
 	maxTrials = 2
 	// maxGates is how often the program may restart during a trial.
@@ -40,7 +43,6 @@ type record struct {
 	Previous  string    `json:"previous,omitempty"` // version that ran before Target
 	Error     string    `json:"error,omitempty"`
 	Checked   time.Time `json:"checked,omitzero"`
-	Published time.Time `json:"published,omitzero"`  // of the newest index seen
 	Trials    int       `json:"trials,omitempty"`    // of Target, without a result
 	Gates     int       `json:"gates,omitempty"`     // starts of the program in this trial
 	Returning bool      `json:"returning,omitempty"` // Slot becomes the default because somebody asked for it
@@ -48,6 +50,8 @@ type record struct {
 	Blocked   []string  `json:"blocked,omitempty"`   // versions that were given up
 	Proven    []string  `json:"proven,omitempty"`    // versions that were kept on this card
 	Device    string    `json:"device"`              // random name of this card
+
+	Published map[string]time.Time `json:"seen,omitempty"` // when the newest index of each channel was made; never changed, but replaced
 }
 
 // states are those that a record may have.
@@ -89,7 +93,7 @@ func parseRecord(b []byte) (record, error) {
 		return r, fmt.Errorf("%s: %w", recordFile, err)
 	}
 	if r.Format != recordFormat || !slices.Contains(states, r.State) || len(b) > maxRecord || dec.More() || r.Device == "" ||
-		r.Trials < 0 || r.Gates < 0 || r.Failures < 0 || len(r.Blocked) > maxVersions || len(r.Proven) > maxVersions {
+		r.Trials < 0 || r.Gates < 0 || r.Failures < 0 || len(r.Blocked) > maxVersions || len(r.Proven) > maxVersions || len(r.Published) > maxChannels {
 		return r, fmt.Errorf("%s has format %d and state %q, or values that make no sense", recordFile, r.Format, r.State)
 	}
 	return r, nil
@@ -151,6 +155,20 @@ func (d osDir) Sync() error {
 		return err
 	}
 	return errors.Join(syncDir(f), f.Close())
+}
+
+// saw notes when the newest index of a channel was published.
+func (r *record) saw(channel string, published time.Time) {
+	seen := maps.Clone(r.Published)
+	if seen == nil {
+		seen = map[string]time.Time{}
+	}
+	if _, known := seen[channel]; !known && len(seen) >= maxChannels {
+		oldest := slices.MinFunc(slices.Collect(maps.Keys(seen)), func(a, b string) int { return seen[a].Compare(seen[b]) })
+		delete(seen, oldest)
+	}
+	seen[channel] = published
+	r.Published = seen
 }
 
 // block keeps a version from being tried again.

@@ -133,7 +133,7 @@ func (e *Engine) watch(ctx context.Context) error {
 	gates := e.rec.Gates
 	e.mu.Unlock()
 	if gates > maxGates {
-		return e.giveUp(ctx, fmt.Sprintf("its appliance program restarted %d times", gates-1))
+		return e.giveUp(ctx, fmt.Sprintf("its appliance program restarted %d times", gates-1), true)
 	}
 	e.c.Log.Info("a version is on trial", "version", e.running.Version, "up_for", e.c.Gate.For, "within", e.c.Gate.Within)
 	began := time.Now()
@@ -164,11 +164,10 @@ func (e *Engine) watch(ctx context.Context) error {
 		case <-tick.C:
 		}
 	}
-	why := fmt.Sprintf("the tunnel was not up for %v within %v", e.c.Gate.For, e.c.Gate.Within)
 	if commitErr != nil {
-		why = commitErr.Error()
+		return e.giveUp(ctx, commitErr.Error(), true)
 	}
-	return e.giveUp(ctx, why)
+	return e.giveUp(ctx, fmt.Sprintf("the tunnel was not up for %v within %v", e.c.Gate.For, e.c.Gate.Within), false)
 }
 
 // keep makes the version on trial the default.
@@ -184,12 +183,19 @@ func (e *Engine) keep() error {
 	return nil
 }
 
-// giveUp restarts into the version before.
-func (e *Engine) giveUp(ctx context.Context, why string) error {
+// giveUp restarts into the version before. Unless it is sure that the new one is at fault, which has no tunnel too while the
+// network or the edge is down, there is another trial: that begins, as all do, when there is a tunnel.
+func (e *Engine) giveUp(ctx context.Context, why string, sure bool) error {
 	e.c.Log.Error("the new version is given up", "version", e.running.Version, "err", why)
 	e.set(func(r *record) {
+		r.State, r.Gates = fleet.RolledBack, 0
+		if !sure && r.Trials < maxTrials {
+			r.Failures++
+			r.Error = fmt.Sprintf("%s was given up: %s; that may have been the network, and it is tried once more", r.Target, why)
+			return
+		}
 		r.block(r.Target)
-		r.State, r.Trials, r.Gates = fleet.RolledBack, 0, 0
+		r.Trials = 0
 		r.Error = fmt.Sprintf("%s was given up: %s; it is not tried again until there is a newer one", r.Target, why)
 	})
 	return e.restart(ctx, e.c.Slots.Reboot)

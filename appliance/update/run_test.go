@@ -78,6 +78,7 @@ func TestUpdateIsKept(t *testing.T) {
 	})
 }
 
+// A version without a tunnel is given up, and tried once more when there was one again: that may have been the network.
 func TestUnhealthyUpdateIsGivenUp(t *testing.T) {
 	for name, healthy := range map[string]func(time.Duration) bool{
 		"never":            func(time.Duration) bool { return false },
@@ -88,26 +89,18 @@ func TestUnhealthyUpdateIsGivenUp(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				m, p := newMachine("1.0.0"), newPublisher(t)
 				p.publish(t, "1.1.0", 100)
-				if err := runFor(t, m.engine(t, p, nil), time.Hour); !errors.Is(err, ErrRestart) {
-					t.Fatal(err)
+				for i := range maxTrials {
+					trial(t, m, p, healthy)
+					e := m.engine(t, p, nil)
+					if i+1 < maxTrials {
+						wantReport(t, e, "1.0.0", fleet.RolledBack, "1.1.0", "tried once more")
+						continue
+					}
+					if err := runFor(t, e, 24*time.Hour); errors.Is(err, ErrRestart) {
+						t.Fatal("it was tried again")
+					}
+					wantReport(t, e, "1.0.0", fleet.RolledBack, "1.1.0", "not tried again until there is a newer one")
 				}
-				m.start()
-				began := time.Now()
-				e := m.engine(t, p, func(c *Config) { c.Healthy = func() bool { return healthy(time.Since(began)) } })
-				if err := runFor(t, e, time.Hour); !errors.Is(err, ErrRestart) {
-					t.Fatal(err)
-				}
-				if d := time.Since(began); d < 10*time.Minute || d > 11*time.Minute {
-					t.Errorf("given up after %v", d)
-				}
-				if v := m.start(); v != "1.0.0" {
-					t.Errorf("%s runs", v)
-				}
-				e = m.engine(t, p, nil)
-				if err := runFor(t, e, 24*time.Hour); errors.Is(err, ErrRestart) {
-					t.Fatal("it was tried again")
-				}
-				wantReport(t, e, "1.0.0", fleet.RolledBack, "1.1.0", "not tried again until there is a newer one")
 				// A newer one is.
 				p.publish(t, "1.1.1", 100)
 				if err := runFor(t, m.engine(t, p, nil), 24*time.Hour); !errors.Is(err, ErrRestart) {
@@ -119,6 +112,49 @@ func TestUnhealthyUpdateIsGivenUp(t *testing.T) {
 			})
 		})
 	}
+}
+
+// trial has 1.1.0 installed over 1.0.0, and given up.
+func trial(t *testing.T, m *machine, p *publisher, healthy func(time.Duration) bool) {
+	t.Helper()
+	if err := runFor(t, m.engine(t, p, nil), time.Hour); !errors.Is(err, ErrRestart) {
+		t.Fatal(err)
+	}
+	if v := m.start(); v != "1.1.0" {
+		t.Fatalf("%s runs", v)
+	}
+	began := time.Now()
+	e := m.engine(t, p, func(c *Config) { c.Healthy = func() bool { return healthy(time.Since(began)) } })
+	if err := runFor(t, e, time.Hour); !errors.Is(err, ErrRestart) {
+		t.Fatal(err)
+	}
+	if d := time.Since(began); d < 10*time.Minute || d > 11*time.Minute {
+		t.Errorf("given up after %v", d)
+	}
+	if v := m.start(); v != "1.0.0" {
+		t.Fatalf("%s runs", v)
+	}
+}
+
+// An edge or a network that is down during a trial, by chance or because somebody wants that, does not keep an update away
+// for good: the next trial waits for a tunnel.
+func TestNetworkDownDuringTrial(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m, p := newMachine("1.0.0"), newPublisher(t)
+		p.publish(t, "1.1.0", 100)
+		trial(t, m, p, func(time.Duration) bool { return false })
+		down := time.Now()
+		e := m.engine(t, p, func(c *Config) { c.Healthy = func() bool { return time.Since(down) > 8*time.Hour } })
+		if err := runFor(t, e, 24*time.Hour); !errors.Is(err, ErrRestart) || time.Since(down) < 8*time.Hour {
+			t.Fatalf("after %v: %v", time.Since(down), err)
+		}
+		m.start()
+		e = m.engine(t, p, nil)
+		if err := runFor(t, e, time.Hour); errors.Is(err, ErrRestart) || m.start() != "1.1.0" {
+			t.Fatalf("the second trial: %v", err)
+		}
+		wantReport(t, e, "1.1.0", fleet.Confirmed, "1.1.0", "")
+	})
 }
 
 // A version that crashes before it can say anything has two chances, since the power may have been the reason.

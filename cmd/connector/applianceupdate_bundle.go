@@ -248,12 +248,15 @@ func bundleIndexCommand() *cobra.Command {
 	var sign signingFlags
 	var channel, base, salt, published, output string
 	var percent int
+	var valid time.Duration
 	cmd := &cobra.Command{
 		Use:   "index --key FILE --channel CHANNEL --output FILE BUNDLE...",
 		Short: "Make the index of an update source",
 		Long: `Index checks the bundles, all of one architecture, and writes the signed index that devices look for at
 <source>/<channel>/<arch>.json. Only the newest is for devices of their own accord, --percent of them; the others are there
-for rollouts that name a version. Which devices are first is decided by --salt: leave it while the percentage grows.`,
+for rollouts that name a version. Which devices are first is decided by --salt: leave it while the percentage grows. With
+--valid it has to be made again before that time is over, or devices take no update by it and say so: they find out if
+somebody between them and the source shows an old index and keeps newer ones away.`,
 		Example: `  keyhaven-connector appliance bundle index --key minisign.key --channel stable --percent 10 --output stable/arm64.json keyhaven-0.6.0-arm64.update`,
 		Args:    cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -267,6 +270,12 @@ for rollouts that name a version. Which devices are first is decided by --salt: 
 					return cli.UsageError("--published %q: write it like 2026-01-31T12:00:00Z", published)
 				}
 				x.Published = t
+			}
+			switch {
+			case valid < 0:
+				return cli.UsageError("--valid %v: write a time to come, such as 720h", valid)
+			case valid > 0:
+				x.Expires = x.Published.Add(valid)
 			}
 			key, err := sign.load(cmd)
 			if err != nil {
@@ -291,6 +300,7 @@ for rollouts that name a version. Which devices are first is decided by --salt: 
 	cmd.Flags().IntVar(&percent, "percent", 100, "percentage of devices that may install the newest by themselves")
 	cmd.Flags().StringVar(&salt, "salt", "", "any word (default: the version)")
 	cmd.Flags().StringVar(&published, "published", "", "time of publication (default: now); devices refuse an index older than one that they saw")
+	cmd.Flags().DurationVar(&valid, "valid", 0, "how long after its publication devices take the index, such as 720h (default: for ever)")
 	cmd.Flags().StringVar(&output, "output", "", "file to write")
 	return cmd
 }

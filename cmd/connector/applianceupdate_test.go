@@ -167,6 +167,11 @@ func TestBundleCommands(t *testing.T) {
 	applianceSays(t, "", 3, "minisign -G", "bundle", "make", "--key", pub, "--output", b, slot)
 
 	applianceSays(t, "", 0, "newest 1.1.0", "bundle", "index", "--key", key, "--percent", "10", "--published", "2026-01-02T03:04:05Z", "--output", filepath.Join(dir, "amd64.json"), a)
+	applianceSays(t, "", 0, "newest 1.1.0", "bundle", "index", "--key", key, "--valid", "720h", "--published", "2026-01-02T03:04:05Z", "--output", filepath.Join(dir, "valid.json"), a)
+	if b, err := os.ReadFile(filepath.Join(dir, "valid.json")); err != nil || !strings.Contains(string(b), `2026-02-01T03:04:05Z`) {
+		t.Errorf("an index that expires: %s, %v", b, err)
+	}
+	applianceSays(t, "", 2, "such as 720h", "bundle", "index", "--key", key, "--valid", "-1h", "--output", filepath.Join(dir, "x.json"), a)
 	applianceSays(t, "", 1, "not in order, or the same", "bundle", "index", "--key", key, "--output", filepath.Join(dir, "x.json"), a, a)
 	if left, err := filepath.Glob(filepath.Join(dir, ".new-*")); err != nil || len(left) > 0 {
 		t.Errorf("left behind: %q, %v", left, err)
