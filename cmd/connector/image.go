@@ -134,12 +134,24 @@ func (p *personal) one(cmd *cobra.Command, image string) error {
 	if err != nil {
 		return cli.ConfigError(err)
 	}
-	err = fatimage.Personalise(f, b, time.Now())
+	if err = keepPrivate(f); err == nil {
+		err = fatimage.Personalise(f, b, time.Now())
+	}
 	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
 		return fmt.Errorf("%s: %w", image, err)
 	}
 	_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s: keyhaven.yaml is written\n", image)
 	return err
+}
+
+// keepPrivate takes an image away from everybody but its owner, before there is a token in it. A card's device file stays as
+// the system has it.
+func keepPrivate(f *os.File) error {
+	info, err := f.Stat()
+	if err != nil || !info.Mode().IsRegular() || info.Mode().Perm()&0o077 == 0 {
+		return err
+	}
+	return f.Chmod(info.Mode().Perm() &^ 0o077)
 }
 
 // write makes an image.

@@ -93,6 +93,9 @@ func TestPersonalise(t *testing.T) {
 	if got := configOf(t, image); !strings.Contains(got, "hostname: pi # old") {
 		t.Errorf("in place:\n%s", got)
 	}
+	if info, err := os.Stat(image); err != nil || info.Mode().Perm() != 0o600 {
+		t.Errorf("in place: mode %v, %v", info.Mode(), err)
+	}
 	part := filepath.Join(dir, "part.fat")
 	if said, code = runProgram(t, "", "image", "personalise", "--config", config, "--partition", "--output", part, image); code != 0 {
 		t.Errorf("code %d: %s", code, said)
