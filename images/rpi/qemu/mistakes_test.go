@@ -73,7 +73,7 @@ func screenshot(t *testing.T, r *Run, name string) {
 	}
 	file, err := filepath.Abs(filepath.Join(*picturesFlag, name+".png"))
 	must(t, err)
-	time.Sleep(3 * time.Second) // for the screen, which is drawn after the file is written
+	time.Sleep(25 * time.Second) // for the screen, which is drawn after the file is written and its driver is there
 	must(t, r.Screenshot(file))
 }
 
