@@ -116,7 +116,7 @@ func unwrapPath(err error) error {
 
 // scrub overwrites the texts wherever they stand in the small files of the card's first level: in keyhaven.yaml, and in what an
 // editor left beside it. They are overwritten where they lie, so that they are gone from the card and no record of the file
-// system changes.
+// system changes. It is an error if a token is still found afterwards.
 func scrub(dir string, texts []string) error {
 	entries, err := os.ReadDir(dir)
 	if err != nil {
@@ -130,7 +130,13 @@ func scrub(dir string, texts []string) error {
 		}
 		errs = append(errs, scrubFile(filepath.Join(dir, e.Name()), texts))
 	}
-	return errors.Join(errs...)
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
+	if len(readCard(dir).tokens) > 0 {
+		return errors.New("it is not written in one piece")
+	}
+	return nil
 }
 
 func scrubFile(path string, texts []string) error {
@@ -180,9 +186,10 @@ func overwritten(b []byte, texts []string) []byte {
 	return b
 }
 
-// forms are a text as UTF-8 and as UTF-16, which some editors write.
+// forms are a text as UTF-8 and as UTF-16, which some editors write: without the zero that is before the first letter or
+// behind the last, as the order of the bytes may be.
 func forms(s string) [][]byte {
-	wide := make([]byte, 2*len(s))
+	wide := make([]byte, max(2*len(s)-1, 0))
 	for i := range len(s) {
 		wide[2*i] = s[i]
 	}

@@ -2,6 +2,7 @@ package appliance
 
 import (
 	"context"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -13,6 +14,7 @@ import (
 	"syscall"
 	"testing"
 	"time"
+	"unicode/utf16"
 
 	"github.com/keyhaven/keyhaven/appliance/fleet"
 	"github.com/keyhaven/keyhaven/mtls"
@@ -491,5 +493,35 @@ func TestScreen(t *testing.T) {
 		if len([]rune(l)) > 104 {
 			t.Errorf("a line of %d letters", len([]rune(l)))
 		}
+	}
+}
+
+// However an editor wrote the token, it is gone from the card, or else the person is told.
+func TestTokenInOtherForms(t *testing.T) {
+	t.Parallel()
+	token := testToken(t).Reveal()
+	wide := func(order binary.AppendByteOrder) string {
+		var b []byte
+		for _, u := range utf16.Encode([]rune("\ufefftoken: " + token)) { // no line feed at the end
+			b = order.AppendUint16(b, u)
+		}
+		return string(b)
+	}
+	for name, c := range map[string]struct{ file, note string }{
+		"UTF-16, little-endian": {wide(binary.LittleEndian), ""},
+		"UTF-16, big-endian":    {wide(binary.BigEndian), ""},
+		"twice":                 {"token: " + token + " # " + token + "\n", ""},
+		"over two lines":        {"token: \"" + token[:20] + "\\\n  " + token[20:] + "\"\n", "delete it there yourself (it is not written in one piece)"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			m := newMachine(t, map[string]string{"keyhaven.yaml": c.file})
+			m.connect(t, true)
+			st := m.says(t, m.agent(joinsAt), string(StateHealthy), c.note)
+			plain := strings.ReplaceAll(m.read(t, cardDir+"/keyhaven.yaml"), "\x00", "")
+			if c.note == "" && (strings.Contains(plain, token[:10]) || len(st.Notes) > 0) {
+				t.Errorf("the card holds %q; %q", plain, st.Notes)
+			}
+		})
 	}
 }
