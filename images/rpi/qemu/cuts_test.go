@@ -156,9 +156,9 @@ func choose(t *testing.T, r *Record, want int) (states []state) {
 		of  string
 		cut Cut
 	}
-	seen := map[point]bool{}
-	var points []point
-	for round := 1; round <= 8; round++ { // more and more points, until enough of them differ
+	seen, equal := map[point]bool{}, map[[32]byte]bool{}
+	for round := 1; round <= 16 && len(states) < want; round++ { // more and more points, until enough of them differ
+		var points []point
 		for kind, weight := range map[string]int{"configuration": 10, "data": 7, "slot": 4, "table": 4, "flush": 2} {
 			list := kinds[kind]
 			for k := range min(weight*round, len(list)) {
@@ -169,22 +169,19 @@ func choose(t *testing.T, r *Record, want int) (states []state) {
 				}
 			}
 		}
-		if len(points) >= want+want/3 {
-			break
+		slices.SortFunc(points, func(a, b point) int { return a.op - b.op })
+		for _, p := range points {
+			d, err := r.At(p.op, p.cut, 1)
+			must(t, err)
+			if sum := d.Sum(); !equal[sum] {
+				equal[sum] = true
+				states = append(states, state{p.op, p.of, p.cut, d})
+			}
 		}
 	}
-	slices.SortFunc(points, func(a, b point) int { return a.op - b.op })
-	equal := map[[32]byte]bool{}
-	for _, p := range points {
-		d, err := r.At(p.op, p.cut, 1)
-		must(t, err)
-		if sum := d.Sum(); !equal[sum] {
-			equal[sum] = true
-			states = append(states, state{p.op, p.of, p.cut, d})
-		}
-	}
+	slices.SortFunc(states, func(a, b state) int { return a.op - b.op })
 	t.Logf("%d operations (%d configuration, %d data, %d slot, %d table, %d flushes): %d different states of %d points", len(ops),
-		len(kinds["configuration"]), len(kinds["data"]), len(kinds["slot"]), len(kinds["table"]), len(kinds["flush"]), len(states), len(points))
+		len(kinds["configuration"]), len(kinds["data"]), len(kinds["slot"]), len(kinds["table"]), len(kinds["flush"]), len(states), len(seen))
 	if len(states) < want {
 		t.Errorf("%d states are fewer than %d", len(states), want)
 	}
