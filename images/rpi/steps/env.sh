@@ -1,4 +1,5 @@
-# What build and lock have in common. Sourced with $here set.
+# What build and lock have in common. Sourced with $here set. The compiler is part of what makes the bytes: it is the makefile's.
+export GOTOOLCHAIN=${GOTOOLCHAIN:-$(sed -n 's/^toolchain //p' "$here/../../go.mod")+auto}
 export ARCH=${ARCH:-arm64} SUITE=${SUITE:-trixie} KERNEL=${KERNEL:-stable}
 GO=${GO:-go} DIST=${DIST:-dist/image} BUILD=${BUILD:-build/image}
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/keyhaven/image

@@ -23,7 +23,7 @@ for pattern in $dtbs; do
 done
 [ -z "$dtbs" ] || [ "$boards" != "$virtual" ] || { echo "image: the kernel package has none of the device trees $dtbs" >&2; exit 1; }
 
-kernel_image=$(find /work/unpacked/boot /work/unpacked/usr/lib/modules -maxdepth 2 -name 'vmlinuz*')
+kernel_image=$(find /work/unpacked -name 'vmlinuz*' -type f)
 case $ARCH in
 arm64) # The firmware unpacks it.
 	gzip -9nc "$kernel_image" >"$tree/$kernel_name" ;;
