@@ -45,6 +45,7 @@ const (
 	slotFile    = "/boot/slot/slot.json" // which version runs
 	controlPath = "/run/keyhaven-connector/control.sock"
 	screenPath  = "/dev/tty1"
+	wpaDir      = runDir + "/wpa" // sockets of wpa_supplicant, which its unit makes
 )
 
 // Units of the machine.

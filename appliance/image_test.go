@@ -63,6 +63,17 @@ func TestUnits(t *testing.T) {
 			}
 		}
 	}
+	has := func(file string, lines ...string) {
+		b, err := os.ReadFile("../images/rpi/rootfs/etc/systemd/system/" + file)
+		for _, l := range lines {
+			if err != nil || !regexp.MustCompile("(?m)"+l).Match(b) {
+				t.Errorf("%s has no %q (%v), without which the radio does not work", file, l, err)
+			}
+		}
+	}
+	// wpa_supplicant ends if it cannot make its socket, and the kernel lets nobody else switch a radio.
+	has("keyhaven-wifi@.service", "^RuntimeDirectory="+strings.TrimPrefix(wpaDir, "/run/")+"$")
+	has("keyhaven-appliance.service", "^CapabilityBoundingSet=.*CAP_NET_ADMIN")
 	for _, name := range []string{unitConnector + ".d/appliance.conf", unitCamera, "keyhaven-wifi@.service"} {
 		if _, err := os.Stat("../images/rpi/rootfs/etc/systemd/system/" + name); err != nil {
 			t.Errorf("the agent relies on what the image does not have: %v", err)

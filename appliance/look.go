@@ -167,7 +167,7 @@ func (r *runner) lookAtWiFi(ctx context.Context) {
 		r.wifi = "It has no Wi-Fi, or the kernel does not know its radio."
 		return
 	}
-	out, err := r.Host.Command(ctx, "wpa_cli", "-p", "/run/keyhaven/wpa", "-i", r.wireless(), "list_networks")
+	out, err := r.Host.Command(ctx, "wpa_cli", "-s", wpaDir, "-p", wpaDir, "-i", r.wireless(), "list_networks")
 	switch s := string(out); {
 	case err != nil: // it is starting
 	case strings.Contains(s, "TEMP-DISABLED"):

@@ -58,7 +58,7 @@ func networkFile(match string, c *Config, static bool, metric int) []byte {
 // a meaning of its own. A password cannot have line breaks, and the program takes it up to the line's last quote.
 func wpaSupplicant(c *Config) []byte {
 	var b strings.Builder
-	b.WriteString(made + "ctrl_interface=DIR=/run/keyhaven/wpa\nupdate_config=0\n")
+	b.WriteString(made + "ctrl_interface=DIR=" + wpaDir + "\nupdate_config=0\n")
 	if c.WiFi.Country != "" {
 		fmt.Fprintf(&b, "country=%s\n", c.WiFi.Country)
 	}

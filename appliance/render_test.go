@@ -70,3 +70,17 @@ func TestGolden(t *testing.T) {
 		})
 	}
 }
+
+// A radio that is switched off is switched on, and no other switch is touched.
+func TestRadio(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, map[string]string{"keyhaven.yaml": goodFile})
+	for name, kind := range map[string]string{"rfkill0": "wlan", "rfkill1": "bluetooth"} {
+		m.write(t, "/sys/class/rfkill/"+name+"/type", kind+"\n")
+		m.write(t, "/sys/class/rfkill/"+name+"/soft", "1\n")
+	}
+	st := m.says(t, m.agent(nil), string(StateNoToken))
+	if wlan, bt := m.read(t, "/sys/class/rfkill/rfkill0/soft"), m.read(t, "/sys/class/rfkill/rfkill1/soft"); wlan[0] != '0' || bt[0] != '1' || len(st.Notes) > 0 {
+		t.Errorf("Wi-Fi %q, Bluetooth %q; %q", wlan, bt, st.Notes)
+	}
+}

@@ -212,7 +212,10 @@ func (r *runner) unblockRadio() error {
 	switches, err := filepath.Glob(r.Host.path("/sys/class/rfkill/*"))
 	errs := []error{err}
 	for _, s := range switches {
-		if b, err := readSmall(filepath.Join(s, "type")); err == nil && strings.TrimSpace(string(b)) == "wlan" {
+		if b, err := readSmall(filepath.Join(s, "type")); err != nil || strings.TrimSpace(string(b)) != "wlan" {
+			continue
+		}
+		if b, err := readSmall(filepath.Join(s, "soft")); err == nil && strings.TrimSpace(string(b)) == "1" {
 			errs = append(errs, writeDevice(filepath.Join(s, "soft"), []byte("0")))
 		}
 	}
