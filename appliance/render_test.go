@@ -76,6 +76,9 @@ func TestRadio(t *testing.T) {
 	t.Parallel()
 	m := newMachine(t, map[string]string{"keyhaven.yaml": goodFile})
 	for name, kind := range map[string]string{"rfkill0": "wlan", "rfkill1": "bluetooth"} {
+		if err := os.MkdirAll(m.path("/sys/class/rfkill", name), 0o755); err != nil {
+			t.Fatal(err)
+		}
 		m.write(t, "/sys/class/rfkill/"+name+"/type", kind+"\n")
 		m.write(t, "/sys/class/rfkill/"+name+"/soft", "1\n")
 	}
