@@ -88,6 +88,7 @@ func invalidAt(b []byte) int {
 }
 
 var (
+	urlUser     = regexp.MustCompile(`//[^/\s"]*@`)
 	tokenText   = regexp.MustCompile(`khj1_[A-Za-z0-9_-]+`)
 	quotedText  = regexp.MustCompile(`"(?:[^"\\]|\\.)*"`)
 	unknownText = regexp.MustCompile(`unknown anchor '.*' referenced`)
@@ -129,7 +130,7 @@ func hide(e *conf.Error) {
 		}
 	}
 	e.Key = tokenText.ReplaceAllString(e.Key, "khj1_…")
-	e.Msg = tokenText.ReplaceAllString(e.Msg, "khj1_…")
+	e.Msg = urlUser.ReplaceAllString(tokenText.ReplaceAllString(e.Msg, "khj1_…"), "//…@")
 }
 
 // explainSyntax finds what beginners do where YAML only says that it got lost. The parser often notices a mistake a line or
