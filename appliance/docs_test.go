@@ -3,6 +3,8 @@ package appliance
 import (
 	"os"
 	"reflect"
+	"regexp"
+	"strconv"
 	"strings"
 	"testing"
 )
@@ -59,6 +61,43 @@ func TestKeysAreDocumented(t *testing.T) {
 	for state, text := range headline {
 		if text == "" {
 			t.Errorf("%s has no headline", state)
+		}
+	}
+}
+
+// The table and the picture of the LED's patterns have as many flashes for each state as there are.
+func TestLEDIsDocumented(t *testing.T) {
+	t.Parallel()
+	page, err := os.ReadFile("../docs/appliance.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	picture, err := os.ReadFile("../images/rpi/pictures/led.svg")
+	if err != nil {
+		t.Fatal(err)
+	}
+	// What table and picture say beside the flashes.
+	words := map[State][2]string{
+		StateNoNetwork: {"no network", "no network"},
+		StateMistake:   {"a mistake in `keyhaven.yaml`", "a mistake in the file"},
+		StateRefused:   {"the join token was refused", "token refused, or none"},
+		StateNoToken:   {"or there is none", "token refused, or none"},
+		StateNoEdge:    {"no connection to the edge", "no connection to the edge"},
+	}
+	for state, p := range patterns {
+		says, flashes := words[state]
+		if flashes != (len(p) > 2) {
+			t.Errorf("%s: the pattern has %d times; adjust this test", state, len(p))
+		}
+		if !flashes {
+			continue
+		}
+		n := strconv.Itoa(len(p) / 2)
+		if !regexp.MustCompile(`(?m)^\| ` + n + ` flashes \|[^|]*` + regexp.QuoteMeta(says[0])).Match(page) {
+			t.Errorf("%s: docs/appliance.md has no row with %s flashes", state, n)
+		}
+		if !regexp.MustCompile(`(?s)>` + n + ` flashes<[^\n]*\n[^\n]*\n[^\n]*>` + says[1] + `<`).Match(picture) {
+			t.Errorf("%s: led.svg has no row with %s flashes", state, n)
 		}
 	}
 }
