@@ -138,3 +138,55 @@ func TestMakeTargets(t *testing.T) {
 		t.Errorf("%d targets were found; adjust this test", found)
 	}
 }
+
+var (
+	anchorLink = regexp.MustCompile(`\]\(([^)#: ]*)#([^)]+)\)`)
+	heading    = regexp.MustCompile(`(?m)^#+ (.*)$`)
+	noAnchor   = regexp.MustCompile(`[^\p{L}\p{N} _-]`)
+)
+
+// Links to a part of a page lead to a heading that is there.
+func TestAnchors(t *testing.T) {
+	pages, err := filepath.Glob(filepath.Join(root(t), "docs", "*.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	tops, err := filepath.Glob(filepath.Join(root(t), "*.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	found := 0
+	for _, from := range append(append(pages, tops...), filepath.Join(root(t), imagePage)) {
+		b, err := os.ReadFile(from)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, m := range anchorLink.FindAllStringSubmatch(string(b), -1) {
+			to := from
+			if m[1] != "" {
+				to = filepath.Join(filepath.Dir(from), m[1])
+			}
+			text, err := os.ReadFile(to)
+			if err != nil {
+				t.Errorf("%s: %v", filepath.Base(from), err)
+				continue
+			}
+			found++
+			if !anchors(string(text))[m[2]] {
+				t.Errorf("%s: %s has no heading #%s", filepath.Base(from), m[1], m[2])
+			}
+		}
+	}
+	if found < 5 {
+		t.Errorf("%d links were found; adjust this test", found)
+	}
+}
+
+// anchors are the names that headings of a page get.
+func anchors(text string) map[string]bool {
+	names := map[string]bool{}
+	for _, m := range heading.FindAllStringSubmatch(text, -1) {
+		names[strings.ReplaceAll(noAnchor.ReplaceAllString(strings.ToLower(m[1]), ""), " ", "-")] = true
+	}
+	return names
+}
