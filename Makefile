@@ -138,7 +138,7 @@ image-cuts: ## cut the power of CUTS_BOARD at many points of an update and of th
 	$(call image-test,TestCuts|TestKills,$(CUTS_BOARD))
 
 image-check: image-e2e ## all tests of images: every architecture, mistakes, updates, power cuts, reproducibility (hours)
-	$(call image-test,TestMistakes|TestClock|TestBroken|TestRefused|TestBadSlots,$(CUTS_BOARD))
+	$(call image-test,TestMistakes|TestClock|TestBroken|TestFull|TestRefused|TestBadSlots,$(CUTS_BOARD))
 	$(MAKE) image-cuts
 	$(MAKE) image-e2e BOARD=armhf
 	$(MAKE) image-e2e BOARD=raspi3b
