@@ -39,6 +39,7 @@ mv /work/root.squashfs "$tree/root.squashfs"
 } >"$tree/config.txt"
 # Interfaces keep the kernel's names: eth0, wlan0.
 echo 'console=tty1 panic=10 quiet loglevel=4 net.ifnames=0 systemd.show_status=0 consoleblank=0' >"$tree/cmdline.txt"
+boards=$(printf '%s\n' $boards | LC_ALL=C sort -u)
 printf '{"version":"%s","arch":"%s","boards":[%s],"built":"%s","format":1}\n' "$VERSION" "$ARCH" \
 	"$(for b in $boards; do printf '"%s",' "$b"; done | sed 's/,$//')" "$(date -u -d "@$SOURCE_DATE_EPOCH" +%Y-%m-%dT%H:%M:%SZ)" >"$tree/slot.json"
 
