@@ -124,6 +124,7 @@ func TestPortsAndZones(t *testing.T) {
 		{func(z *zone.Config) { z.Certificate, z.CertificatePEM = "/etc/passwd", "" }, "names a file"},
 		{func(z *zone.Config) { z.Origins[0].TLS.CA = "/etc/passwd" }, "names a file"},
 		{func(z *zone.Config) { z.CertificatePEM = "" }, "certificate"},
+		{func(z *zone.Config) { z.CertificatePEM = chainFor(t, "y.example") }, `: certificate_pem: does not cover host x.example`},
 		{func(z *zone.Config) {
 			z.CertificatePEM += "-----BEGIN PRIVATE KEY-----\nYQ==\n-----END PRIVATE KEY-----\n"
 		}, "holds a private key"},

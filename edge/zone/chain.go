@@ -83,13 +83,12 @@ func (z *Zone) inlineCertificate(c *Config, r *report) {
 		return
 	}
 	chain, err := parseChain(inlineName, []byte(c.CertificatePEM))
-	if err != nil {
-		r.fault(inlineName, "%v", err)
-		return
+	var cert *Certificate
+	if err == nil {
+		cert, err = z.checkChain(inlineName, chain)
 	}
-	cert, err := z.checkChain(inlineName, chain)
-	if err != nil {
-		r.fault(inlineName, "%v", err)
+	if err != nil { // which begins with the name as the fault does
+		r.fault(inlineName, "%s", strings.TrimLeft(strings.TrimPrefix(err.Error(), inlineName), ": "))
 		return
 	}
 	z.Certificates = append(z.Certificates, cert)
