@@ -55,7 +55,7 @@ const (
 	unitsEvery    = time.Minute      // units that should run are started
 	reportEvery   = time.Minute      // to the fleet
 	clockEvery    = time.Hour        // the time is kept
-	aliveWithin   = time.Minute      // a tick takes no longer, or the watchdog restarts the agent
+	aliveWithin   = 90 * time.Second // no step takes longer, or the watchdog restarts the agent: the longest is one program
 	networkWithin = 30 * time.Second // an address is waited for before its lack is told
 	connectWithin = 45 * time.Second // after the start, or after joining, a session is waited for before its lack is told
 	updaterEvery  = time.Minute      // between attempts to begin with updates
@@ -162,12 +162,15 @@ func (r *runner) tick(ctx context.Context) {
 		if ctx.Err() == nil && (job.at.IsZero() || now.Sub(*job.at) >= job.every) {
 			*job.at = now
 			job.do(ctx)
-			r.beat.Store(time.Now().UnixNano())
+			r.lives()
 		}
 	}
 	r.tell()
-	r.beat.Store(time.Now().UnixNano())
+	r.lives()
 }
+
+// lives notes that the agent works.
+func (r *runner) lives() { r.beat.Store(time.Now().UnixNano()) }
 
 func (r *runner) keepClock(context.Context) {
 	if err := r.Host.saveClock(); err != nil {

@@ -60,7 +60,7 @@ func newRunner(a *Agent) *runner {
 	}
 	r.enrol = enroller{&r.Host}
 	r.led = findLED(&r.Host)
-	r.beat.Store(time.Now().UnixNano())
+	r.lives()
 	return r
 }
 

@@ -111,6 +111,7 @@ func (r *runner) apply(ctx context.Context) {
 		name string
 		do   func(context.Context) error
 	}{{"name", r.applyName}, {"time", r.applyTime}, {"network", r.applyNetwork}, {"wifi", r.applyWiFi}, {"ssh", r.applySSH}, {"connector", r.applyConnector}} {
+		r.lives()
 		if err := step.do(ctx); err != nil {
 			r.log.Error("part of the setup failed", "op", step.name, "err", err)
 			r.notes = append(r.notes, fmt.Sprintf("Setting up the %s failed: %s", step.name, oneLine(err.Error())))
@@ -283,5 +284,6 @@ func (r *runner) applyConnector(ctx context.Context) error {
 // systemctl asks the service manager.
 func (r *runner) systemctl(ctx context.Context, args ...string) error {
 	_, err := r.Host.Command(ctx, "systemctl", args...)
+	r.lives()
 	return err
 }

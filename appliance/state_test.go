@@ -13,6 +13,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 	"unicode/utf16"
 
@@ -524,4 +525,29 @@ func TestTokenInOtherForms(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Programs that take as long as they may do not make the agent look dead, which would have it restarted, during a trial too.
+func TestSlowProgramsAreNotDeath(t *testing.T) {
+	m := newMachine(t, map[string]string{"keyhaven.yaml": goodFile + "ntp: [a.example.com]\nssh: {keys: [\"" + goodKey + "\"]}\n"})
+	synctest.Test(t, func(t *testing.T) {
+		a := m.agent(nil)
+		command, calls := a.Host.Command, 0
+		var r *runner
+		a.Host.Command = func(ctx context.Context, name string, args ...string) ([]byte, error) {
+			calls++
+			time.Sleep(commandTimeout + time.Second) // it is killed then
+			if err := r.alive(ctx); err != nil {
+				t.Errorf("during %s %q: %v", name, args, err)
+			}
+			out, _ := command(ctx, name, args...)
+			return out, context.DeadlineExceeded
+		}
+		r = newRunner(a)
+		r.started = true
+		r.reload(t.Context())
+		if calls < 4 {
+			t.Errorf("%d programs ran", calls)
+		}
+	})
 }
