@@ -147,8 +147,8 @@ func TestCommandLines(t *testing.T) {
 		})
 	}
 	// The check must be able to fail.
-	for _, bad := range []string{"keyhaven-edge nosuch", "keyhaven-edge tunnel nosuch x", "keyhaven-edge status --nosuch", "keyhaven-connector join --token=x"} {
-		if lines := commandLines("```sh\nrunuser -u x -- " + bad + "\n```\n"); len(lines) != 1 || verify(bin, lines[0]) == nil {
+	for _, bad := range []string{"runuser -u x -- keyhaven-edge nosuch", "keyhaven-edge tunnel nosuch x", "keyhaven-edge status --nosuch", "keyhaven-connector join --token=x", "ssh root@x.local keyhaven-connector appliance nosuch"} {
+		if lines := commandLines("```sh\n" + bad + "\n```\n"); len(lines) != 1 || verify(bin, lines[0]) == nil {
 			t.Errorf("%q was found good", bad)
 		}
 	}
