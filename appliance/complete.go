@@ -307,7 +307,9 @@ func (c *Config) checkPublish(fault faultFunc) {
 		return
 	}
 	for _, e := range list {
-		fault(c.publishKey(e.Key), "%s", e.Msg)
+		if key := c.publishKey(e.Key); key != "camera.hostname" { // which the camera's own check tells
+			fault(key, "%s", e.Msg)
+		}
 	}
 }
 

@@ -89,6 +89,7 @@ func invalidAt(b []byte) int {
 
 var (
 	urlUser     = regexp.MustCompile(`//[^/\s"]*@`)
+	ourPackage  = regexp.MustCompile(`\b(?:vnet|mtls|ingressconf): `) // as Go's errors begin
 	tokenText   = regexp.MustCompile(`khj1_[A-Za-z0-9_-]+`)
 	quotedText  = regexp.MustCompile(`"(?:[^"\\]|\\.)*"`)
 	unknownText = regexp.MustCompile(`unknown anchor '.*' referenced`)
@@ -108,7 +109,7 @@ func explain(name string, text []byte, err error) error {
 		if !ok {
 			fault = &conf.Error{Msg: e.Error()}
 		}
-		fault = &conf.Error{File: name, Line: fault.Line, Key: fault.Key, Msg: fault.Msg}
+		fault = &conf.Error{File: name, Line: fault.Line, Key: fault.Key, Msg: ourPackage.ReplaceAllString(fault.Msg, "")}
 		if rest, broken := strings.CutPrefix(fault.Msg, "not valid YAML: "); broken {
 			explainSyntax(fault, rest, lines)
 		}

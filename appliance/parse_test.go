@@ -105,6 +105,8 @@ func TestParseMistakes(t *testing.T) {
 		{"rtf", "{\\rtf1 token}", "document with formatting (RTF)"},
 		{"html", "<!DOCTYPE html>", "is a web page"},
 		{"binary", "a\x00b", "is not plain text"},
+		{"camera's address", "camera: https://cam.example.com/\n", `"https://cam.example.com/" is no host name`},
+		{"published address", "publish: [{hostname: \"https://a.example.com/\", service: \"http://192.168.1.2\"}]\n", "keyhaven.yaml:1: publish[0].hostname: invalid host name"},
 		{"latin", "hostname: a\nwifi: {ssid: caf\xe9}\n", "keyhaven.yaml:2: has a letter that is not UTF-8"},
 		{"large", strings.Repeat("#", MaxConfig+1), "is larger than 64 KiB"},
 		{"list", "- token\n", "holds no keys with values"},
@@ -126,6 +128,9 @@ func TestParseMistakes(t *testing.T) {
 			}
 			if strings.Contains(err.Error(), "canary") || strings.Contains(err.Error(), token[:20]) {
 				t.Errorf("it tells a secret: %v", err)
+			}
+			if strings.Contains(err.Error(), "vnet: ") || strings.Contains(err.Error(), "mtls: ") || strings.Count(err.Error(), "camera.hostname: ") > 1 {
+				t.Errorf("it names packages, or the same twice: %v", err)
 			}
 		})
 	}
