@@ -303,6 +303,13 @@ func TestInstallFaults(t *testing.T) {
 	wants("a package below a root", "--method static", env, script, "--method", "package", "--root", root)
 	wants("no token file", "cannot be read", env, script, "--root", root, "--token-file", "/nonexistent/token")
 	must(t, os.RemoveAll(root))
+	shown := filepath.Join(t.TempDir(), "token")
+	must(t, os.WriteFile(shown, []byte("khj1_x\n"), 0o600))
+	for _, mode := range []os.FileMode{0o640, 0o604, 0o660} {
+		must(t, os.Chmod(shown, mode))
+		wants("a token file that others may read", "run chmod 600", env, script, "--root", root, "--token-file", shown)
+	}
+	must(t, os.RemoveAll(root))
 
 	other := newTools(t)
 	armProc := other.machine(t, "aarch64", "", 1)
