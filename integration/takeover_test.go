@@ -33,7 +33,8 @@ type manager struct {
 
 	mu    sync.Mutex // guards the fields below
 	main  int
-	ready int // how often a process has said that it serves
+	ready int  // how often a process has said that it serves
+	ended bool // the main process has said that the unit stops
 }
 
 // manage starts a program of the lab anew, under a manager. What runs of it when the test ends is stopped.
@@ -82,6 +83,8 @@ func (m *manager) read() {
 				m.main, _ = strconv.Atoi(value)
 			case "READY":
 				m.ready++
+			case "STOPPING":
+				m.ended = true
 			}
 		}
 		m.mu.Unlock()
@@ -101,6 +104,9 @@ func (m *manager) await(t *testing.T, pid, ready int) {
 	eventually(t, "a process that serves", func(context.Context) error {
 		m.mu.Lock()
 		defer m.mu.Unlock()
+		if m.ended {
+			t.Fatal("the main process says that the unit stops, upon which the service manager ends all of it")
+		}
 		if m.ready < ready || ready > 1 && m.main == pid {
 			return fmt.Errorf("process %d is the main one, ready %d times", m.main, m.ready)
 		}

@@ -16,7 +16,8 @@ import (
 )
 
 const (
-	// settleTime is how long a process that takes over waits for its last sessions once it has the first.
+	// settleTime is how long a process that takes over waits for its last sessions once it has the first, and for the first where
+	// its predecessor has none.
 	settleTime = 5 * time.Second
 	// lookEvery is how often it looks, and how often the service manager is told what has changed.
 	lookEvery = 50 * time.Millisecond
@@ -94,19 +95,18 @@ func (r *running) attend(ctx context.Context, stop func(), drained <-chan struct
 	return errors.Join(errs[:]...)
 }
 
-// settle waits until this process has the sessions that it wants, or for the last of them for a while only.
+// settle waits until this process has the sessions that it wants, or for those that may be out of reach for a while only.
 func (r *running) settle(ctx context.Context) {
 	tick := time.NewTicker(lookEvery)
 	defer tick.Stop()
 	var enough <-chan time.Time
 	for {
-		if r.connector.Ready(ctx) == nil {
-			if len(r.connector.Degraded()) == 0 {
-				return
-			}
-			if enough == nil {
-				enough = time.After(settleTime)
-			}
+		ready := r.connector.Ready(ctx) == nil
+		if ready && len(r.connector.Degraded()) == 0 {
+			return
+		}
+		if enough == nil && (ready || r.process.Idle()) {
+			enough = time.After(settleTime)
 		}
 		select {
 		case <-tick.C:
@@ -150,7 +150,7 @@ func (r *running) events(ctx context.Context, hangups <-chan os.Signal, status s
 func (r *running) replace(ctx context.Context) *takeover.Successor {
 	r.log.Info("starting another process to take over")
 	r.connector.Suspend()
-	next, err := r.process.Start(ctx, func() bool { return r.connector.Ready(ctx) != nil })
+	next, err := r.process.Start(ctx, r.connector.Ready(ctx) != nil)
 	if err != nil {
 		r.connector.Resume()
 		r.log.Error("no other process takes over, this one goes on", "err", err)

@@ -38,7 +38,7 @@ func (p *process) attend(ctx context.Context, hangups <-chan os.Signal) (replace
 			p.notify.Ready(p.summary())
 		case <-p.self.Requests():
 			p.log.Info("starting another process to take over")
-			next, err := p.self.Start(ctx, nil)
+			next, err := p.self.Start(ctx, false)
 			if err != nil {
 				p.log.Error("no other process takes over, this one goes on", "err", err)
 				continue

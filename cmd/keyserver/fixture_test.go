@@ -205,6 +205,7 @@ func (s *site) start(config string, flags ...string) *program {
 	p := &program{s: s, cmd: s.command(context.Background(), append([]string{"run", "--config", config, "--log-format", "json"}, flags...)...), done: make(chan struct{}), news: make(chan struct{}, 1)}
 	r, w := io.Pipe()
 	p.cmd.Stdout, p.cmd.Stderr = w, w
+	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // which a process that takes over is in as well
 	if err := p.cmd.Start(); err != nil {
 		s.t.Fatal(err)
 	}
@@ -217,7 +218,7 @@ func (s *site) start(config string, flags ...string) *program {
 		p.read(r)
 	}()
 	s.t.Cleanup(func() {
-		p.cmd.Process.Kill()
+		_ = syscall.Kill(-p.cmd.Process.Pid, syscall.SIGKILL)
 		<-p.done
 	})
 	p.wait("serving")

@@ -4,7 +4,9 @@ import (
 	"context"
 	"log/slog"
 	"net"
+	"os"
 	"regexp"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -77,6 +79,41 @@ func TestNotify(t *testing.T) {
 	m.next("^RELOADING=1\n", alive)
 	m.next("^READY=1\n", alive)
 	if err := p.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	m.next("^STOPPING=1\n", alive)
+	<-p.done
+}
+
+// TestTakeover replaces a server: to the service manager the unit does not stop, and another process is its main one before
+// that serves.
+func TestTakeover(t *testing.T) {
+	s := newSite(t)
+	m := newManager(t)
+	s.env = append(s.env, "NOTIFY_SOCKET="+m.path, "WATCHDOG_USEC=200000")
+	state := s.path("state")
+	if err := os.Mkdir(state, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	cfg := s.write("ks.yaml", 0o600, s.config("state_dir: "+state+"\ncontrol: "+s.path("ks.sock")+"\nclients:"+rule("one", "sign")))
+	p := s.start(cfg)
+	const alive = "WATCHDOG=1"
+	m.next("^READY=1\n")
+	if err := p.cmd.Process.Signal(syscall.SIGUSR2); err != nil {
+		t.Fatal(err)
+	}
+	pid, err := strconv.Atoi(strings.TrimPrefix(m.next("^MAINPID=[0-9]+$", alive), "MAINPID="))
+	if err != nil {
+		t.Fatal(err)
+	}
+	next, err := os.FindProcess(pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.next("^READY=1\nSTATUS=serving 1 keys from 1 of 1 homes$", alive)
+	m.next(alive)
+	s.must("status", "--config", cfg)
+	if err := next.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
 	m.next("^STOPPING=1\n", alive)

@@ -8,6 +8,9 @@ import (
 	"github.com/keyhaven/keyhaven/internal/cli"
 )
 
+// errReplaced ends the work of a server that another process is ready to take over.
+var errReplaced = errors.New("another process takes over")
+
 // A claim is this process's hold on the state that one server has at a time. The zero value is none.
 type claim struct{ unlock func() }
 
@@ -62,7 +65,7 @@ func (s *server) replaced(ctx context.Context) bool {
 		case <-s.self.Requests():
 		}
 		s.logger.Info("starting another process to take over")
-		next, err := s.self.Start(ctx, nil)
+		next, err := s.self.Start(ctx, false)
 		if err != nil {
 			s.logger.Error("no other process takes over, this one goes on", "err", err)
 			continue

@@ -207,8 +207,8 @@ const (
 // run serves until ctx ends and what is in flight then is done.
 func (s *server) run(ctx context.Context) (err error) {
 	hangups := cli.Hangups(ctx) // from the start, as an unexpected SIGHUP ends a process
-	ctx, stop := context.WithCancel(ctx)
-	defer stop()
+	ctx, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
 	s.stopped = ctx
 	l := s.current.Load()
 	// Before a PIN is tried: where a server runs already, and does not hand over, this one ends here. Commands that come wait until
@@ -272,7 +272,7 @@ func (s *server) log(err *error) (end func()) {
 }
 
 // serve runs all loops until ctx ends, or end is called because another process takes over, and what is in flight then is done.
-func (s *server) serve(ctx context.Context, end func(), ln net.Listener, hangups <-chan os.Signal) error {
+func (s *server) serve(ctx context.Context, end context.CancelCauseFunc, ln net.Listener, hangups <-chan os.Signal) error {
 	// The side services outlive the drain, so that /readyz can tell of it.
 	side, endSide := context.WithCancel(context.WithoutCancel(ctx))
 	defer endSide()
@@ -280,7 +280,9 @@ func (s *server) serve(ctx context.Context, end func(), ln net.Listener, hangups
 	stop := context.AfterFunc(ctx, func() {
 		defer close(drained)
 		s.draining.Store(true)
-		s.notify.Stopping("finishing operations in flight")
+		if !errors.Is(context.Cause(ctx), errReplaced) { // which does not stop the unit
+			s.notify.Stopping("finishing operations in flight")
+		}
 		s.logger.Info("draining: no new connections; operations in flight are finished")
 	})
 	defer func() {
@@ -311,7 +313,7 @@ func (s *server) serve(ctx context.Context, end func(), ln net.Listener, hangups
 	g.Go(func() error { return s.reloads(main, hangups) })
 	g.Go(func() error {
 		if s.replaced(main) {
-			end()
+			end(errReplaced)
 		}
 		return nil
 	})

@@ -2,8 +2,8 @@
 // old one starts the new one, hands it the listening sockets, and ends its work when the new one is ready. A new process
 // that fails changes nothing.
 //
-// The two agree over a pair of pipes, a byte each time: the new process says that it has started, and that it is ready; the
-// old one, once it no longer accepts, says that the new one may begin. A pipe that closes before is the other's end.
+// The two agree over a pair of pipes, a byte each time: the new process says that it is ready; the old one, once it no longer
+// accepts, says that the new one may begin. A pipe that closes before is the other's end.
 package takeover
 
 import (
@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -18,9 +19,8 @@ import (
 
 // What is said over the pipes.
 const (
-	sayStarted byte = 's'
-	sayReady   byte = 'r'
-	sayBegin   byte = 'g'
+	sayReady byte = 'r'
+	sayBegin byte = 'g'
 )
 
 // variable names what a successor has from its predecessor, as JSON.
@@ -36,6 +36,7 @@ var ErrPredecessor = errors.New("the process that was to be replaced did not han
 type bequest struct {
 	In      int      `json:"in"`  // the pipe from the predecessor
 	Out     int      `json:"out"` // the pipe to it
+	Idle    bool     `json:"idle,omitempty"`
 	Sockets []socket `json:"sockets"`
 }
 
@@ -60,15 +61,23 @@ type opened struct {
 type Process struct {
 	path    string // what to execute for a successor
 	request chan os.Signal
-	in, out *os.File // pipes of the predecessor; nil: there is none, or it has handed over
+	idle    bool // the predecessor was
 
-	mu     sync.Mutex
-	left   []socket // inherited, and not asked for yet
-	opened []opened
+	mu      sync.Mutex // guards the fields below
+	in, out *os.File   // pipes of the predecessor; nil: there is none, or it has handed over
+	left    []socket   // inherited, and not asked for yet
+	opened  []opened
 }
 
 // Succeeds reports whether a predecessor waits for this process.
-func (p *Process) Succeeds() bool { return p.in != nil }
+func (p *Process) Succeeds() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.in != nil
+}
+
+// Idle reports whether the predecessor does nothing that this process, to take its place, would have to do as well.
+func (p *Process) Idle() bool { return p.idle }
 
 // Requests receives a value when somebody wants this process replaced, by SIGUSR2. It never does on systems without that.
 func (p *Process) Requests() <-chan os.Signal { return p.request }
@@ -80,13 +89,17 @@ func (p *Process) Listen(network, addr string) (net.Listener, error) {
 	defer p.mu.Unlock()
 	ln, err := p.inheritLocked(network, addr)
 	if ln == nil && err == nil {
-		ln, err = bind(network, addr)
+		if ln, err = bind(network, addr); err != nil && len(p.left) > 0 {
+			// One of those may be in the way, under the name that the configuration had for it.
+			p.discardLocked()
+			ln, err = bind(network, addr)
+		}
 	}
 	if err != nil {
 		return nil, err
 	}
 	if f, ok := ln.(fileListener); ok {
-		p.opened = append(p.opened, opened{network, addr, f})
+		p.opened = append(slices.DeleteFunc(p.opened, opened.closed), opened{network, addr, f})
 	}
 	return ln, nil
 }
@@ -104,17 +117,27 @@ func (p *Process) inheritLocked(network, addr string) (net.Listener, error) {
 			return nil, fmt.Errorf("take over %s %s: %w", network, addr, err)
 		}
 		if u, ok := ln.(*net.UnixListener); ok {
-			u.SetUnlinkOnClose(true)
+			u.SetUnlinkOnClose(p.in == nil) // until it has handed over, the file is the predecessor's
 		}
 		return ln, nil
 	}
 	return nil, nil
 }
 
+// closed reports whether the listener is.
+func (o opened) closed() bool {
+	raw, err := o.ln.SyscallConn()
+	return err != nil || raw.Control(func(uintptr) {}) != nil
+}
+
 // Discard closes the predecessor's sockets that nobody has asked for: the configuration no longer names them.
 func (p *Process) Discard() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.discardLocked()
+}
+
+func (p *Process) discardLocked() {
 	for _, s := range p.left {
 		os.NewFile(uintptr(s.FD), s.Addr).Close() //nolint:errcheck // it is given up
 	}

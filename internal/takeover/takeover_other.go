@@ -33,7 +33,7 @@ type Successor struct{}
 func (s *Successor) PID() int { return 0 }
 
 // Start fails.
-func (p *Process) Start(context.Context, func() bool) (*Successor, error) { return nil, errUnsupported }
+func (p *Process) Start(context.Context, bool) (*Successor, error) { return nil, errUnsupported }
 
 // Release fails.
 func (s *Successor) Release(notify.Notifier) error { return errUnsupported }

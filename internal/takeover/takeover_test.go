@@ -54,6 +54,16 @@ func succeed(as string) error {
 		<-ctx.Done()
 		return nil
 	}
+	if path, ok := strings.CutPrefix(as, "gives up "); ok {
+		ln, err := p.Listen("unix", path)
+		if err != nil {
+			return err
+		}
+		return errors.Join(ln.Close(), errors.New("this one cannot do its work"))
+	}
+	if !p.Idle() {
+		return errors.New("nobody says that the predecessor is idle")
+	}
 	if err := p.Ready(ctx); err != nil {
 		return err
 	}
@@ -63,9 +73,11 @@ func succeed(as string) error {
 		if lns[i], err = p.Listen(network, words[i]); err != nil {
 			return err
 		}
-		go serve(lns[i], "second")
 	}
 	p.Discard()
+	go serve(lns[1], "second")
+	<-p.Requests() // handed on
+	go serve(lns[0], "second")
 	<-ctx.Done()
 	return errors.Join(lns[0].Close(), lns[1].Close())
 }
@@ -133,23 +145,30 @@ func TestTakeover(t *testing.T) {
 	closed.Close()
 
 	t.Setenv(role, "dies")
-	if _, err := p.Start(t.Context(), nil); err == nil || !strings.Contains(err.Error(), "ended before it was ready: exit status 1") {
+	if _, err := p.Start(t.Context(), true); err == nil || !strings.Contains(err.Error(), "ended before it was ready: exit status 1") {
 		t.Errorf("a process that ends: %v", err)
 	}
 	t.Setenv(role, "hangs")
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
-	if _, err := p.Start(ctx, nil); !errors.Is(err, context.DeadlineExceeded) {
+	if _, err := p.Start(ctx, true); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("a process that hangs: %v", err)
 	}
 	cancel()
+	t.Setenv(role, "gives up "+path)
+	if _, err := p.Start(t.Context(), true); err == nil || !strings.Contains(err.Error(), "ended before it was ready") {
+		t.Errorf("a process that gives up: %v", err)
+	}
 
-	// After both, this process goes on.
+	// After all of them, this process goes on.
 	go serve(tcp, "first")
-	if got, err := says("tcp", tcp.Addr().String()); err != nil || got != "first" {
-		t.Errorf("got %q, %v", got, err)
+	go serve(unix, "first")
+	for network, a := range map[string]string{"tcp": tcp.Addr().String(), "unix": path} {
+		if got, err := says(network, a); err != nil || got != "first" {
+			t.Errorf("%s: got %q, %v", network, got, err)
+		}
 	}
 	t.Setenv(role, "127.0.0.1:0 "+path)
-	s, err := p.Start(t.Context(), nil)
+	s, err := p.Start(t.Context(), true)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -167,6 +186,15 @@ func TestTakeover(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer waiting.Close()
+	// So does who wants the program replaced once more.
+	if err := syscall.Kill(os.Getpid(), syscall.SIGUSR2); err != nil {
+		t.Fatal(err)
+	}
+	for end := time.Now().Add(30 * time.Second); len(p.request) == 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("the signal is not reported")
+		}
+	}
 	if err := s.Release(notify.Notifier{}); err != nil {
 		t.Fatal(err)
 	}
@@ -204,7 +232,7 @@ func TestTakeover(t *testing.T) {
 func TestPredecessorGone(t *testing.T) {
 	p := begin(t)
 	t.Setenv(role, "127.0.0.1:0 "+filepath.Join(t.TempDir(), "s"))
-	s, err := p.Start(t.Context(), nil)
+	s, err := p.Start(t.Context(), true)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -216,6 +244,31 @@ func TestPredecessorGone(t *testing.T) {
 	s.out.Close()
 	if state, err := process.Wait(); err != nil || state.ExitCode() != 1 {
 		t.Errorf("got %v, %v, want exit code 1", state, err)
+	}
+}
+
+// A socket that is inherited under another name is not in the way, and those that were closed are forgotten.
+func TestListen(t *testing.T) {
+	old, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	fd, err := duplicate(old.(fileListener))
+	if err != nil {
+		t.Fatal(err)
+	}
+	addr := old.Addr().(*net.TCPAddr)
+	old.Close()
+	p := &Process{left: []socket{{Network: "tcp", Addr: fmt.Sprintf("localhost:%d", addr.Port), FD: fd}}}
+	for range 3 {
+		ln, err := p.Listen("tcp", addr.String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(p.opened) != 1 {
+			t.Errorf("%d sockets are to be handed on, want one", len(p.opened))
+		}
+		ln.Close()
 	}
 }
 

@@ -55,8 +55,9 @@ func Begin() (*Process, error) {
 			return nil, fmt.Errorf("%s: descriptor %d: %w", variable, fd, err)
 		}
 	}
-	p.in, p.out, p.left = os.NewFile(uintptr(b.In), "predecessor"), os.NewFile(uintptr(b.Out), "predecessor"), b.Sockets
-	return p, p.say(sayStarted)
+	p.in, p.out = os.NewFile(uintptr(b.In), "predecessor"), os.NewFile(uintptr(b.Out), "predecessor")
+	p.left, p.idle = b.Sockets, b.Idle
+	return p, nil
 }
 
 func parse(text string) (*bequest, error) {
@@ -94,30 +95,27 @@ func bind(network, addr string) (net.Listener, error) {
 	return net.Listen(network, addr)
 }
 
-func (p *Process) say(b byte) error {
-	if _, err := p.out.Write([]byte{b}); err != nil {
-		return fmt.Errorf("%w: %w", ErrPredecessor, err)
-	}
-	return nil
-}
-
 // Ready tells the predecessor that this process can take its place, and waits until it no longer accepts. Without a
 // predecessor Ready returns at once.
 func (p *Process) Ready(ctx context.Context) error {
-	if p.in == nil {
+	p.mu.Lock()
+	in, out := p.in, p.out
+	p.mu.Unlock()
+	if in == nil {
 		return nil
 	}
-	defer func() {
-		p.in.Close()
-		p.out.Close()
-		p.in, p.out = nil, nil
-	}()
-	if err := p.say(sayReady); err != nil {
-		return err
+	defer in.Close()
+	defer out.Close()
+	if _, err := out.Write([]byte{sayReady}); err != nil {
+		return fmt.Errorf("%w: %w", ErrPredecessor, err)
 	}
-	if b, err := hear(ctx, p.in, time.Time{}); err != nil || b != sayBegin {
+	if b, err := hear(ctx, in, time.Time{}); err != nil || b != sayBegin {
 		return errors.Join(ErrPredecessor, err)
 	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.in, p.out = nil, nil
+	p.unlinkLocked(true)
 	return nil
 }
 
@@ -154,37 +152,31 @@ type Successor struct {
 func (s *Successor) PID() int { return s.process.Pid }
 
 // Start executes the program anew, from the path and with the arguments that this process was started with, hands it all
-// sockets, and returns when it is ready. If it is not ready after ReadyTimeout it is ended, unless content, which may be nil,
-// says that it need not be. With an error there is no new process. The caller then stops accepting, and calls Release.
-func (p *Process) Start(ctx context.Context, content func() bool) (*Successor, error) {
+// sockets, and returns when it is ready. If it is not ready after ReadyTimeout it is ended. It is told whether this process is
+// idle. With an error there is no new process. The caller then stops accepting, and calls Release.
+func (p *Process) Start(ctx context.Context, idle bool) (*Successor, error) {
 	if os.Getpid() == 1 {
 		return nil, errors.New("the first process of a container cannot be replaced, as the container ends with it; start a container of the new image")
 	}
-	s, err := p.execute()
+	s, err := p.execute(idle)
 	if err != nil {
 		return nil, fmt.Errorf("start %s: %w", p.path, err)
 	}
-	deadline := time.Now().Add(ReadyTimeout)
-	for started := false; ; {
-		b, err := hear(ctx, s.in, deadline)
-		switch {
-		case err == nil && b == sayReady:
-			return s, nil
-		case err == nil:
-			started = started || b == sayStarted
-		case started && errors.Is(err, os.ErrDeadlineExceeded) && ctx.Err() == nil && content != nil && content():
-			return s, nil
-		case ctx.Err() != nil:
-			return nil, s.failed(context.Cause(ctx))
-		default:
-			return nil, s.failed(err)
-		}
+	b, err := hear(ctx, s.in, time.Now().Add(ReadyTimeout))
+	switch {
+	case err == nil && b == sayReady:
+		return s, nil
+	case err == nil:
+		return nil, s.failed(fmt.Errorf("process %d says %q, which this version does not know", s.PID(), b))
+	case ctx.Err() != nil:
+		return nil, s.failed(context.Cause(ctx))
 	}
+	return nil, s.failed(err)
 }
 
 // execute starts the process. The sockets' descriptors are copied without the detours of os.File, which would make them
 // block in this process as well.
-func (p *Process) execute() (*Successor, error) {
+func (p *Process) execute(idle bool) (*Successor, error) {
 	fromNew, newOut, err := os.Pipe()
 	if err != nil {
 		return nil, err
@@ -201,14 +193,13 @@ func (p *Process) execute() (*Successor, error) {
 	}
 	defer null.Close()
 
-	b := bequest{In: 3, Out: 4}
+	b := bequest{In: 3, Out: 4, Idle: idle}
 	files := []uintptr{null.Fd(), 1, 2, newIn.Fd(), newOut.Fd()}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for _, o := range slices.Clone(p.opened) {
+	for _, o := range p.opened {
 		fd, err := duplicate(o.ln)
 		if err != nil { // closed since
-			p.opened = slices.DeleteFunc(p.opened, func(x opened) bool { return x == o })
 			continue
 		}
 		defer syscall.Close(fd)
@@ -293,6 +284,11 @@ func (s *Successor) Release(n notify.Notifier) error {
 	defer s.in.Close()
 	defer s.out.Close()
 	n.Main(s.process.Pid)
+	select {
+	case again := <-s.p.request: // for what was installed after the process was started
+		s.process.Signal(again) //nolint:errcheck // the next write says whether it is gone
+	default:
+	}
 	if _, err := s.out.Write([]byte{sayBegin}); err != nil {
 		return fmt.Errorf("process %d, which was to take over, is gone: %w", s.process.Pid, err)
 	}
