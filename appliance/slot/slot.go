@@ -22,13 +22,21 @@ import (
 
 // The partitions of a card. The configuration's holds autoboot.txt.
 const (
-	PartA = 2
-	PartB = 3
+	partConfig = 1
+	PartA      = 2
+	PartB      = 3
 )
 
-// Signature is the disk signature in the partition table of each card with a Keyhaven image. Nothing is written to a disk
-// without it.
+// Signature is the disk signature in the partition table of each card with a Keyhaven image. Some systems put their own in its
+// place; then the label of the configuration partition has to do, as it does at the start. Nothing is written to a disk
+// without either.
 const Signature = 0x4b485631
+
+// label is the configuration partition's, at labelAt in its first sector.
+const (
+	label   = "KEYHAVEN"
+	labelAt = 43
+)
 
 // Where things are on an appliance.
 const (
@@ -309,17 +317,33 @@ func (s *Slots) Reboot() error {
 
 // checkDisk makes sure that the disk is one of ours.
 func (s *Slots) checkDisk() error {
-	dev, err := s.m.open(0, false)
+	mbr, err := s.firstSector(0)
 	if err != nil {
-		return fmt.Errorf("%w: %w", ErrCard, err)
+		return err
 	}
-	defer dev.Close()
-	var mbr [512]byte
-	if _, err := dev.ReadAt(mbr[:], 0); err != nil {
-		return fmt.Errorf("%w: read the partition table: %w", ErrCard, err)
+	got := binary.LittleEndian.Uint32(mbr[440:])
+	if got == Signature && mbr[510] == 0x55 && mbr[511] == 0xaa {
+		return nil
 	}
-	if got := binary.LittleEndian.Uint32(mbr[440:]); got != Signature || mbr[510] != 0x55 || mbr[511] != 0xaa {
-		return fmt.Errorf("%w: disk %s has signature %#x, not %#x; nothing was written", ErrNoAppliance, s.boot.Disk, got, uint32(Signature))
+	head, err := s.firstSector(partConfig)
+	if err != nil {
+		return err
+	}
+	if mbr[510] != 0x55 || mbr[511] != 0xaa || string(head[labelAt:labelAt+len(label)]) != label {
+		return fmt.Errorf("%w: disk %s has signature %#x, not %#x, and no partition %s; nothing was written", ErrNoAppliance, s.boot.Disk, got, uint32(Signature), label)
 	}
 	return nil
+}
+
+// firstSector reads the beginning of a partition, or with 0 of the disk.
+func (s *Slots) firstSector(part int) (b [sector]byte, err error) {
+	dev, err := s.m.open(part, false)
+	if err != nil {
+		return b, fmt.Errorf("%w: %w", ErrCard, err)
+	}
+	defer dev.Close()
+	if _, err := dev.ReadAt(b[:], 0); err != nil {
+		return b, fmt.Errorf("%w: read the beginning of partition %d: %w", ErrCard, part, err)
+	}
+	return b, nil
 }

@@ -200,6 +200,17 @@ func TestForeignDisk(t *testing.T) {
 	}
 }
 
+// Windows puts a signature of its own on a card when it sees two with the same. Such a card starts, and is updated as well.
+func TestSignatureOfAnotherSystem(t *testing.T) {
+	c := newCard(t, system(t, "1.0.0"), system(t, "2.0.0"), PartA, PartA)
+	c.medium[440] ^= 1
+	copy(c.medium[c.layout(partConfig).start+labelAt:], label)
+	next := system(t, "3.0.0")
+	if err := c.slots().WriteIdle(t.Context(), bytes.NewReader(next), slotSize, nil); err != nil || !bytes.Equal(c.slotBytes(PartB), next) {
+		t.Errorf("got %v", err)
+	}
+}
+
 // What an independent writer of FAT16 made is read.
 func TestReadInfoOfAnotherWriter(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "slot.img")
