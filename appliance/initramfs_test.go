@@ -35,6 +35,7 @@ sleep() { :; }
 func TestDataPartitionIsNotGivenUp(t *testing.T) {
 	t.Parallel()
 	const whole, gone = "\x53\xef", "\x00\x00"
+	const badCard = `[ "$1" = -p ] || echo FORCED; echo "Error reading block 1027 (Input/output error)."; return 4`
 	for name, c := range map[string]struct {
 		magic, autoboot   string
 		check, ext4, read string // functions' bodies
@@ -43,7 +44,8 @@ func TestDataPartitionIsNotGivenUp(t *testing.T) {
 		"sound":               {whole, "2", "return 0", "true", "", "mounted ext4", "made anew"},
 		"repaired":            {whole, "2", `[ "$1" != -p ] || return 4`, "true", "", "has been repaired", "made anew"},
 		"beyond repair":       {whole, "2", "return 8", "true", "", "left as it is", "made anew"},
-		"the card fails":      {whole, "2", `[ "$1" = -p ] || echo FORCED; echo "Error reading block 1027 (Input/output error)."; return 4`, "true", "", "left as it is", "FORCED"},
+		"the card fails":      {whole, "2", badCard, "true", "", "mounted ext4\nnote: Parts of the data partition cannot be read", "FORCED"},
+		"the card fails more": {whole, "2", badCard, "true", "attach() { false; }", "left as it is", "FORCED"},
 		"no program to check": {whole, "2", "return 127", "true", "", "left as it is", "made anew"},
 		"a kernel without it": {whole, "2", "return 0", "false", "", "left as it is", "made anew"},
 		"nothing is left":     {gone, "2", "return 8", "true", "", "has been made anew", "left as it is"},

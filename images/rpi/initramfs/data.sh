@@ -37,13 +37,17 @@ make_data() {
 }
 
 # mount_data mounts the data partition, repaired if need be. It is made anew only if nothing of it is left, and never by a
-# version on trial, which may be what is broken: the identity is on it. Otherwise memory stands in for it, and it stays as it is.
+# version on trial, which may be what is broken: the identity is on it. Where the card fails it is mounted unchecked, if that
+# goes: the kernel stops writing at the first error. Otherwise memory stands in for it, and it stays as it is.
 # It then lets the file system grow into its partition, mounted, as the kernel does that under its journal.
 mount_data() { # where, configuration partition
 	if ! { repair && attach "$1"; }; then
 		sleep 5
 		if repair && attach "$1"; then
 			:
+		elif card_fails && attach "$1"; then # what the device knows can be read, most likely
+			note "Parts of the data partition cannot be read, so that it could not be checked. Replace the card, and give the device a new join token."
+			return
 		elif is_default "$2" && has_ext4 && lost && make_data && attach "$1"; then
 			note "The data partition was beyond repair and has been made anew. This device needs a new join token."
 		else
