@@ -142,7 +142,7 @@ shift
 [ $# -eq 0 ] || { unit=${1%.service}.service; link=/etc/systemd/system/multi-user.target.wants/$unit; }
 case $verb in
 daemon-reload) ;;
-is-active) [ -f "/active/$unit" ] ;;
+is-active) if [ -f "/active/$unit" ]; then echo active; else echo inactive; exit 3; fi ;;
 is-enabled) if [ -L "$link" ]; then echo enabled; else echo disabled; exit 1; fi ;;
 enable) mkdir -p "${link%/*}"; ln -sf "/usr/lib/systemd/system/$unit" "$link"; [ -z "$now" ] || : >"/active/$unit" ;;
 disable) rm -f "$link"; [ -z "$now" ] || rm -f "/active/$unit" ;;
