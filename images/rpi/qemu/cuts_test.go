@@ -17,6 +17,7 @@ import (
 	"sync"
 	"testing"
 	"time"
+	"unsafe"
 
 	"github.com/keyhaven/keyhaven/internal/lab"
 	"github.com/keyhaven/keyhaven/internal/testnet"
@@ -57,6 +58,7 @@ func TestCutsUpdate(t *testing.T) {
 	must(t, r.PowerCut())
 	must(t, h.EdgeProc.Stop())
 
+	firmwareCuts(t, record)
 	next := shortDir(t)
 	h.publish(t, updateKey(), h.release(t, filepath.Join(next, "stable"), updateKey(), is(nextVersion), nil))
 	h.bootCuts(t, "update", choose(t, record, *cutsFlag), []string{old.Version, newVersion}, next, func(int) string { return h.Path("edge-state.db") })
@@ -102,6 +104,54 @@ func TestCutsFirstBoot(t *testing.T) {
 		}
 		return h.Path("edge-state.db")
 	})
+}
+
+// firmwareCuts looks at the card after every single operation of an update, with each way to lose what was not flushed: what
+// the firmware would start is the whole old slot or the whole new one.
+func firmwareCuts(t *testing.T, r *Record) {
+	t.Helper()
+	ops := r.Ops()
+	parts, err := r.before.Partitions()
+	must(t, err)
+	in := func(d *Disk, part int) (sum uint64) { // tells the blocks apart that were written in a partition, by where they lie in memory
+		p := parts[part-1]
+		for no, blk := range d.blocks {
+			if off := no * blockSize; off >= p.Off && off < p.Off+p.Size {
+				x := uint64(no)*0x9e3779b97f4a7c15 ^ uint64(uintptr(unsafe.Pointer(&blk[0])))*0xc2b2ae3d27d4eb4f
+				x = (x ^ x>>31) * 0xff51afd7ed558ccd
+				sum ^= x ^ x>>33
+			}
+		}
+		return sum
+	}
+	end, err := r.At(len(ops), Kept, 0)
+	must(t, err)
+	whole := map[int][]uint64{}
+	for _, part := range []int{2, 3} {
+		whole[part] = []uint64{in(r.before, part), in(end, part)}
+	}
+	started := map[uint64]int{} // what the firmware starts, by the contents of the configuration partition
+	came := map[int]int{}
+	for n := range len(ops) + 1 {
+		for _, cut := range []Cut{Kept, Lost, Torn} {
+			d, err := r.At(n, cut, uint64(n))
+			must(t, err)
+			config := in(d, 1)
+			part, ok := started[config]
+			if !ok {
+				if part, err = defaultSlot(d); err != nil {
+					t.Errorf("after operation %d, %v: the firmware finds nothing to start: %v", n, cut, err)
+				}
+				started[config] = part
+			}
+			came[part]++
+			if part != 0 && !slices.Contains(whole[part], in(d, part)) {
+				t.Errorf("after operation %d, %v: the firmware starts partition %d, which is not whole", n, cut, part)
+			}
+		}
+	}
+	figure(t, "power cuts, update, for the firmware", float64(3*(len(ops)+1)), "states", "old_slot", came[2], "new_slot", came[3],
+		"configurations", len(started))
 }
 
 // enrolled reports whether the edge knows a connector of the tunnel.
@@ -205,7 +255,7 @@ type outcome struct {
 func (h *host) bootCuts(t *testing.T, during string, states []state, versions []string, next string, edgeState func(op int) string) {
 	t.Helper()
 	queue := make(chan int, len(states))
-	for i := range states {
+	for _, i := range rand.New(rand.NewPCG(1, 1)).Perm(len(states)) { // so that a run that is broken off has seen something of all
 		queue <- i
 	}
 	close(queue)
