@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
 
 	"github.com/keyhaven/keyhaven/internal/notify"
 )
@@ -49,6 +50,15 @@ func succeed(as string) error {
 	}
 	if !p.Succeeds() || os.Getenv(variable) != "" {
 		return errors.New("no predecessor, or its variable is left for others to see")
+	}
+	fds := []int{3, 4}
+	for _, s := range p.left {
+		fds = append(fds, s.FD)
+	}
+	for _, fd := range fds {
+		if flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); err != nil || flags&unix.FD_CLOEXEC == 0 {
+			return fmt.Errorf("descriptor %d would be inherited by every program that this one starts: %v", fd, err)
+		}
 	}
 	if as == "hangs" {
 		<-ctx.Done()
