@@ -88,19 +88,25 @@ func (c *Config) completeSystem(fault faultFunc) {
 		return
 	}
 	for i, s := range c.NTP {
-		if !isHost(s) {
+		if c.NTP[i] = host(s); c.NTP[i] == "" {
 			fault(fmt.Sprintf("ntp[%d]", i), "%q is no time server; write its name or address, such as pool.ntp.org", curtail(s))
 		}
 	}
 }
 
-// isHost reports whether s is an address or a host name.
-func isHost(s string) bool {
+// host is an address, or a host name as programs take it, of plain letters; empty if s is neither.
+func host(s string) string {
 	if a, err := netip.ParseAddr(s); err == nil {
-		return a.Zone() == ""
+		if a.Zone() != "" {
+			return ""
+		}
+		return a.String()
 	}
 	name, err := vnet.CanonicalHost(s)
-	return err == nil && !strings.HasPrefix(name, "*.")
+	if err != nil || strings.HasPrefix(name, "*.") {
+		return ""
+	}
+	return name
 }
 
 func (c *Config) completeWiFi(fault faultFunc) {
