@@ -98,6 +98,7 @@ const (
 )
 
 func TestDetect(t *testing.T) {
+	t.Parallel()
 	b := newBed(t, release())
 	script := b.script()
 	for name, shell := range shells(t) {
@@ -143,6 +144,7 @@ func TestDetect(t *testing.T) {
 
 // A package is preferred where the system has a package manager and the repository its architecture.
 func TestChoose(t *testing.T) {
+	t.Parallel()
 	b := newBed(t, release())
 	script := b.script()
 	dash := shells(t)["dash"]
@@ -198,6 +200,7 @@ printf '%s' "$token" >"$OUT/token"
 `
 
 func TestInstall(t *testing.T) {
+	t.Parallel()
 	const canary = "khj1_canary-of-this-test"
 	files := release()
 	files[programPrefix+"amd64"] = fakeProgram
@@ -275,6 +278,7 @@ func TestInstall(t *testing.T) {
 }
 
 func TestInstallFaults(t *testing.T) {
+	t.Parallel()
 	files := release()
 	files[programPrefix+"amd64"] = fakeProgram
 	files[programPrefix+"arm64"] = "#!/bin/sh\nexit 132\n"
@@ -339,6 +343,7 @@ func TestInstallFaults(t *testing.T) {
 
 // A script that was cut short at any byte does nothing, not even find out where it is.
 func TestCutShort(t *testing.T) {
+	t.Parallel()
 	b := newBed(t, release())
 	script := b.script()
 	bin := newTools(t)
@@ -374,6 +379,7 @@ func TestCutShort(t *testing.T) {
 
 // As people start it: through a pipe, from a real web server, over TLS.
 func TestPipe(t *testing.T) {
+	t.Parallel()
 	files := release()
 	files[programPrefix+"amd64"] = fakeProgram
 	b := newBed(t, files)
