@@ -96,13 +96,9 @@ func (m *model) cleanOpsLocked(f Cleaned) []state.Op {
 // cleanableLocked returns what a cleanup removes, connectors first.
 func (c *Control) cleanableLocked(s CleanupSpec) ([]Cleaned, error) {
 	m, now := c.model, c.now()
-	only := ""
-	if s.Tunnel != "" {
-		t, err := m.tunnelLocked(s.Tunnel)
-		if err != nil {
-			return nil, err
-		}
-		only = t.ID
+	only, err := m.tunnelIDLocked(s.Tunnel)
+	if err != nil {
+		return nil, err
 	}
 	found, pinned := []Cleaned{}, m.pinnedLocked()
 	for _, k := range m.connectors {

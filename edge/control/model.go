@@ -376,3 +376,12 @@ func (m *model) tunnelLocked(ref string) (Tunnel, error) {
 	}
 	return Tunnel{}, refusal(CodeNotFound, "'tunnel list' shows those that there are", "there is no tunnel %q", clip(ref))
 }
+
+// tunnelIDLocked returns the id of the tunnel ref (name or id), or "" for all of them if ref is empty.
+func (m *model) tunnelIDLocked(ref string) (string, error) {
+	if ref == "" {
+		return "", nil
+	}
+	t, err := m.tunnelLocked(ref)
+	return t.ID, err
+}

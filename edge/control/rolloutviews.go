@@ -63,13 +63,9 @@ func (c *Control) Devices(ref string) ([]DeviceView, error) {
 	m := c.model
 	m.mu.RLock()
 	defer m.mu.RUnlock()
-	only := ""
-	if ref != "" {
-		t, err := m.tunnelLocked(ref)
-		if err != nil {
-			return nil, err
-		}
-		only = t.ID
+	only, err := m.tunnelIDLocked(ref)
+	if err != nil {
+		return nil, err
 	}
 	list := make([]DeviceView, 0, len(m.devices))
 	up := c.upLocked()

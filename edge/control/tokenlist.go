@@ -34,13 +34,9 @@ func (c *Control) Tokens(ref string) ([]TokenView, error) {
 	m := c.model
 	m.mu.RLock()
 	defer m.mu.RUnlock()
-	only := ""
-	if ref != "" {
-		t, err := m.tunnelLocked(ref)
-		if err != nil {
-			return nil, err
-		}
-		only = t.ID
+	only, err := m.tunnelIDLocked(ref)
+	if err != nil {
+		return nil, err
 	}
 	list := []TokenView{}
 	now := c.now()
