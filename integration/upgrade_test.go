@@ -40,16 +40,16 @@ func oldTree(t *testing.T) string {
 	return dir
 }
 
-// A fleet is a directory of programs, each of which is the old or the new one. Commands of an edge are always the new one's.
-type fleet struct {
+// A mixture is a directory of programs, each of which is the old or the new one. Commands of an edge are always the new one's.
+type mixture struct {
 	dir string
 	old string // directory of the old programs
 }
 
-func newFleet(t *testing.T) *fleet {
+func newMixture(t *testing.T) *mixture {
 	t.Helper()
 	tree := oldTree(t)
-	f := &fleet{dir: t.TempDir(), old: filepath.Join(tree, "bin")}
+	f := &mixture{dir: t.TempDir(), old: filepath.Join(tree, "bin")}
 	for _, prog := range []string{"keyserver", "connector", "edge"} {
 		cmd := exec.Command("go", "build", "-race", "-buildvcs=false", "-o", filepath.Join(f.old, "keyhaven-"+prog), "./cmd/"+prog)
 		cmd.Dir = tree
@@ -62,7 +62,7 @@ func newFleet(t *testing.T) *fleet {
 }
 
 // put makes a program the old or the new one, from its next start on.
-func (f *fleet) put(t *testing.T, prog string, old bool) {
+func (f *mixture) put(t *testing.T, prog string, old bool) {
 	t.Helper()
 	from := bin
 	if old {
@@ -84,7 +84,7 @@ const (
 //
 //	visitor ── edge 203.0.113.1 ── connectors a and a2 in site a, key servers ks1 and ks2
 func TestUpgrade(t *testing.T) {
-	f := newFleet(t)
+	f := newMixture(t)
 	for _, prog := range []string{theKeyServer, theConnector, theEdge} {
 		f.put(t, prog, true)
 	}
