@@ -258,7 +258,11 @@ func fromKubernetes(rest string) bool {
 	return rest == "PORT" || strings.HasPrefix(rest, "PORT_") || rest == "SERVICE_HOST" || strings.HasPrefix(rest, "SERVICE_PORT")
 }
 
-var yamlLine = regexp.MustCompile(`line (\d+): (.*)`)
+var (
+	yamlLine = regexp.MustCompile(`line (\d+): (.*)`)
+	// fromZero matches what the parser says with lines that it counts from 0; its scanner counts from 1.
+	fromZero = regexp.MustCompile(`^did not find expected (<document start>|node content|key|'-' indicator|',' or '[]}]')`)
+)
 
 // read reads the file and checks it against t.
 func (f *File) read(t reflect.Type) (map[string]any, error) {
@@ -329,9 +333,11 @@ func (f *File) syntax(err error) *Error {
 		e.Line, _ = strconv.Atoi(m[1])
 		reason = m[2]
 	}
+	if fromZero.MatchString(reason) {
+		e.Line++
+	}
 	if strings.Contains(reason, "expected <document start>") {
 		reason = "this line belongs to nothing before it; keys of one group start in the same column"
-		e.Line++ // the parser counts from 0 here
 	}
 	e.Msg = "not valid YAML: " + reason
 	return e

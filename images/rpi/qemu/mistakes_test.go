@@ -33,7 +33,7 @@ func TestMistakes(t *testing.T) {
 		wrong func(*testing.T) string // the file that is on the card
 		says  []string                // what the status file says, among others
 	}{
-		{"broken YAML", text("hostname: petcam\ncamera: {hostname: [cam\n"), []string{"keyhaven.yaml:1", "not valid YAML"}},
+		{"broken YAML", text("hostname: petcam\ncamera: {hostname: [cam\n"), []string{"keyhaven.yaml:2", "not valid YAML"}},
 		{"unknown key", text("hostname: petcam\ntokn: khj1_x\n"), []string{"keyhaven.yaml:2", "tokn: unknown key; did you mean token?"}},
 		{"wrong Wi-Fi country", text("hostname: petcam\nwifi: {country: XX, ssid: Home, password: secret-of-the-wifi}\n"), []string{"XX", "no country code"}},
 		{"expired token", expired, []string{"TOKEN WAS REFUSED", "expired"}},
