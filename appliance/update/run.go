@@ -258,7 +258,10 @@ func (e *Engine) due(l *looks) bool {
 		d = e.c.Directive()
 	}
 	if d != l.directive {
-		l.directive, l.next = d, time.Now().Add(chance(e.c.Timing.Start))
+		if e.news(l.directive, d) {
+			l.next = time.Now().Add(chance(e.c.Timing.Start))
+		}
+		l.directive = d
 	}
 	up := e.c.Healthy == nil || e.c.Healthy()
 	if up {
@@ -287,6 +290,14 @@ func (e *Engine) due(l *looks) bool {
 	}
 	e.say("")
 	return true
+}
+
+// news reports whether a directive is a reason to ask the source soon. The first after a start is none to try again at once
+// what failed before it.
+func (e *Engine) news(before, d fleet.Directive) bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return before != fleet.Directive{} || e.rec.Failures == 0 || d.Policy == fleet.Update && bundle.Compare(d.Version, e.rec.Target) != 0
 }
 
 func byRollout(d fleet.Directive) string {
