@@ -359,6 +359,43 @@ func TestDirectiveChanges(t *testing.T) {
 	})
 }
 
+// The first directive after a start, which comes once the tunnel is up, has what failed before not tried again at once; one for
+// another version has that tried.
+func TestFirstDirective(t *testing.T) {
+	for name, c := range map[string]struct {
+		directive fleet.Directive
+		waits     bool
+	}{
+		"free":                       {fleet.Directive{Policy: fleet.Free}, true},
+		"update to what failed":      {fleet.Directive{Policy: fleet.Update, Version: "1.1.0"}, true},
+		"update to something better": {fleet.Directive{Policy: fleet.Update, Version: "1.1.1"}, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				m, p := newMachine("1.0.0"), newPublisher(t)
+				p.publish(t, "1.1.0", 100)
+				trial(t, m, p, func(time.Duration) bool { return false })
+				p.publish(t, "1.1.1", 100)
+				began := time.Now()
+				e := m.engine(t, p, func(k *Config) {
+					k.Directive = func() fleet.Directive {
+						if time.Since(began) < 20*time.Second {
+							return fleet.Directive{}
+						}
+						return c.directive
+					}
+				})
+				if err := runFor(t, e, time.Hour); !errors.Is(err, ErrRestart) {
+					t.Fatal(err)
+				}
+				if d := time.Since(began); d < 5*time.Minute != !c.waits || d > 10*time.Minute {
+					t.Errorf("tried again after %v", d)
+				}
+			})
+		})
+	}
+}
+
 // Without a tunnel a device waits for a day: a trial could only fail. Then it tries, since the update may be the remedy.
 func TestOffline(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
