@@ -26,6 +26,7 @@ import (
 var (
 	cutsFlag  = flag.Int("cuts", 50, "how many different states of the card to boot at least, for first boot and for the update each")
 	lanesFlag = flag.Int("lanes", runtime.NumCPU(), "how many machines run at once")
+	killsFlag = flag.Int("kills", 8, "how often QEMU is killed during an update")
 	laterFlag = flag.Int("later", 8, "of that many states one is updated afterwards")
 )
 
@@ -421,7 +422,7 @@ func TestKills(t *testing.T) {
 	first := h.release(t, stable, updateKey(), is(newVersion), nil)
 	h.publish(t, updateKey(), first)
 	disk := h.personalise(t, cutYAML+sourceYAML, file)
-	for kill := range 8 {
+	for kill := range *killsFlag {
 		r := h.switchOn(t, Machine{Disk: disk, Append: quickGate})
 		after := time.Duration((10 + 110*rand.Float64()) * float64(time.Second))
 		select {

@@ -47,6 +47,22 @@ func readSlotInfo(d *Disk, part int) (i slotInfo, err error) {
 	return i, err
 }
 
+// changeInfo changes a slot's slot.json and returns what it says then.
+func changeInfo(f *FAT, change func(*slotInfo)) (i slotInfo, err error) {
+	b, err := f.Read("slot.json")
+	if err != nil {
+		return i, err
+	}
+	if err := json.Unmarshal(b, &i); err != nil {
+		return i, err
+	}
+	change(&i)
+	if b, err = json.Marshal(i); err != nil {
+		return i, err
+	}
+	return i, f.Write("slot.json", b)
+}
+
 // version is what runs on the machine.
 func version(r *Run) (string, error) {
 	boots := r.History()
@@ -66,14 +82,8 @@ func (h *host) release(t *testing.T, dir, key string, info func(*slotInfo), chan
 	raw := filepath.Join(shortDir(t), "slot.img")
 	fat, err := Extract(open(t, image(t)), 2, raw)
 	must(t, err)
-	b, err := fat.Read("slot.json")
+	i, err := changeInfo(fat, info)
 	must(t, err)
-	var i slotInfo
-	must(t, json.Unmarshal(b, &i))
-	info(&i)
-	b, err = json.Marshal(i)
-	must(t, err)
-	must(t, fat.Write("slot.json", b))
 	if change != nil {
 		must(t, change(fat))
 	}

@@ -4,7 +4,14 @@ package qemu
 
 import (
 	"encoding/binary"
+	"errors"
+	"fmt"
 	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strconv"
 	"testing"
 	"time"
 
@@ -47,4 +54,44 @@ func timeServer(t *testing.T, ns *testnet.Namespace) {
 			c.WriteTo(out, from)
 		}
 	}()
+}
+
+// epochLine matches what a list of files says of the file whose time systemd moves an earlier clock to.
+var epochLine = regexp.MustCompile(`(?m)^usr/lib/clock-epoch [A-Z] (\d+) `)
+
+// setBuilt makes a slot one that was built at another time.
+func setBuilt(f *FAT, dir string, built time.Time) error {
+	if _, err := changeInfo(f, func(i *slotInfo) { i.Built = built.Format(time.RFC3339) }); err != nil {
+		return err
+	}
+	b, err := f.Read("root.squashfs")
+	if err != nil {
+		return err
+	}
+	was, list, is := filepath.Join(dir, "was"), filepath.Join(dir, "list"), filepath.Join(dir, "is")
+	if err := os.WriteFile(was, b, 0o600); err != nil {
+		return err
+	}
+	if out, err := exec.Command("unsquashfs", "-pf", list, was).CombinedOutput(); err != nil {
+		return fmt.Errorf("unsquashfs: %w: %s", err, out)
+	}
+	if b, err = os.ReadFile(list); err != nil {
+		return err
+	}
+	at, now := epochLine.FindSubmatchIndex(b), strconv.FormatInt(built.Unix(), 10)
+	if at == nil || at[3]-at[2] != len(now) {
+		return errors.New("the root file system has no usr/lib/clock-epoch, or of another century")
+	}
+	copy(b[at[2]:], now)
+	if err := os.WriteFile(list, b, 0o600); err != nil {
+		return err
+	}
+	out, err := exec.Command("mksquashfs", "-", is, "-pf", list, "-quiet", "-no-progress", "-comp", "zstd", "-Xcompression-level", "3").CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("mksquashfs: %w: %s", err, out)
+	}
+	if b, err = os.ReadFile(is); err != nil {
+		return err
+	}
+	return f.Write("root.squashfs", b)
 }
