@@ -257,11 +257,11 @@ func TestBadSlots(t *testing.T) {
 			awaitStatus(t, r, 2*time.Minute, "CONNECTED", old.Version, newVersion, c.says, "it is tried once more")
 			h.awaitFleet(t, r, "rolled_back")
 			screenshot(t, r, "rolled-back")
-			time.Sleep(time.Minute) // it does not try the same again at once
-			if err := trials(r, 2); err == nil {
-				t.Error("the version that failed was tried again at once")
-			}
 			if c.again {
+				time.Sleep(time.Minute) // it does not try the same again at once
+				if err := trials(r, 2); err == nil {
+					t.Error("the version that failed was tried again at once")
+				}
 				h.wayBack(t, r, c.name, 2)
 				awaitStatus(t, r, 2*time.Minute, "CONNECTED", old.Version, newVersion, "it is not tried again until there is a newer one")
 				h.awaitFleet(t, r, "rolled_back")
