@@ -424,7 +424,7 @@ func TestKills(t *testing.T) {
 	disk := h.personalise(t, cutYAML+sourceYAML, file)
 	for kill := range *killsFlag {
 		r := h.switchOn(t, Machine{Disk: disk, Append: quickGate})
-		after := time.Duration((10 + 110*rand.Float64()) * float64(time.Second))
+		after := time.Duration((20 + 180*rand.Float64()) * float64(time.Second)) // an update begins after 90 s or so, and is kept 90 s later
 		select {
 		case <-time.After(after):
 		case <-t.Context().Done():
