@@ -86,7 +86,8 @@ func (l *load) dial(ctx context.Context, i int) (c net.Conn, err error) {
 	began := time.Now()
 	for try := range 600 {
 		c, err = l.w.visitor.Dial(ctx, l.edges[(i+try)%len(l.edges)])
-		if !errors.Is(err, syscall.ECONNREFUSED) {
+		// A listener that is closed resets what it has not yet taken: that too is known before anything was sent.
+		if !errors.Is(err, syscall.ECONNREFUSED) && !errors.Is(err, syscall.ECONNRESET) {
 			break
 		}
 		if try%len(l.edges) == len(l.edges)-1 {
