@@ -11,6 +11,7 @@ import (
 	"github.com/keyhaven/keyhaven/appliance/camera"
 	"github.com/keyhaven/keyhaven/connector"
 	"github.com/keyhaven/keyhaven/ingressconf"
+	"github.com/keyhaven/keyhaven/internal/conf"
 	"github.com/keyhaven/keyhaven/mtls"
 	"github.com/keyhaven/keyhaven/vnet"
 )
@@ -403,29 +404,9 @@ func curtail(s string) string {
 func nearestOf(name string, list []string) string {
 	best, dist := "", max(2, len(name)/3)+1
 	for _, k := range list {
-		if d := distance(strings.ToLower(name), strings.ToLower(k)); d < dist {
+		if d := conf.Distance(strings.ToLower(name), strings.ToLower(k)); d < dist {
 			best, dist = k, d
 		}
 	}
 	return best
-}
-
-// distance is the number of letters in which a and b differ (Levenshtein).
-func distance(a, b string) int {
-	row := make([]int, len(b)+1)
-	for j := range row {
-		row[j] = j
-	}
-	for i := range len(a) {
-		prev := row[0]
-		row[0] = i + 1
-		for j := range len(b) {
-			cost := 1
-			if a[i] == b[j] {
-				cost = 0
-			}
-			prev, row[j+1] = row[j+1], min(row[j+1]+1, row[j]+1, prev+cost)
-		}
-	}
-	return row[len(b)]
 }

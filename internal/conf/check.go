@@ -269,15 +269,15 @@ func suggestEnv(name string, known map[string]reflect.Type) string {
 func nearest(name string, known map[string]reflect.Type) string {
 	best, dist := "", 3
 	for k := range known {
-		if d := distance(name, k); d < dist || d == dist && k < best {
+		if d := Distance(name, k); d < dist || d == dist && k < best {
 			best, dist = k, d
 		}
 	}
 	return best
 }
 
-// distance is the Levenshtein distance of two short names.
-func distance(a, b string) int {
+// Distance is the Levenshtein distance of two short names: the number of letters in which they differ.
+func Distance(a, b string) int {
 	row := make([]int, len(b)+1)
 	for j := range row {
 		row[j] = j
