@@ -51,12 +51,12 @@ func newMachine(t *testing.T) *machine {
 	t.Helper()
 	dir := t.TempDir()
 	m := &machine{t, filepath.Join(dir, "root")}
-	for _, d := range []string{"upper", "work", "root"} {
+	for _, d := range []string{"upper", "scratch", "root"} {
 		if err := os.Mkdir(filepath.Join(dir, d), 0o755); err != nil {
 			t.Fatal(err)
 		}
 	}
-	options := fmt.Sprintf("lowerdir=%s,upperdir=%s/upper,workdir=%s/work", tree, dir, dir)
+	options := fmt.Sprintf("lowerdir=%s,upperdir=%s/upper,workdir=%s/scratch", tree, dir, dir)
 	if err := syscall.Mount("overlay", m.root, "overlay", 0, options); err != nil {
 		t.Fatalf("overlay: %v", err)
 	}

@@ -1,6 +1,6 @@
 #!/bin/bash
 # Makes the builder, a root file system with the suite's tools, and runs a command in it with the sources at /src, the work
-# directory at /work and the package cache at /debs. Called inside the namespaces that build sets up, as their root:
+# directory at /stage and the package cache at /debs. Called inside the namespaces that build sets up, as their root:
 #
 #   builder.sh ROOT LOCK DEBS SRC WORK COMMAND...
 set -euo pipefail
@@ -36,9 +36,9 @@ if [ "$(cat "$root/.stamp" 2>/dev/null)" != "$stamp" ]; then
 fi
 exec 9>&-
 
-mkdir -p "$root/src" "$root/work" "$root/debs"
+mkdir -p "$root/src" "$root/stage" "$root/debs"
 mount --bind "$src" "$root/src"
-mount --bind "$work" "$root/work"
+mount --bind "$work" "$root/stage"
 mount --bind "$debs" "$root/debs"
 mount --rbind /dev "$root/dev"
 mount -t proc proc "$root/proc" 2>/dev/null || mount --rbind /proc "$root/proc"

@@ -4,14 +4,14 @@
 # A lock file has a line for each package: use, package, version, SHA-256, size, path below the mirror. Uses are "install" and
 # "unpack".
 
-# The mirrors. Those of a Debian host are taken from it.
+# The mirrors. Those of a Debian host are taken from it; elsewhere MIRROR has to name one.
 host_mirror() { # label
 	apt-get indextargets --format '$(REPO_URI)' 'Origin: Debian' "Label: $1" 2>/dev/null | sed -n '1s|/$||p'
 }
 mirror=${MIRROR:-$(host_mirror Debian)}
-mirror=${mirror:-http://deb.debian.org/debian}
-security=${SECURITY_MIRROR:-$(host_mirror Debian-Security)}
-security=${security:-http://deb.debian.org/debian-security}
+[ -n "$mirror" ] || { echo "image: apt has no sources of Debian on this machine: name a mirror of Debian with MIRROR=http://HOST/debian" >&2; exit 1; }
+security=${SECURITY_MIRROR:-$([ -n "${MIRROR:-}" ] || host_mirror Debian-Security)}
+security=${security:-$mirror-security} # where mirrors have it
 keyring=/usr/share/keyrings/debian-archive-keyring.gpg
 
 say() { echo "image: $*" >&2; }

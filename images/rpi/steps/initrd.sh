@@ -1,9 +1,9 @@
 #!/bin/bash
-# The initramfs, in the builder: /work/initrd.img. Our init, busybox, the modules that a card may hang on, and the programs that
+# The initramfs, in the builder: /stage/initrd.img. Our init, busybox, the modules that a card may hang on, and the programs that
 # look after the file systems, with the libraries they were linked to.
 set -euo pipefail
 trap 'echo "image: ${0##*/} failed at line $LINENO" >&2' ERR
-root=/work/root tree=/work/initrd release=$(cat /work/kernel-release)
+root=/stage/root tree=/stage/initrd release=$(cat /stage/kernel-release)
 rm -rf "$tree"
 mkdir -p "$tree"/{dev,proc,sys,run,new,slot,etc,usr/bin,usr/lib}
 ln -s usr/bin "$tree/bin"
@@ -11,7 +11,7 @@ ln -s usr/bin "$tree/sbin"
 ln -s usr/lib "$tree/lib"
 install -m 755 /src/initramfs/init "$tree/init"
 install -m 644 /src/initramfs/*.sh "$tree/etc/"
-install -m 755 /work/unpacked/usr/bin/busybox "$tree/bin/busybox"
+install -m 755 /stage/unpacked/usr/bin/busybox "$tree/bin/busybox"
 for applet in sh modprobe; do ln -s busybox "$tree/bin/$applet"; done
 ln -s ../proc/mounts "$tree/etc/mtab"
 
@@ -40,9 +40,9 @@ done
 (cd "$root" && { find usr/lib usr/lib64 -maxdepth 1 -name "ld-linux*" 2>/dev/null || true; } | cpio --quiet -pdm "$tree")
 [ ! -e "$tree/usr/lib64" ] || ln -s usr/lib64 "$tree/lib64"
 
-/src/steps/modules.sh /work/unpacked "$release" /src/modules.initrd "$tree"
+/src/steps/modules.sh /stage/unpacked "$release" /src/modules.initrd "$tree"
 # busybox reads the text forms.
 rm -f "$tree/usr/lib/modules/$release"/*.bin
 
 find "$tree" -exec touch -h -d "@$SOURCE_DATE_EPOCH" {} +
-(cd "$tree" && find . -mindepth 1 -print0 | LC_ALL=C sort -z | cpio -0 --quiet -o -H newc --reproducible -R 0:0) | gzip -9n >/work/initrd.img
+(cd "$tree" && find . -mindepth 1 -print0 | LC_ALL=C sort -z | cpio -0 --quiet -o -H newc --reproducible -R 0:0) | gzip -9n >/stage/initrd.img

@@ -1,18 +1,18 @@
 #!/bin/bash
-# A slot, in the builder: /work/slot.img, a FAT16 volume with all that a boot needs. It is the unit of an update.
+# A slot, in the builder: /stage/slot.img, a FAT16 volume with all that a boot needs. It is the unit of an update.
 set -euo pipefail
 trap 'echo "image: ${0##*/} failed at line $LINENO" >&2' ERR
 . /src/steps/arch.sh
-tree=/work/slot release=$(cat /work/kernel-release)
+tree=/stage/slot release=$(cat /stage/kernel-release)
 rm -rf "$tree"
 mkdir "$tree"
-raspi=/work/unpacked/usr/lib/raspi-firmware
+raspi=/stage/unpacked/usr/lib/raspi-firmware
 for file in $firmware; do cp "$raspi/$file" "$tree/"; done
-[ -z "$firmware" ] || cp /work/unpacked/usr/share/doc/raspi-firmware/copyright "$tree/firmware-copyright.txt"
+[ -z "$firmware" ] || cp /stage/unpacked/usr/share/doc/raspi-firmware/copyright "$tree/firmware-copyright.txt"
 
 boards=$virtual
 for pattern in $dtbs; do
-	for dir in "/work/unpacked/usr/lib/linux-image-$release" "/work/unpacked/usr/lib/modules/$release/dtb" "/work/unpacked/usr/lib/modules/$release/dtbs"; do
+	for dir in "/stage/unpacked/usr/lib/linux-image-$release" "/stage/unpacked/usr/lib/modules/$release/dtb" "/stage/unpacked/usr/lib/modules/$release/dtbs"; do
 		for dtb in "$dir"/$pattern; do
 			[ -e "$dtb" ] || continue
 			cp "$dtb" "$tree/"
@@ -23,14 +23,14 @@ for pattern in $dtbs; do
 done
 [ -z "$dtbs" ] || [ "$boards" != "$virtual" ] || { echo "image: the kernel package has none of the device trees $dtbs" >&2; exit 1; }
 
-kernel_image=$(find /work/unpacked -name 'vmlinuz*' -type f)
+kernel_image=$(find /stage/unpacked -name 'vmlinuz*' -type f)
 case $ARCH in
 arm64) # The firmware unpacks it.
 	gzip -9nc "$kernel_image" >"$tree/$kernel_name" ;;
 *) cp "$kernel_image" "$tree/$kernel_name" ;;
 esac
-cp /work/initrd.img "$tree/initrd.img"
-mv /work/root.squashfs "$tree/root.squashfs"
+cp /stage/initrd.img "$tree/initrd.img"
+mv /stage/root.squashfs "$tree/root.squashfs"
 
 {
 	echo "# Keyhaven $VERSION for $ARCH. This partition is replaced as a whole by updates: change nothing here."
@@ -43,4 +43,4 @@ boards=$(printf '%s\n' $boards | LC_ALL=C sort -u)
 printf '{"version":"%s","arch":"%s","boards":[%s],"built":"%s","format":1}\n' "$VERSION" "$ARCH" \
 	"$(for b in $boards; do printf '"%s",' "$b"; done | sed 's/,$//')" "$(date -u -d "@$SOURCE_DATE_EPOCH" +%Y-%m-%dT%H:%M:%SZ)" >"$tree/slot.json"
 
-/src/steps/fat.sh /work/slot.img 256 KH-SLOT 16 "$tree"
+/src/steps/fat.sh /stage/slot.img 256 KH-SLOT 16 "$tree"
