@@ -133,6 +133,9 @@ func newHost(t *testing.T) *host {
 			KeyServerOps: "127.0.0.1:9602", Routes: []netip.Prefix{netip.MustParsePrefix("10.20.0.0/24")}}},
 		Zones: []lab.ZonePlan{{Host: camHost, KeyType: "p256"}},
 		Adapt: func(file string, cfg map[string]any) {
+			if t, is := cfg["tunnel"].(map[string]any); is && cfg["visitors"] != nil {
+				t["drain_timeout"] = "1s" // machines that lost their power end no flow
+			}
 			if file == "edge.yaml" {
 				zones := cfg["visitors"].(map[string]any)["zones"].([]map[string]any)
 				zones[0]["origins"] = []map[string]any{{"tunnel": camTunnel}}
