@@ -126,15 +126,7 @@ func TestReloadAndDrain(t *testing.T) {
 		}
 	}
 	// The edge stops: what is in flight is finished first.
-	stopped := make(chan struct{})
-	go func() { defer close(stopped); w.stop() }()
-	eventually(t, "the listener is closed", func() bool {
-		c, err := net.Dial("tcp", w.addr())
-		if err == nil {
-			_ = c.Close()
-		}
-		return err != nil
-	})
+	stopped := w.beginStop()
 	close(release)
 	for i, done := range before {
 		if got := <-done; got != "whole<nil>" {
@@ -142,6 +134,21 @@ func TestReloadAndDrain(t *testing.T) {
 		}
 	}
 	<-stopped
+}
+
+// beginStop stops the edge and returns once its listener is closed; the channel is closed when it has ended.
+func (w *world) beginStop() <-chan struct{} {
+	w.t.Helper()
+	stopped := make(chan struct{})
+	go func() { defer close(stopped); w.stop() }()
+	eventually(w.t, "the listener is closed", func() bool {
+		c, err := net.Dial("tcp", w.addr())
+		if err == nil {
+			_ = c.Close()
+		}
+		return err != nil
+	})
+	return stopped
 }
 
 // A visitor whose connection was accepted before the edge stops is let in and served, once.
@@ -157,15 +164,7 @@ func TestStopLetsHandshakesFinish(t *testing.T) {
 	res, err := w.client("1.1").Get("https://a.test/")
 	must(t, err)
 	_ = res.Body.Close()
-	stopped := make(chan struct{})
-	go func() { defer close(stopped); w.stop() }()
-	eventually(t, "the listener is closed", func() bool {
-		c, err := net.Dial("tcp", w.addr())
-		if err == nil {
-			_ = c.Close()
-		}
-		return err != nil
-	})
+	stopped := w.beginStop()
 	must(t, c.HandshakeContext(t.Context()))
 	if res, _ := roundTrip(t, c, "GET / HTTP/1.1\r\nHost: a.test\r\n\r\n"); res.StatusCode != 200 || !res.Close {
 		t.Errorf("got %d, close %v; want 200 and the connection's end", res.StatusCode, res.Close)
@@ -187,15 +186,7 @@ func TestStopServesFirstRequests(t *testing.T) {
 	h2, err := transport.NewClientConn(t.Context(), "https", "a.test:443")
 	must(t, err)
 	defer h2.Close()
-	stopped := make(chan struct{})
-	go func() { defer close(stopped); w.stop() }()
-	eventually(t, "the listener is closed", func() bool {
-		c, err := net.Dial("tcp", w.addr())
-		if err == nil {
-			_ = c.Close()
-		}
-		return err != nil
-	})
+	stopped := w.beginStop()
 	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "https://a.test/", nil)
 	must(t, err)
 	res, err := h2.RoundTrip(req)

@@ -149,7 +149,7 @@ func TestPoolChangesCostNoRequest(t *testing.T) {
 		})
 	}
 	visitor := w.client("2")
-	for i := range 30 {
+	for i := 0; (i < 30 || served.Load() < 100) && !t.Failed(); i++ {
 		out := i % 3
 		publish(func(e []spec.Endpoint) {
 			switch i % 2 {
@@ -169,9 +169,6 @@ func TestPoolChangesCostNoRequest(t *testing.T) {
 	publish(func(e []spec.Endpoint) {})
 	close(stop)
 	wg.Wait()
-	if served.Load() < 100 {
-		t.Errorf("only %d requests were served meanwhile", served.Load())
-	}
 }
 
 // What cannot have been processed is sent to another endpoint, whatever its method; the rest only where that does no harm.

@@ -161,10 +161,16 @@ type link struct {
 }
 
 func (e *edge) dial(src *mtls.Source, instance string, index int, handle func(context.Context, *tunnel.Incoming)) (*link, error) {
+	return e.dialWith(tunnel.DialConfig{Identity: src, Handle: handle,
+		Registration: tunnel.Registration{Instance: instance, Index: index, Version: "1.0\u202e", Hostname: "host"}})
+}
+
+// dialWith dials with a configuration that lacks the address.
+func (e *edge) dialWith(cfg tunnel.DialConfig) (*link, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
-	c, err := tunnel.Dial(ctx, tunnel.DialConfig{Addr: e.addr, Identity: src, Handle: handle,
-		Registration: tunnel.Registration{Instance: instance, Index: index, Version: "1.0\u202e", Hostname: "host"}})
+	cfg.Addr = e.addr
+	c, err := tunnel.Dial(ctx, cfg)
 	if err != nil {
 		return nil, err
 	}

@@ -2,7 +2,6 @@ package control
 
 import (
 	"bytes"
-	"context"
 	"fmt"
 	"log/slog"
 	"strings"
@@ -138,22 +137,12 @@ func idleAt(version string) fleet.Report {
 // device connects a gadget; nil is a connector of before there were devices.
 func (e *edge) device(src *mtls.Source, instance string, g *gadget) *link {
 	e.b.t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
-	defer cancel()
-	cfg := tunnel.DialConfig{Addr: e.addr, Identity: src, Handle: saying("device"), Registration: tunnel.Registration{Instance: instance}}
+	cfg := tunnel.DialConfig{Identity: src, Handle: saying("device"), Registration: tunnel.Registration{Instance: instance}}
 	if g != nil {
 		cfg.OnDevice = g.exchange
 	}
-	c, err := tunnel.Dial(ctx, cfg)
+	l, err := e.dialWith(cfg)
 	must(e.b.t, err)
-	run, stop := context.WithCancel(context.Background())
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		c.Run(run) //nolint:errcheck // however it ends
-	}()
-	l := &link{c, sync.OnceFunc(func() { stop(); <-done })}
-	e.b.t.Cleanup(l.cut)
 	return l
 }
 

@@ -92,23 +92,13 @@ func (k *taker) last() (n int, version uint64, body string) {
 
 func (e *edge) takes(src *mtls.Source, instance string, index int, k *taker) *link {
 	e.b.t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
-	defer cancel()
-	cfg := tunnel.DialConfig{Addr: e.addr, Identity: src, Handle: saying("taker"),
+	cfg := tunnel.DialConfig{Identity: src, Handle: saying("taker"),
 		Registration: tunnel.Registration{Instance: instance, Index: index, Version: "1", Hostname: "host"}}
 	if k != nil {
 		cfg.OnConfig = k.configure
 	}
-	c, err := tunnel.Dial(ctx, cfg)
+	l, err := e.dialWith(cfg)
 	must(e.b.t, err)
-	run, stop := context.WithCancel(context.Background())
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		c.Run(run) //nolint:errcheck // however it ends
-	}()
-	l := &link{c, sync.OnceFunc(func() { stop(); <-done })}
-	e.b.t.Cleanup(l.cut)
 	return l
 }
 

@@ -147,16 +147,8 @@ var (
 
 // Links to a part of a page lead to a heading that is there.
 func TestAnchors(t *testing.T) {
-	pages, err := filepath.Glob(filepath.Join(root(t), "docs", "*.md"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	tops, err := filepath.Glob(filepath.Join(root(t), "*.md"))
-	if err != nil {
-		t.Fatal(err)
-	}
 	found := 0
-	for _, from := range append(append(pages, tops...), filepath.Join(root(t), imagePage)) {
+	for _, from := range pages(t) {
 		b, err := os.ReadFile(from)
 		if err != nil {
 			t.Fatal(err)
