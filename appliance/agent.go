@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"net/url"
 	"os"
 	"sync"
 	"time"
@@ -29,6 +30,7 @@ type Updater interface {
 // UpdateHooks are what an [Updater] asks the agent.
 type UpdateHooks struct {
 	Settings  Update                 // of the configuration
+	Proxy     *url.URL               // by which the source is reached, with user and password; nil: none
 	Location  *time.Location         // of the machine's clock
 	Healthy   func() bool            // whether the tunnel is up
 	Directive func() fleet.Directive // what an edge wants

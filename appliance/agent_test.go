@@ -20,6 +20,7 @@ import (
 
 	"github.com/keyhaven/keyhaven/connector"
 	"github.com/keyhaven/keyhaven/mtls"
+	"github.com/keyhaven/keyhaven/tunnel"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -219,7 +220,7 @@ func (m *machine) connect(t *testing.T, up bool) {
 }
 
 // joinsAt writes an identity as joining does.
-func joinsAt(_ context.Context, _ mtls.JoinToken, _, dir, _ string) error {
+func joinsAt(_ context.Context, _ mtls.JoinToken, _, dir, _ string, _ *tunnel.ProxyConfig) error {
 	for _, f := range []string{"key.pem", "cert.pem", "ca.pem", "join.json"} {
 		if err := os.WriteFile(filepath.Join(dir, f), []byte(f), 0o600); err != nil {
 			return err

@@ -35,6 +35,7 @@ func (c *Config) complete(fault faultFunc) {
 	c.completeSystem(fault)
 	c.completeWiFi(fault)
 	c.Network.check(fault)
+	c.Proxy.check(fault)
 	c.completeSSH(fault)
 	if c.Camera != nil {
 		c.Camera.check(fault)

@@ -22,7 +22,8 @@ type Config struct {
 	TimeZone string    `mapstructure:"timezone"` // such as Europe/Berlin; empty: UTC
 	WiFi     WiFi      `mapstructure:"wifi"`
 	Network  Network   `mapstructure:"network"`
-	NTP      []string  `mapstructure:"ntp"` // time servers; empty: the system's
+	NTP      []string  `mapstructure:"ntp"`   // time servers; empty: the system's
+	Proxy    Proxy     `mapstructure:"proxy"` // by which edges and the update source are reached
 	SSH      SSH       `mapstructure:"ssh"`
 	Camera   *Camera   `mapstructure:"camera"` // nil: none
 	Publish  []Publish `mapstructure:"publish"`

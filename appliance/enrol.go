@@ -19,8 +19,8 @@ import (
 
 // A JoinFunc enrols a connector: it has an edge of the token certify the key in keyFile, which it makes if it is missing, and
 // writes the identity to dir, which may be there, empty. It can be called again with the same token and key whatever became
-// of an earlier call. Name is what to propose.
-type JoinFunc func(ctx context.Context, token mtls.JoinToken, keyFile, dir, name string) error
+// of an earlier call. Name is what to propose. Via is the proxy by which edges are reached; nil: none.
+type JoinFunc func(ctx context.Context, token mtls.JoinToken, keyFile, dir, name string, via *tunnel.ProxyConfig) error
 
 // Files of enrolment in configDir, and directories.
 const (
@@ -109,7 +109,7 @@ func (e enroller) hasIdentity() bool {
 
 // join uses the token up and puts the identity in its place, in place of an older one. It returns a [refusal] if the token is
 // of no use any more, which it then forgets.
-func (e enroller) join(ctx context.Context, join JoinFunc, token mtls.JoinToken, name string) error {
+func (e enroller) join(ctx context.Context, join JoinFunc, token mtls.JoinToken, name string, via *tunnel.ProxyConfig) error {
 	dir := e.host.path(newIdentity)
 	if err := os.RemoveAll(dir); err != nil {
 		return err
@@ -117,7 +117,7 @@ func (e enroller) join(ctx context.Context, join JoinFunc, token mtls.JoinToken,
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
-	err := join(ctx, token, e.keyFile(token.ID), dir, name)
+	err := join(ctx, token, e.keyFile(token.ID), dir, name, via)
 	if r, refused := errors.AsType[*tunnel.RefusedError](err); refused && !r.Retriable() {
 		why := refusalText(err)
 		return errors.Join(refusal(why), e.note(enrolment{TokenID: token.ID, State: enrolRefused, Reason: why}), e.forget(token.ID))
@@ -233,6 +233,8 @@ func joinTrouble(err error, now time.Time) trouble {
 	case errors.Is(err, mtls.ErrRefused):
 		return trouble{StateJoining, "What answers at the edge's address is not the edge that made the token: the token is for another installation, or something on the way intercepts the connection.",
 			"Use a token that this edge made, and look whether a proxy or firewall of your network is in between."}
+	case errors.Is(err, tunnel.ErrProxy):
+		return trouble{StateJoining, "The proxy does not let it out: " + oneLine(err.Error()), "Look whether address, user and password under proxy: in keyhaven.yaml are right, and whether the proxy allows CONNECT to the edge's port (7844 as a rule)."}
 	case errors.As(err, &dns) && dns.IsNotFound:
 		return trouble{StateJoining, fmt.Sprintf("The edge's name %s does not exist.", dns.Name), "Look whether the name is right. It comes with the join token; if the edge has moved, make a new token."}
 	case errors.As(err, &dns):

@@ -20,7 +20,7 @@ import (
 // An onceEdge enrols each token for one key, as often as it is asked.
 type onceEdge struct{ used map[string]string }
 
-func (e *onceEdge) join(ctx context.Context, token mtls.JoinToken, keyFile, dir, name string) error {
+func (e *onceEdge) join(ctx context.Context, token mtls.JoinToken, keyFile, dir, name string, via *tunnel.ProxyConfig) error {
 	key, err := os.ReadFile(keyFile)
 	if errors.Is(err, os.ErrNotExist) {
 		key = fmt.Appendf(nil, "key %d", len(e.used))
@@ -33,7 +33,7 @@ func (e *onceEdge) join(ctx context.Context, token mtls.JoinToken, keyFile, dir,
 		return fmt.Errorf("join: %w", tunnel.ErrTokenUsed)
 	}
 	e.used[token.ID] = string(key)
-	return joinsAt(ctx, token, keyFile, dir, name)
+	return joinsAt(ctx, token, keyFile, dir, name, via)
 }
 
 // Wherever the power goes in a first boot, the next start ends with an identity, and without a token on the card.
@@ -238,11 +238,11 @@ func TestJoinGoesOn(t *testing.T) {
 	t.Parallel()
 	m := newMachine(t, map[string]string{"keyhaven.yaml": "token: " + testToken(t).Reveal() + "\n"})
 	e, tries := &onceEdge{map[string]string{}}, 0
-	m.run(t, m.agent(func(ctx context.Context, token mtls.JoinToken, keyFile, dir, name string) error {
+	m.run(t, m.agent(func(ctx context.Context, token mtls.JoinToken, keyFile, dir, name string, via *tunnel.ProxyConfig) error {
 		if tries++; tries == 1 {
 			return fmt.Errorf("join: %w", tunnel.ErrNoAnswer)
 		}
-		return e.join(ctx, token, keyFile, dir, name)
+		return e.join(ctx, token, keyFile, dir, name, via)
 	}), func() bool { return m.exists(identityDir + "/cert.pem") })
 	if !strings.Contains(m.log.String(), "joining failed") {
 		t.Error("the failure is not in the log")

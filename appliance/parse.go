@@ -93,7 +93,7 @@ var (
 	tokenText   = regexp.MustCompile(`khj1_[A-Za-z0-9_-]+`)
 	quotedText  = regexp.MustCompile(`"(?:[^"\\]|\\.)*"`)
 	unknownText = regexp.MustCompile(`unknown anchor '.*' referenced`)
-	noColon     = regexp.MustCompile(`^\s*(?:- )?(token|edges|hostname|timezone|country|ssid|password|address|gateway|service|camera)(?:[:=]\S|\s*=|\s+[^\s:])`)
+	noColon     = regexp.MustCompile(`^\s*(?:- )?(token|edges|hostname|timezone|country|ssid|password|address|gateway|service|camera|proxy)(?:[:=]\S|\s*=|\s+[^\s:])`)
 )
 
 // explain gives errors the file's name, words for beginners, and takes out what may be secret.
@@ -121,7 +121,7 @@ func explain(name string, text []byte, err error) error {
 
 // hide takes out of a fault what may be a secret in the wrong place.
 func hide(e *conf.Error) {
-	if strings.HasPrefix(e.Key, "wifi") {
+	if strings.HasPrefix(e.Key, "wifi") || strings.HasPrefix(e.Key, "proxy") {
 		unknown := strings.HasPrefix(e.Msg, "unknown key")
 		if unknown && !strings.Contains(e.Msg, "did you mean") {
 			e.Key, _, _ = strings.Cut(e.Key, ".")

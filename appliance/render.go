@@ -118,7 +118,10 @@ type connectorFile struct {
 	Identity struct {
 		Dir string `yaml:"dir"`
 	} `yaml:"identity"`
-	Edges   []string      `yaml:"edges,omitempty"`
+	Edges     []string `yaml:"edges,omitempty"`
+	Transport struct {
+		Proxy *proxyPart `yaml:"proxy,omitempty"`
+	} `yaml:"transport,omitempty"`
 	Allow   []allowRule   `yaml:"allow"`
 	Control string        `yaml:"control"`
 	Ingress []ingressRule `yaml:"ingress,omitempty"`
@@ -130,6 +133,7 @@ type connectorFile struct {
 func connectorYAML(c *Config) ([]byte, error) {
 	f := connectorFile{Edges: c.Edges, Allow: []allowRule{}, Control: controlPath, Remote: true}
 	f.Identity.Dir = identityDir
+	f.Transport.Proxy = c.Proxy.part()
 	for _, a := range c.Allow {
 		f.Allow = append(f.Allow, allowRule(a))
 	}

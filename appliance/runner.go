@@ -49,6 +49,7 @@ type runner struct {
 	updater   Updater
 	updateErr string
 	settings  Update
+	proxy     Proxy
 	zone      *time.Location     // the machine's
 	restart   context.CancelFunc // ends the updater, which then begins with new settings
 }
@@ -86,7 +87,7 @@ func (r *runner) joining(ctx context.Context) {
 			continue
 		}
 		r.log.Info("joining", "token", token.ID)
-		err := r.enrol.join(ctx, r.Join, token, r.proposal())
+		err := r.enrol.join(ctx, r.Join, token, r.proposal(), r.via())
 		if ctx.Err() != nil {
 			return
 		}
@@ -170,9 +171,9 @@ func (r *runner) updateOnce(ctx context.Context) error {
 	defer stop()
 	r.mu.Lock()
 	r.restart = stop
-	settings, zone := r.settings, r.zone
+	settings, proxy, zone := r.settings, r.proxy, r.zone
 	r.mu.Unlock()
-	u, err := r.Updates(UpdateHooks{Settings: settings, Location: zone, Healthy: r.healthy, Directive: r.wanted, Stop: r.stopServices,
+	u, err := r.Updates(UpdateHooks{Settings: settings, Proxy: proxy.Address(), Location: zone, Healthy: r.healthy, Directive: r.wanted, Stop: r.stopServices,
 		Changed: func() { r.news.Store(true) }})
 	r.mu.Lock()
 	if r.updater, r.updateErr = u, ""; err != nil {
@@ -196,8 +197,8 @@ func (r *runner) configure(c *Config) {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	same := reflect.DeepEqual(c.Update, r.settings) && r.zone.String() == zone.String()
-	if r.settings, r.zone = c.Update, zone; r.restart != nil && !same && (r.updater == nil || !r.updater.Report().Trial) {
+	same := reflect.DeepEqual(c.Update, r.settings) && c.Proxy == r.proxy && r.zone.String() == zone.String()
+	if r.settings, r.proxy, r.zone = c.Update, c.Proxy, zone; r.restart != nil && !same && (r.updater == nil || !r.updater.Report().Trial) {
 		r.restart()
 	}
 }

@@ -20,6 +20,10 @@ func TestMistakesTellNoSecret(t *testing.T) {
 		in("password: &" + canary), in("password: {{" + canary + "}}"), in("<<: " + canary), in("? " + canary + "\n  : x"), in("password: a\n  " + canary + ": x"),
 		in("password: short\npassword: " + canary), "password: " + canary, "wifi_password: " + canary, canary,
 		"token: " + canary, "token: khj1_" + canary, "khj1_" + canary + ": x", "hostname: khj1_" + canary, "token: [khj1_" + canary + "]",
+		"proxy: " + canary, "proxy: \"http://me:" + canary + "@p:3128\"", "proxy: {url: \"http://me:" + canary + "@p:3128\"}", "proxy: {url: \"http://p:3128\", password: " + canary + "}",
+		"proxy: {url: \"http://p:3128\", user: me, passwort: " + canary + "}", "proxy: {password: " + canary + "}", "proxy: [" + canary + "]",
+		"proxy: {url: \"http://p:3128\", user: me, password: \"" + canary + "\\n\"}", "proxy: {url: \"http://p:3128\", user: me, password: [" + canary + "]}",
+		"proxy: {url: \"me:" + canary + "@p:3128\", user: me, password: x}", "proxy = " + canary, "proxy: \"http://me:" + canary + "@p:port\"",
 		"update: {source: \"https://me:" + canary + "@example.com/\"}", "publish: [{hostname: a.example.com, service: \"http://me:" + canary + "@b/\"}]",
 	} {
 		if _, err := Parse("keyhaven.yaml", []byte(file)); err == nil || strings.Contains(err.Error(), canary) {

@@ -274,6 +274,9 @@ func (r *runner) applyConnector(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if err := r.applyProxy(); err != nil {
+		return err
+	}
 	changed, err := update(r.Host.path(runDir, "connector.yaml"), b, 0o644)
 	if changed && r.started && err == nil {
 		err = r.systemctl(ctx, "--no-block", "try-restart", unitConnector)

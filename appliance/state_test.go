@@ -19,6 +19,7 @@ import (
 
 	"github.com/keyhaven/keyhaven/appliance/fleet"
 	"github.com/keyhaven/keyhaven/mtls"
+	"github.com/keyhaven/keyhaven/tunnel"
 )
 
 const goodFile = "hostname: petcam\nwifi: {country: DE, ssid: Home, password: canary99}\npublish: [{hostname: a.example.com, service: \"http://b:1\"}]\n"
@@ -114,7 +115,9 @@ func TestCardReadOnly(t *testing.T) {
 	}
 	// The next start finds the token again, which was used up, and takes it off when it can.
 	m.readOnly = nil
-	m.says(t, m.agent(func(context.Context, mtls.JoinToken, string, string, string) error { return errors.New("joined twice") }), string(StateHealthy))
+	m.says(t, m.agent(func(context.Context, mtls.JoinToken, string, string, string, *tunnel.ProxyConfig) error {
+		return errors.New("joined twice")
+	}), string(StateHealthy))
 	if got := m.read(t, cardDir+"/keyhaven.yaml"); strings.Contains(got, "khj1_") {
 		t.Errorf("the card holds %s", got)
 	}

@@ -52,15 +52,19 @@ func newSource(c Config) (*source, error) {
 	u.Path = strings.TrimRight(u.Path, "/") + "/"
 	s := &source{base: u, client: c.HTTP, keys: c.Keys, timing: c.Timing, log: c.Log, last: map[string]answer{}}
 	if s.client == nil {
-		s.client = newClient()
+		s.client = newClient(c.Proxy)
 	}
 	return s, nil
 }
 
-func newClient() *http.Client {
+func newClient(via *url.URL) *http.Client {
+	through := environment
+	if via != nil {
+		through = http.ProxyURL(via)
+	}
 	return &http.Client{
 		Transport: &http.Transport{
-			Proxy:                 proxy,
+			Proxy:                 through,
 			DialContext:           (&net.Dialer{Timeout: 30 * time.Second}).DialContext,
 			TLSHandshakeTimeout:   30 * time.Second,
 			ResponseHeaderTimeout: time.Minute,
@@ -80,8 +84,8 @@ func newClient() *http.Client {
 	}
 }
 
-// proxy is the proxy of the environment. Its error does not quote the address, which may hold a password.
-func proxy(req *http.Request) (*url.URL, error) {
+// environment is the proxy of the environment. Its error does not quote the address, which may hold a password.
+func environment(req *http.Request) (*url.URL, error) {
 	u, err := http.ProxyFromEnvironment(req)
 	if err != nil {
 		return nil, errors.New("the proxy in HTTP_PROXY or HTTPS_PROXY is no address")

@@ -10,6 +10,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"net/url"
 	"os"
 	"strings"
 	"sync"
@@ -64,7 +65,8 @@ type Config struct {
 
 	Gate       Gate         // zero fields: those of the kernel command line, else 60 s within 10 min
 	KernelArgs string       // the kernel command line; empty: that of this machine
-	HTTP       *http.Client // nil: one with time limits that goes by the proxy of the environment
+	Proxy      *url.URL     // of HTTP, with user and password; nil: that of the environment, if it names one
+	HTTP       *http.Client // nil: one with time limits
 	Log        *slog.Logger // nil: nothing is logged
 	Timing     Timing
 }

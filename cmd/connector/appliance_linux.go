@@ -22,6 +22,7 @@ import (
 	"github.com/keyhaven/keyhaven/appliance/update"
 	"github.com/keyhaven/keyhaven/internal/cli"
 	"github.com/keyhaven/keyhaven/mtls"
+	"github.com/keyhaven/keyhaven/tunnel"
 )
 
 // applianceOnLinux are commands that work on a device alone.
@@ -48,12 +49,16 @@ On SIGHUP (systemctl reload keyhaven-appliance) it reads the card again.`,
 }
 
 // joinKept is join with a key that is kept over attempts, for [appliance.JoinFunc].
-func joinKept(ctx context.Context, token mtls.JoinToken, keyFile, dir, name string) error {
+func joinKept(ctx context.Context, token mtls.JoinToken, keyFile, dir, name string, via *tunnel.ProxyConfig) error {
 	key, csr, err := mtls.KeptKeyCSR(keyFile)
 	if err != nil {
 		return err
 	}
-	_, _, err = joinTo(ctx, token, key, csr, dir, name, byDefault)
+	way := byDefault
+	if via != nil {
+		way.Proxy = proxyConfig{URL: via.URL, User: via.User, PasswordFile: via.PasswordFile}
+	}
+	_, _, err = joinTo(ctx, token, key, csr, dir, name, way)
 	return err
 }
 
@@ -71,6 +76,7 @@ func agentUpdates(root string, log *slog.Logger) func(appliance.UpdateHooks) (ap
 		e, err := update.New(update.Config{
 			Slots: slots, Keys: keys, Dir: filepath.Join(root, updateDir),
 			Source: h.Settings.Source, Channel: h.Settings.Channel, Schedule: h.Settings.Schedule, Location: h.Location,
+			Proxy:     h.Proxy,
 			Automatic: h.Settings.Automatic == nil || *h.Settings.Automatic,
 			Healthy:   h.Healthy, Directive: h.Directive, Stop: h.Stop, Changed: h.Changed, Log: log,
 		})

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/keyhaven/keyhaven/appliance"
 	"github.com/keyhaven/keyhaven/mtls"
+	"github.com/keyhaven/keyhaven/tunnel"
 )
 
 // device makes a directory that stands for an appliance with a keyhaven.yaml, and has an agent set it up.
@@ -24,6 +26,7 @@ func device(t *testing.T, config string) (root string) {
 		}
 	}
 	write(t, filepath.Join(root, "boot/keyhaven/keyhaven.yaml"), config)
+	write(t, filepath.Join(root, "etc/passwd"), fmt.Sprintf("kh-connector:x:%d:%d::/:/bin/false\n", os.Getuid(), os.Getgid()))
 	agent := &appliance.Agent{Version: "test", Host: appliance.Host{Root: root, Addresses: func() []string { return []string{"192.0.2.1"} },
 		Command: func(context.Context, string, ...string) ([]byte, error) { return nil, nil }}}
 	ctx, stop := context.WithCancel(t.Context())
@@ -89,7 +92,7 @@ func TestJoinKept(t *testing.T) {
 	}
 	dir := t.TempDir()
 	key, id := filepath.Join(dir, "key.pem"), filepath.Join(dir, "id")
-	if err := joinKept(t.Context(), token, key, id, ""); err != nil {
+	if err := joinKept(t.Context(), token, key, id, "", nil); err != nil {
 		t.Fatal(err)
 	}
 	kept, err := os.ReadFile(key)
@@ -106,8 +109,28 @@ func TestJoinKept(t *testing.T) {
 		t.Errorf("the key changed: %v", err)
 	}
 	write(t, key, "no key")
-	if err := joinKept(t.Context(), token, key, id, ""); err == nil || !strings.Contains(err.Error(), "holds no key; remove it") {
+	if err := joinKept(t.Context(), token, key, id, "", nil); err == nil || !strings.Contains(err.Error(), "holds no key; remove it") {
 		t.Errorf("a damaged key: %v", err)
+	}
+}
+
+// A device whose way out is a proxy alone joins through it.
+func TestJoinKeptThroughProxy(t *testing.T) {
+	t.Parallel()
+	in := install(t)
+	const edge = "edge.test:7844"
+	proxy, asked := authProxy(t, "site", "s3cret", edge, in.addr)
+	token, err := mtls.ParseJoinToken(in.token(t, time.Now().Add(time.Hour), edge))
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	via := &tunnel.ProxyConfig{URL: proxy.URL, User: "site", PasswordFile: write(t, filepath.Join(dir, "password"), "s3cret\n")}
+	if err := joinKept(t.Context(), token, filepath.Join(dir, "key.pem"), filepath.Join(dir, "id"), "", via); err != nil {
+		t.Fatal(err)
+	}
+	if asked.Load() == 0 {
+		t.Error("it joined without the proxy")
 	}
 }
 

@@ -132,6 +132,7 @@ func updateEngine(cmd *cobra.Command, root, source, channel string) (*update.Eng
 	if b, err := readConfig(filepath.Join(root, updateConfig)); err == nil {
 		if own, err := appliance.Parse(updateConfig, b); err == nil {
 			c.Source, c.Channel = cmp.Or(source, own.Update.Source), cmp.Or(channel, own.Update.Channel)
+			c.Proxy = own.Proxy.Address()
 		}
 	}
 	if root == "/" {

@@ -91,25 +91,22 @@ func TestJoin(t *testing.T) {
 	}
 }
 
-// A site whose way out is a proxy alone joins through it, and the token is used once.
-func TestJoinThroughProxy(t *testing.T) {
-	t.Parallel()
-	const canary = "s3cret-canary"
-	in := install(t)
-	const edge = "edge.test:7844" // a name that the proxy alone knows
-	var asked atomic.Int32
-	proxy := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+// authProxy is an HTTP proxy that wants a login, and lets it connect to host alone, which is at addr. It counts what it was asked.
+func authProxy(t *testing.T, user, password, host, addr string) (proxy *httptest.Server, asked *atomic.Int32) {
+	t.Helper()
+	asked = &atomic.Int32{}
+	proxy = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		asked.Add(1)
 		r.Header.Set("Authorization", r.Header.Get("Proxy-Authorization"))
-		if user, password, _ := r.BasicAuth(); user != "site" || password != canary {
+		if u, p, _ := r.BasicAuth(); u != user || p != password {
 			w.WriteHeader(http.StatusProxyAuthRequired)
 			return
 		}
-		if r.Method != http.MethodConnect || r.Host != edge {
+		if r.Method != http.MethodConnect || r.Host != host {
 			w.WriteHeader(http.StatusForbidden)
 			return
 		}
-		to, err := net.Dial("tcp", in.addr)
+		to, err := net.Dial("tcp", addr)
 		if err != nil {
 			t.Error(err)
 			return
@@ -136,6 +133,16 @@ func TestJoinThroughProxy(t *testing.T) {
 		wg.Wait()
 	}))
 	t.Cleanup(proxy.Close)
+	return proxy, asked
+}
+
+// A site whose way out is a proxy alone joins through it, and the token is used once.
+func TestJoinThroughProxy(t *testing.T) {
+	t.Parallel()
+	const canary = "s3cret-canary"
+	in := install(t)
+	const edge = "edge.test:7844" // a name that the proxy alone knows
+	proxy, asked := authProxy(t, "site", canary, edge, in.addr)
 	password := write(t, filepath.Join(t.TempDir(), "password"), canary+"\n")
 	wrong := write(t, filepath.Join(t.TempDir(), "wrong"), "other\n")
 	token := in.token(t, time.Now().Add(time.Hour), edge)
