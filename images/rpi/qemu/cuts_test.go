@@ -70,7 +70,7 @@ func TestCutsUpdate(t *testing.T) {
 func TestCutsFirstBoot(t *testing.T) {
 	h := newHost(t)
 	timeServer(t, h.ns)
-	file, _ := h.token(t)
+	file, _ := h.token(t, "--ttl", "24h") // the last state may be booted after hours
 	disk := h.personalise(t, cutYAML+sourceYAML, file)
 	must(t, disk.Grow(2*disk.Size()))
 	old, err := readSlotInfo(disk, 2)
