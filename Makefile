@@ -120,7 +120,7 @@ define image-test
 $(MAKE) image ARCH=$(call image_arch,$(2))
 $(GO) build -o /dev/null ./cmd/keyserver ./cmd/connector ./cmd/edge ./demo # fetches what the namespace cannot
 $(GO) test -tags image -run '^$$' ./images/rpi/qemu >/dev/null
-./scripts/rootless $(GO) test -count=1 -tags image -timeout 0 -v -run '$(1)' ./images/rpi/qemu -board $(2)
+./scripts/rootless $(GO) test -count=1 -tags image -timeout 0 -v -run '$(1)' ./images/rpi/qemu -board $(2) -kernel $(or $(KERNEL),stable)
 endef
 
 image: ## the card's image for ARCH (arm64, armhf, armel, amd64), with update, checksums, bill of materials, Imager's entry
@@ -140,6 +140,7 @@ image-cuts: ## cut the power of CUTS_BOARD at many points of an update and of th
 image-check: image-e2e ## all tests of images: every architecture, mistakes, updates, power cuts, reproducibility (hours)
 	$(call image-test,TestMistakes|TestClock|TestBroken|TestFull|TestRefused|TestBadSlots,$(CUTS_BOARD))
 	$(MAKE) image-cuts
+	$(MAKE) image-e2e BOARD=arm64 KERNEL=backports
 	$(MAKE) image-e2e BOARD=armhf
 	$(MAKE) image-e2e BOARD=raspi3b
 	$(MAKE) image-e2e BOARD=raspi0

@@ -23,6 +23,7 @@ import (
 
 var (
 	boardFlag    = flag.String("board", "arm64", "machine that QEMU plays: arm64, armhf, amd64, raspi3b or raspi0")
+	kernelFlag   = flag.String("kernel", "stable", "of the image: stable or backports")
 	imageFlag    = flag.String("image", "", "image to boot; the newest in build/image for the machine unless given")
 	keysFlag     = flag.String("keys", "../../../dist/keys", "directory with the keys that the image trusts for updates")
 	figuresFlag  = flag.String("figures", "../../../dist/image/figures.json", "file that gets what was measured, a line of JSON for each")
@@ -86,10 +87,14 @@ func image(t *testing.T) string {
 	if *imageFlag != "" {
 		return *imageFlag
 	}
-	found, err := filepath.Glob("../../../build/image/keyhaven-*-" + board(t).Arch + ".img")
+	arch := board(t).Arch
+	if *kernelFlag != "stable" {
+		arch += "-" + *kernelFlag
+	}
+	found, err := filepath.Glob("../../../build/image/keyhaven-*-" + arch + ".img")
 	must(t, err)
 	if len(found) == 0 {
-		t.Fatalf("build/image has no image for %s; run make image ARCH=%[1]s", board(t).Arch)
+		t.Fatalf("build/image has no image for %s; run make image ARCH=%s KERNEL=%s", arch, board(t).Arch, *kernelFlag)
 	}
 	slices.SortFunc(found, func(a, b string) int { return modified(t, a).Compare(modified(t, b)) })
 	return found[len(found)-1]
@@ -286,7 +291,7 @@ func tunnelUp(ctx context.Context, edge func(context.Context, ...string) (string
 // figure keeps what was measured, and prints it.
 func figure(t *testing.T, name string, value float64, unit string, more ...any) {
 	t.Helper()
-	line := map[string]any{"name": name, "value": value, "unit": unit, "board": *boardFlag}
+	line := map[string]any{"name": name, "value": value, "unit": unit, "board": *boardFlag, "kernel": *kernelFlag}
 	for i := 0; i+1 < len(more); i += 2 {
 		line[more[i].(string)] = more[i+1]
 	}
