@@ -180,7 +180,7 @@ type state struct {
 }
 
 // choose takes states out of a record: mostly such as lie around writes to the configuration partition, which decide what
-// is booted, and to the data partition, and fewer within the long write of a slot. No two are equal.
+// is booted, and to the data partition, and fewer within the long write of a slot, and all at the end. No two are equal.
 func choose(t *testing.T, r *Record, want int) (states []state) {
 	t.Helper()
 	ops := r.Ops()
@@ -215,6 +215,14 @@ func choose(t *testing.T, r *Record, want int) (states []state) {
 			for k := range min(weight*round, len(list)) {
 				p := point{list[k*len(list)/min(weight*round, len(list))] + 1, kind, Cut((k + round) % 3)}
 				if !seen[p] {
+					seen[p] = true
+					points = append(points, p)
+				}
+			}
+		}
+		if round == 1 { // all of the end, in which an update's version becomes the one that the firmware starts
+			for k := range min(12, len(ops)) {
+				if p := (point{len(ops) - k, "end", Cut(k % 3)}); !seen[p] {
 					seen[p] = true
 					points = append(points, p)
 				}
