@@ -12,6 +12,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"slices"
 	"sync"
@@ -83,27 +84,23 @@ func TestCutsFirstBoot(t *testing.T) {
 
 	record := disk.Record()
 	r := h.switchOn(t, Machine{Disk: disk, Append: quickGate})
-	enrolled := 0 // operations before the edge knew the machine
-	eventually(t, r, 5*time.Minute, "the tunnel", func(ctx context.Context) error {
-		err := h.tunnelUp(ctx)
-		if n, known := len(record.Ops()), h.enrolled(ctx); !known {
-			enrolled = n
-		}
-		return err
-	})
+	eventually(t, r, 5*time.Minute, "the tunnel", h.tunnelUp)
 	awaitStatus(t, r, 2*time.Minute, "CONNECTED", old.Version)
 	time.Sleep(10 * time.Second)
 	must(t, r.PowerCut())
 	must(t, h.EdgeProc.Stop())
-	t.Logf("enrolled after %d of %d operations", enrolled, len(record.Ops()))
+	at := h.enrolledAt(t)
+	ops := record.Ops()
+	enrolled, _ := slices.BinarySearchFunc(ops, at, func(op Op, at time.Time) int { return op.At.Compare(at) })
+	t.Logf("enrolled after %d of %d operations", enrolled, len(ops))
 
 	next := shortDir(t)
 	h.publish(t, updateKey(), h.release(t, filepath.Join(next, "stable"), updateKey(), is(nextVersion), nil))
 	h.bootCuts(t, "first boot", choose(t, record, *cutsFlag), []string{old.Version}, next, func(op int) string {
-		if op <= enrolled {
+		if op < enrolled {
 			return fresh
 		}
-		return h.Path("edge-state.db")
+		return h.Path("edge-state.db") // after the last operation before it the power may go before the answer comes
 	})
 }
 
@@ -155,13 +152,19 @@ func firmwareCuts(t *testing.T, r *Record) {
 		"configurations", len(started))
 }
 
-// enrolled reports whether the edge knows a connector of the tunnel.
-func (h *host) enrolled(ctx context.Context) bool {
-	out, err := h.Edge(ctx, "tunnel", "info", camTunnel, "--output", "json")
-	var v struct {
-		Connectors int `json:"connectors"`
+var enrolledLine = regexp.MustCompile(`time=(\S+) level=INFO msg="connector enrolled"`)
+
+// enrolledAt is when the edge kept that the machine's token was used, by its log. It does so before it answers, and the machine
+// has kept its key before it asks.
+func (h *host) enrolledAt(t *testing.T) time.Time {
+	t.Helper()
+	all := enrolledLine.FindAllStringSubmatch(h.EdgeProc.Log(), -1)
+	if len(all) == 0 {
+		t.Fatal("the edge's log does not say when the machine enrolled")
 	}
-	return err == nil && json.Unmarshal([]byte(out), &v) == nil && v.Connectors > 0
+	at, err := time.Parse(time.RFC3339, all[len(all)-1][1])
+	must(t, err)
+	return at
 }
 
 func copyFile(t *testing.T, from, to string) {

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"sync"
+	"time"
 )
 
 // An Op is something that a guest told its disk to do.
@@ -12,6 +13,7 @@ type Op struct {
 	Data  []byte // what was written at Off
 	FUA   bool   // this write alone is to survive a power cut once it is done
 	Flush bool   // nothing is written; all before is to survive a power cut
+	At    time.Time
 }
 
 // A Record is what was done to a disk since it was begun, in order. Its methods are safe for concurrent use.
@@ -33,6 +35,7 @@ func (d *Disk) Record() *Record {
 }
 
 func (r *Record) add(op Op) {
+	op.At = time.Now()
 	r.mu.Lock()
 	r.ops = append(r.ops, op)
 	r.mu.Unlock()
