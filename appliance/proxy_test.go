@@ -32,7 +32,9 @@ func TestProxy(t *testing.T) {
 		return joinsAt(ctx, token, keyFile, dir, name, via)
 	})
 	a.Updates = updates
-	m.run(t, a, func() bool { return m.exists(identityDir+"/cert.pem") && m.exists(cardDir+"/keyhaven-status.txt") && len(asked) > 0 })
+	m.run(t, a, func() bool {
+		return m.exists(identityDir+"/cert.pem") && m.exists(cardDir+"/keyhaven-status.txt") && len(asked) > 0
+	})
 	file := m.path(runDir, proxyPasswordFile)
 	if via := <-joined; via == nil || *via != (tunnel.ProxyConfig{URL: "http://proxy.example.com:3128", User: "me", PasswordFile: file}) {
 		t.Errorf("joined by %+v", via)
