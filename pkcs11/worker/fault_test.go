@@ -360,7 +360,10 @@ func TestSilentWorker(t *testing.T) {
 		stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 		return err == nil && bytes.Contains(stat, []byte(") T "))
 	})
-	mustSign(t, k)
+	if err := signOnce(t.Context(), k); err != nil && !errors.Is(err, ErrLost) { // on a busy machine the next worker may come late
+		t.Fatal(err)
+	}
+	eventually(t, "a worker that signs", func() bool { return signOnce(t.Context(), k) == nil })
 	if st := p.Stats(); st.Kills["silent"] != 1 {
 		t.Errorf("stats %+v, want one kill of a silent worker", st)
 	}
