@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -99,11 +100,16 @@ visitors:
           vnet: default
 `
 
+// ports counts on from anywhere, so that no two scripts of a run are given the same.
+var ports atomic.Uint32
+
+func init() { ports.Store(rand.Uint32N(12000)) }
+
 // freeAddr returns a loopback address whose port is free for TCP and UDP. It lies below the range from which systems
 // give ports to clients, so that it is still free when the edge binds it.
 func freeAddr() (string, error) {
 	for range 100 {
-		addr := fmt.Sprintf("127.0.0.1:%d", 20000+rand.IntN(12000))
+		addr := fmt.Sprintf("127.0.0.1:%d", 20000+ports.Add(1)%12000)
 		ln, err := net.Listen("tcp", addr)
 		if err != nil {
 			continue
