@@ -242,7 +242,7 @@ func joinTrouble(err error, now time.Time) trouble {
 	case isUnreachable(err):
 		return trouble{StateNoNetwork, "The network leads nowhere: there is no way to the edge.", "Look whether your router has a connection to the internet, and whether gateway: in keyhaven.yaml is right if you set one."}
 	case errors.Is(err, tunnel.ErrNoAnswer), errors.Is(err, context.DeadlineExceeded):
-		return trouble{StateJoining, "The edge does not answer.", "Look whether the edge runs, and whether your network lets UDP and TCP out to its port (7844 as a rule)."}
+		return trouble{StateJoining, "The edge does not answer.", "Look whether the edge runs, and whether your network lets UDP and TCP out to its port (7844 as a rule); if it lets nothing out but through a proxy, name that under proxy: in keyhaven.yaml."}
 	case errors.Is(err, tunnel.ErrBusy):
 		return trouble{StateJoining, "The edge is busy.", "Nothing: the device tries again."}
 	case isFull(err), errors.Is(err, fs.ErrPermission):
