@@ -9,14 +9,15 @@ import (
 	"github.com/keyhaven/keyhaven/tunnel"
 )
 
-// The pool of a transport is cleared of idle connections at these intervals while one of its connections lies on a session
-// that drains. The first catches what is idle already, the others what becomes idle later.
+// A transport that was retired because one of its connections lies on a session that drains is cleared of idle connections
+// at these intervals until that connection is closed. Connections of HTTP/1 close with their last request; the clearings are
+// for those of HTTP/2, and for a request that chose the transport just before.
 const (
 	firstClearing = 100 * time.Millisecond
-	lastClearing  = 5 * time.Second
+	lastClearing  = time.Second
 )
 
-// A pooled connection leaves its transport's pool when the session that carries it drains, since the drain waits for it.
+// A pooled connection takes no new requests when the session that carries it drains, since the drain waits for it.
 type pooled struct {
 	tunnel.Conn
 	once   sync.Once
@@ -24,15 +25,17 @@ type pooled struct {
 	done   func()
 }
 
-// pool returns conn such that it does not hold up a drain while it is idle in t's pool. done is called when it is closed.
-func pool(conn net.Conn, t *http.Transport, done func()) net.Conn {
+// pool returns conn, a connection of t, such that it does not hold up a drain: retire is called then, after which no request
+// may choose t. Clearing the pool would not be enough, since under load a connection is never idle for long. done is called
+// when conn is closed.
+func pool(conn net.Conn, t *http.Transport, retire, done func()) net.Conn {
 	flow, ok := conn.(tunnel.Conn)
 	if !ok {
 		return &counted{Conn: conn, done: done}
 	}
 	p := &pooled{Conn: flow, closed: make(chan struct{}), done: done}
 	if d, drains := conn.(tunnel.Drainer); drains {
-		go p.watch(d.Draining(), t) // ends with the connection, which the transport closes
+		go p.watch(d.Draining(), t, retire) // ends with the connection, which the transport closes
 	}
 	return p
 }
@@ -55,12 +58,13 @@ func suspect(conn net.Conn) bool {
 	return ok && s.Suspect()
 }
 
-func (p *pooled) watch(draining <-chan struct{}, t *http.Transport) {
+func (p *pooled) watch(draining <-chan struct{}, t *http.Transport, retire func()) {
 	select {
 	case <-p.closed:
 		return
 	case <-draining:
 	}
+	retire()
 	for wait := firstClearing; ; wait = min(2*wait, lastClearing) {
 		// It closes idle connections of other sessions too. They are dialled anew when they are needed.
 		t.CloseIdleConnections()

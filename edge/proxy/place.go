@@ -42,7 +42,7 @@ func classOf(lane int) tunnel.FlowClass {
 }
 
 // A lane is the pool of connections to a place over one class of sessions. Its transport is replaced when a session dies
-// under it, since idle and multiplexed connections may lie on that session too.
+// or drains under it, since idle and multiplexed connections may lie on that session too.
 type lane struct {
 	now atomic.Pointer[http.Transport]
 
@@ -55,11 +55,11 @@ type lane struct {
 const maxOld = 8
 
 // transport returns the lane's transport.
-func (l *lane) transport(p *place, class tunnel.FlowClass) *http.Transport {
+func (l *lane) transport(p *place, lane int) *http.Transport {
 	if t := l.now.Load(); t != nil {
 		return t
 	}
-	t := p.newTransport(class, nil)
+	t := p.newTransport(lane, nil)
 	if !l.now.CompareAndSwap(nil, t) {
 		return l.now.Load()
 	}
@@ -67,8 +67,8 @@ func (l *lane) transport(p *place, class tunnel.FlowClass) *http.Transport {
 }
 
 // renew replaces a transport, unless another has done so.
-func (l *lane) renew(p *place, class tunnel.FlowClass, t *http.Transport) {
-	if !l.now.CompareAndSwap(t, p.newTransport(class, nil)) {
+func (l *lane) renew(p *place, lane int, t *http.Transport) {
+	if l.now.Load() != t || !l.now.CompareAndSwap(t, p.newTransport(lane, nil)) {
 		return
 	}
 	l.mu.Lock()
@@ -99,30 +99,32 @@ func (p *place) closeIdle() {
 // transportFor returns the connections for a visit.
 func (p *place) transportFor(v *visit, lane int) *http.Transport {
 	if p.version != "" {
-		return v.conn.transport(p, lane, func() *http.Transport { return p.newTransport(classOf(lane), v) })
+		return v.conn.transport(p, lane, func() *http.Transport { return p.newTransport(lane, v) })
 	}
-	return p.lanes[lane].transport(p, classOf(lane))
+	return p.lanes[lane].transport(p, lane)
 }
 
-// renew makes the next request dial anew: t has connections on a session that seems dead.
-func (p *place) renew(v *visit, lane int, t *http.Transport) {
+// renew makes the next request dial anew: t has connections on a session that seems dead or drains.
+func (p *place) renew(v *Visitor, lane int, t *http.Transport) {
 	if p.version != "" {
-		v.conn.drop(p, lane)
+		v.drop(p, lane, t)
 		return
 	}
-	p.lanes[lane].renew(p, classOf(lane), t)
+	p.lanes[lane].renew(p, lane, t)
 }
 
 // newTransport returns a pool of connections; those for a visitor are told of it.
-func (p *place) newTransport(class tunnel.FlowClass, visitor *visit) *http.Transport {
+func (p *place) newTransport(lane int, visitor *visit) *http.Transport {
 	t := p.h.newTransport(p.up)
 	if t.TLSClientConfig != nil && t.TLSClientConfig.ServerName == "" {
 		t.TLSClientConfig.ServerName = p.serverName
 	}
 	q := p.query
-	q.Class, q.Carrier = class, tunnel.Carrier(p.up.Carrier)
+	q.Class, q.Carrier = classOf(lane), tunnel.Carrier(p.up.Carrier)
 	var announce func(context.Context, net.Conn) error
+	var owner *Visitor
 	if visitor != nil {
+		owner = visitor.conn
 		src, dst := visitor.remote, visitor.local
 		q.Visitor = src
 		announce = func(ctx context.Context, conn net.Conn) error {
@@ -142,7 +144,7 @@ func (p *place) newTransport(class tunnel.FlowClass, visitor *visit) *http.Trans
 		if p.open != nil {
 			closed = p.open()
 		}
-		return pool(conn, t, closed), nil
+		return pool(conn, t, func() { p.renew(owner, lane, t) }, closed), nil
 	}
 	return t
 }

@@ -186,7 +186,7 @@ func (a *attempt) send(req *http.Request, watched bool) (*http.Response, error) 
 	if err == nil { // it came at the very last moment
 		_ = res.Body.Close()
 	}
-	a.p.renew(a.v, a.lane, t)
+	a.p.renew(a.v.conn, a.lane, t)
 	return nil, errSuspect
 }
 

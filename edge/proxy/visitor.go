@@ -55,12 +55,12 @@ func (v *Visitor) transport(p *place, lane int, make func() *http.Transport) *ht
 	return t
 }
 
-// drop forgets the connections to a place. Those in use end with their requests.
-func (v *Visitor) drop(p *place, lane int) {
+// drop forgets the connections t to a place, unless they were replaced. Those in use end with their requests.
+func (v *Visitor) drop(p *place, lane int, t *http.Transport) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	k := visitorKey{p, lane}
-	if t := v.transports[k]; t != nil {
+	if v.transports[k] == t {
 		delete(v.transports, k)
 		t.CloseIdleConnections()
 	}

@@ -129,8 +129,9 @@ func (p *Process) Signal(s os.Signal) error {
 // Kill ends the process without a chance to clean up, and waits for its end.
 func (p *Process) Kill() error { return p.end(syscall.SIGKILL, 10*time.Second) }
 
-// Stop ends the process by SIGTERM, and by SIGKILL if it has not ended after 20 s; that is an error.
-func (p *Process) Stop() error { return p.end(syscall.SIGTERM, 20*time.Second) }
+// Stop ends the process by SIGTERM, and by SIGKILL if it has not ended after two minutes, when every grace that programs give
+// by default is long over; that is an error.
+func (p *Process) Stop() error { return p.end(syscall.SIGTERM, 2*time.Minute) }
 
 func (p *Process) end(s os.Signal, patience time.Duration) error {
 	p.mu.Lock()
