@@ -325,6 +325,7 @@ type world struct {
 	server *Server
 	stop   func() // ends the server and waits
 	tracer trace.Tracer
+	listen func(network, addr string) (net.Listener, error) // nil: net.Listen
 }
 
 func newWorld(t testing.TB) *world {
@@ -399,7 +400,7 @@ func (w *world) addZone(name, kind, origin string, hosts ...string) *zone.Config
 }
 
 func (w *world) deps(store state.Store) Deps {
-	return Deps{Dialer: w.dialer, Store: store, KeyIdentity: w.identity, Logger: slog.New(slog.DiscardHandler), Tracer: w.tracer, Registry: w.registry}
+	return Deps{Dialer: w.dialer, Store: store, KeyIdentity: w.identity, Logger: slog.New(slog.DiscardHandler), Tracer: w.tracer, Registry: w.registry, Listen: w.listen}
 }
 
 // start runs the edge until the test ends or stop is called.

@@ -156,7 +156,8 @@ func (l *tlsListener) Accept() (net.Conn, error) {
 // acceptPause is waited after a failed accept, such as for want of descriptors.
 const acceptPause = 50 * time.Millisecond
 
-// run accepts until ctx ends and the listener is closed, waits for the handshakes in progress, which hctx cuts, and returns.
+// run accepts until ctx ends and stop is called, closes the listener, waits for the handshakes in progress, which hctx cuts,
+// and returns.
 func (l *tlsListener) run(ctx, hctx context.Context) error {
 	var wg sync.WaitGroup
 	defer close(l.done)
@@ -165,29 +166,58 @@ func (l *tlsListener) run(ctx, hctx context.Context) error {
 		select {
 		case l.conns <- struct{}{}:
 		case <-ctx.Done():
+			l.last(hctx, &wg)
 			return nil
 		}
 		raw, err := l.Listener.Accept()
-		if err != nil {
-			<-l.conns
-			if ctx.Err() != nil {
-				return nil
-			}
-			if errors.Is(err, net.ErrClosed) {
-				return fmt.Errorf("accept visitors: %w", err)
-			}
-			l.log.Warn("accept failed", "err", err)
-			sleep(ctx, acceptPause)
+		if err == nil {
+			l.admit(hctx, &wg, raw)
 			continue
 		}
-		limitBacklog(raw)
-		if l.trust.Has(addrOf(raw.RemoteAddr())) {
-			wg.Go(func() { l.behind(hctx, raw) })
-			continue
+		<-l.conns
+		if ctx.Err() != nil {
+			l.last(hctx, &wg)
+			return nil
 		}
-		if conn := l.count(raw); conn != nil {
-			wg.Go(func() { l.handshake(hctx, conn) })
+		if errors.Is(err, net.ErrClosed) {
+			return fmt.Errorf("accept visitors: %w", err)
 		}
+		l.log.Warn("accept failed", "err", err)
+		sleep(ctx, acceptPause)
+	}
+}
+
+// stop ends the wait for the next connection, once the context of run has ended.
+func (l *tlsListener) stop() {
+	if d, ok := l.Listener.(interface{ SetDeadline(time.Time) error }); ok && d.SetDeadline(time.Unix(1, 0)) == nil {
+		return
+	}
+	_ = l.Close()
+}
+
+// last closes the listener and takes in who was in its queue.
+func (l *tlsListener) last(ctx context.Context, wg *sync.WaitGroup) {
+	waiting := queued(l.Listener)
+	_ = l.Close()
+	for _, raw := range waiting {
+		select {
+		case l.conns <- struct{}{}:
+			l.admit(ctx, wg, raw)
+		default: // more than may be open
+			_ = raw.Close()
+		}
+	}
+}
+
+// admit begins to serve a connection, which has its place in conns.
+func (l *tlsListener) admit(ctx context.Context, wg *sync.WaitGroup, raw net.Conn) {
+	limitBacklog(raw)
+	if l.trust.Has(addrOf(raw.RemoteAddr())) {
+		wg.Go(func() { l.behind(ctx, raw) })
+		return
+	}
+	if conn := l.count(raw); conn != nil {
+		wg.Go(func() { l.handshake(ctx, conn) })
 	}
 }
 

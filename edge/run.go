@@ -56,7 +56,7 @@ func (s *Server) Run(ctx context.Context) error {
 	}
 	var drains []func(context.Context)
 	for _, ln := range s.listeners.tls {
-		drains = append(drains, s.serveTLS(failed, g, base, ln))
+		drains = append(drains, s.serveTLS(g, base, ln))
 	}
 	for _, conn := range s.listeners.udp {
 		drain, err := s.serveQUIC(g, conn)
@@ -114,7 +114,7 @@ func (s *Server) handler(w http.ResponseWriter, r *http.Request) {
 }
 
 // serveTLS serves HTTP/1.1 and HTTP/2 on one listener and returns what drains it.
-func (s *Server) serveTLS(ctx context.Context, g *errgroup.Group, base context.Context, ln net.Listener) func(context.Context) {
+func (s *Server) serveTLS(g *errgroup.Group, base context.Context, ln net.Listener) func(context.Context) {
 	lim := s.cfg.Limits
 	tl := &tlsListener{
 		Listener: ln,
@@ -144,13 +144,13 @@ func (s *Server) serveTLS(ctx context.Context, g *errgroup.Group, base context.C
 		BaseContext:       func(net.Listener) context.Context { return base },
 		ConnContext:       visitorContext,
 	}
-	actx, stop := context.WithCancel(ctx)
+	actx, stop := context.WithCancel(base) // visitors are let in until the drain begins
 	hctx, cut := context.WithCancel(base)
 	g.Go(func() error { defer cut(); return tl.run(actx, hctx) })
 	g.Go(func() error { return ignoreServerClosed(srv.Serve(tl)) })
 	return func(ctx context.Context) {
 		stop()
-		_ = tl.Close()
+		tl.stop()
 		// Who is being let in still is, and has its first request served: Shutdown would cut connections that have had none.
 		grace, cancel := context.WithTimeout(ctx, handshakeGrace)
 		context.AfterFunc(grace, cut)
