@@ -6,8 +6,10 @@ import (
 	"fmt"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
+	"go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -26,6 +28,7 @@ type store struct {
 	where                   string // the endpoints, for errors
 	queueEvents, queueBytes int
 
+	seen     atomic.Int64    // the highest revision that the cluster has told
 	life     context.Context // ends with Close
 	end      context.CancelFunc
 	mu       sync.Mutex // guards closed, and watchers.Add against Close
@@ -71,7 +74,18 @@ func (s *store) get(ctx context.Context, key string, opts ...clientv3.OpOption) 
 	if err != nil {
 		return nil, s.explain(ctx, "read", err)
 	}
+	s.saw(r.Header)
 	return r, nil
+}
+
+// saw notes the revision of an answer.
+func (s *store) saw(h *etcdserverpb.ResponseHeader) {
+	for {
+		seen := s.seen.Load()
+		if h.GetRevision() <= seen || s.seen.CompareAndSwap(seen, h.GetRevision()) {
+			return
+		}
+	}
 }
 
 func (s *store) usable(ctx context.Context) error {
@@ -135,18 +149,28 @@ func (s *store) Get(ctx context.Context, key string) (state.Entry, error) {
 	return s.entry(r.Kvs[0]), nil
 }
 
+// span is the range of etcd's keys for those that begin with prefix.
+func (s *store) span(prefix string) (from, end string) {
+	from, end = s.prefix+prefix, clientv3.GetPrefixRangeEnd(s.prefix+prefix)
+	if prefix == "" {
+		from += afterMarks
+	}
+	return from, end
+}
+
 // listPage is how many entries are read at a time.
 const listPage = 1000
 
 // List implements state.Store. Pages after the first are read at the first one's revision.
 func (s *store) List(ctx context.Context, prefix string) ([]state.Entry, state.Revision, error) {
-	from, end := s.prefix+prefix, clientv3.GetPrefixRangeEnd(s.prefix+prefix)
+	first, end := s.span(prefix)
+	from := first
 	var entries []state.Entry
 	var rev int64
 	for {
 		r, err := s.get(ctx, from, clientv3.WithRange(end), clientv3.WithLimit(listPage), clientv3.WithRev(rev))
 		if errors.Is(err, state.ErrCompacted) && rev != 0 { // compacted between two pages
-			from, entries, rev = s.prefix+prefix, nil, 0
+			from, entries, rev = first, nil, 0
 			continue
 		}
 		if err != nil {
@@ -168,8 +192,8 @@ func (s *store) List(ctx context.Context, prefix string) ([]state.Entry, state.R
 // retryPause is the wait before a transaction is sent again whose fate is not known.
 const retryPause = 100 * time.Millisecond
 
-// Txn implements state.Store. A transaction whose answer was lost with a member is sent again until the time is up. Where
-// it then meets its own traces, it was made.
+// Txn implements state.Store. A transaction whose answer was lost with a member is sent again until the time is up. Its mark
+// tells whether it was made before.
 func (s *store) Txn(ctx context.Context, conds []state.Cond, ops []state.Op) (state.Revision, error) {
 	if err := state.CheckTxn(conds, ops); err != nil {
 		return 0, err
@@ -180,15 +204,19 @@ func (s *store) Txn(ctx context.Context, conds []state.Cond, ops []state.Op) (st
 	request, cancel := s.bounded(ctx)
 	defer cancel()
 	cmps, puts := s.translate(conds, ops)
+	m := s.newMark(conds, ops)
+	puts = append(puts, m.ops()...)
 	for unsure := false; ; unsure = true {
-		r, err := s.c.Txn(request).If(cmps...).Then(puts...).Commit()
+		r, err := s.c.Txn(request).If(cmps...).Then(puts...).Else(clientv3.OpGet(m.key)).Commit()
 		switch {
 		case err == nil && r.Succeeded:
+			s.saw(r.Header)
 			return state.Revision(r.Header.Revision), nil
 		case err == nil && unsure:
-			return s.traces(request, ctx, ops)
+			return m.look(r)
 		case err == nil:
-			return 0, fmt.Errorf("%w: an entry was changed, made or deleted meanwhile", state.ErrConflict)
+			s.saw(r.Header)
+			return 0, errConflict
 		case !away(err) || request.Err() != nil:
 			return 0, s.explain(ctx, "write", err)
 		}
@@ -212,33 +240,6 @@ func (s *store) translate(conds []state.Cond, ops []state.Op) (cmps []clientv3.C
 		}
 	}
 	return cmps, puts
-}
-
-// traces looks whether ops are what the store holds, written together: then an earlier attempt was made after all.
-func (s *store) traces(request, ctx context.Context, ops []state.Op) (state.Revision, error) {
-	reads := make([]clientv3.Op, 0, len(ops))
-	for _, op := range ops {
-		reads = append(reads, clientv3.OpGet(s.prefix+op.Key))
-	}
-	r, err := s.c.Txn(request).Then(reads...).Commit()
-	if err != nil {
-		return 0, s.explain(ctx, "read", err)
-	}
-	var rev int64
-	for i, op := range ops {
-		kvs := r.Responses[i].GetResponseRange().Kvs
-		if op.Delete && len(kvs) == 0 {
-			continue
-		}
-		if op.Delete || len(kvs) == 0 || string(kvs[0].Value) != string(op.Value) || rev != 0 && kvs[0].ModRevision != rev {
-			return 0, fmt.Errorf("%w: an entry was changed, made or deleted meanwhile", state.ErrConflict)
-		}
-		rev = kvs[0].ModRevision
-	}
-	if rev == 0 {
-		rev = r.Header.Revision
-	}
-	return state.Revision(rev), nil
 }
 
 // Close implements state.Store.

@@ -34,7 +34,8 @@ func (s *store) Watch(ctx context.Context, prefix string, after state.Revision) 
 	stop := context.AfterFunc(s.life, cancel)
 	out := make(chan state.Event)
 	q := &queue{maxEvents: s.queueEvents, maxBytes: s.queueBytes, grown: make(chan struct{}, 1)}
-	in := s.c.Watch(ctx, s.prefix+prefix, clientv3.WithPrefix(), clientv3.WithRev(int64(after)+1))
+	from, end := s.span(prefix)
+	in := s.c.Watch(ctx, from, clientv3.WithRange(end), clientv3.WithRev(int64(after)+1))
 	s.watchers.Go(func() {
 		s.receive(ctx, in, q)
 		for range in { // until the client has let go of it; cancel follows
@@ -55,6 +56,7 @@ func (s *store) receive(ctx context.Context, in clientv3.WatchChan, q *queue) {
 			q.end(s.watchError(ctx, err))
 			return
 		}
+		s.saw(r.Header)
 		for _, ev := range r.Events {
 			e := state.Event{Entry: s.entry(ev.Kv), Deleted: ev.Type == clientv3.EventTypeDelete}
 			if e.Deleted {
