@@ -84,6 +84,7 @@ func TestParseMistakes(t *testing.T) {
 		{"own gateway", "network: {address: 192.168.1.5/24, gateway: 192.168.1.5}\n", "the device's own address"},
 		{"dns", "network: {dns: [router]}\n", `network.dns[0]: "router" is no address`},
 		{"proxy", "proxy: router\n", "keyhaven.yaml:1: proxy.url: is no address of a proxy; write one such as http://192.168.1.5:3128"},
+		{"port of a proxy", "proxy: http://192.168.1.5:70000\n", "keyhaven.yaml:1: proxy.url: has the port 70000, and ports are from 1 to 65535"},
 		{"proxy with a password in it", "proxy: \"http://me:canary99@192.168.1.5:3128\"\n", "write them beside url:, as user: and password:"},
 		{"proxy without address", "proxy: {user: me, password: canary99}\n", "proxy: has no url"},
 		{"half a login", "proxy: {url: \"http://192.168.1.5:3128\", user: me}\n", "needs both user and password, or neither"},

@@ -3,6 +3,7 @@ package appliance
 import (
 	"net/url"
 	"path/filepath"
+	"strconv"
 	"strings"
 
 	"github.com/keyhaven/keyhaven/tunnel"
@@ -39,6 +40,8 @@ func (p *Proxy) check(fault faultFunc) {
 		fault("proxy.url", "holds a user or a password; write them beside url:, as user: and password:")
 	case err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Hostname() == "" || u.Path != "" && u.Path != "/" || u.RawQuery != "" || u.Fragment != "":
 		fault("proxy.url", "is no address of a proxy; write one such as http://192.168.1.5:3128")
+	case !proxyPort(u.Port()):
+		fault("proxy.url", "has the port %s, and ports are from 1 to 65535; most proxies have 3128 or 8080", u.Port())
 	}
 	if (p.User == "") != (p.Password == "") {
 		fault("proxy", "needs both user and password, or neither")
@@ -51,6 +54,12 @@ func (p *Proxy) check(fault faultFunc) {
 	if strings.Contains(string(p.User), ":") {
 		fault("proxy.user", "has a colon, which the users of a proxy cannot have")
 	}
+}
+
+// proxyPort reports whether a URL may have the port, which may be absent.
+func proxyPort(port string) bool {
+	n, err := strconv.ParseUint(port, 10, 16)
+	return port == "" || err == nil && n > 0
 }
 
 // Address is the proxy with user and password for [net/http.ProxyURL]; nil if there is none.

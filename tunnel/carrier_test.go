@@ -224,6 +224,7 @@ func TestProxy(t *testing.T) {
 		"endless":      {ProxyConfig{URL: connectProxy(t, say("HTTP/1.1 200 OK\r\n"+strings.Repeat("X: y\r\n", 4000)))}, "head of more"},
 		"hangs up":     {ProxyConfig{URL: connectProxy(t, say("HTTP"))}, "is it an HTTP proxy"},
 		"unreachable":  {ProxyConfig{URL: "http://" + closed.Addr().String()}, "cannot be reached"},
+		"port":         {ProxyConfig{URL: "http://proxy.test:70000"}, "must be from 1 to 65535"},
 		"no file":      {ProxyConfig{URL: connectProxy(t, auth), User: "site", PasswordFile: password + "x"}, "password file"},
 		"user in URL":  {ProxyConfig{URL: "http://site:" + canary + "@127.0.0.1:1"}, "put it into user"},
 		"bad URL":      {ProxyConfig{URL: "http://site:" + canary + "@%zz:1"}, "does not parse"},

@@ -39,12 +39,20 @@ func (p *ProxyConfig) parse() (*url.URL, error) {
 		return nil, fmt.Errorf("%w: the URL holds a user; put it into user and password_file", ErrProxy)
 	case u.Scheme != "http" && u.Scheme != "https" || u.Hostname() == "":
 		return nil, fmt.Errorf("%w: the URL %q must be http://host:port or https://host:port", ErrProxy, p.URL)
+	case !validPort(u.Port()):
+		return nil, fmt.Errorf("%w: the port of the URL %q must be from 1 to 65535", ErrProxy, p.URL)
 	case p.User == "" && p.PasswordFile != "":
 		return nil, fmt.Errorf("%w: there is a password file but no user", ErrProxy)
 	case strings.ContainsAny(p.User, ":\r\n"):
 		return nil, fmt.Errorf("%w: the user name holds a colon or a line end", ErrProxy)
 	}
 	return u, nil
+}
+
+// validPort reports whether a URL may have the port, which may be absent.
+func validPort(port string) bool {
+	n, err := strconv.ParseUint(port, 10, 16)
+	return port == "" || err == nil && n > 0
 }
 
 // dial opens a connection to addr through the proxy.
