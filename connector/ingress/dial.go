@@ -84,12 +84,11 @@ func (d *dialer) connect(ctx context.Context, s ingressconf.Service, remote bool
 	}
 	c := &originConn{TCPConn: conn.(*net.TCPConn), forget: func() {}}
 	if remote {
-		forget, ok := d.keep(c, place{nameOf(s), c.RemoteAddr().(*net.TCPAddr).AddrPort()})
-		if !ok {
+		c.forget = func() { d.drop(c) }
+		if !d.keep(c, place{nameOf(s), c.RemoteAddr().(*net.TCPAddr).AddrPort()}) {
 			c.TCPConn.Close()
 			return nil, ErrDenied
 		}
-		c.forget = forget
 	}
 	return c, nil
 }
@@ -102,12 +101,11 @@ func (d *dialer) dialPacket(ctx context.Context, s ingressconf.Service, remote b
 	}
 	o := &PacketOrigin{UDPConn: conn.(*net.UDPConn), to: conn.RemoteAddr().(*net.UDPAddr).AddrPort(), forget: func() {}}
 	if remote {
-		forget, ok := d.keep(o, place{nameOf(s), o.to})
-		if !ok {
+		o.forget = func() { d.drop(o) }
+		if !d.keep(o, place{nameOf(s), o.to}) {
 			o.UDPConn.Close()
 			return nil, ErrDenied
 		}
-		o.forget = forget
 	}
 	return o, nil
 }
@@ -149,22 +147,25 @@ func (d *dialer) permittedLocked(name string, to netip.AddrPort) bool {
 	return d.permit != nil && d.permit.Addr(name, netip.AddrPortFrom(to.Addr().Unmap(), to.Port()))
 }
 
-// keep remembers c, which leads to p, if the permit that holds at that moment lets it be. forget is to be called at its end.
-func (d *dialer) keep(c tunnel.Resetter, p place) (forget func(), ok bool) {
+// keep remembers c, which leads to p, if the permit that holds at that moment lets it be. From then on it may be reset. drop is
+// to be called at its end.
+func (d *dialer) keep(c tunnel.Resetter, p place) bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if !d.permittedLocked(p.name, p.to) {
-		return nil, false
+		return false
 	}
 	if d.remote == nil {
 		d.remote = map[tunnel.Resetter]place{}
 	}
 	d.remote[c] = p
-	return func() {
-		d.mu.Lock()
-		defer d.mu.Unlock()
-		delete(d.remote, c)
-	}, true
+	return true
+}
+
+func (d *dialer) drop(c tunnel.Resetter) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	delete(d.remote, c)
 }
 
 // setPermit replaces the permit and cuts what it does not let be.

@@ -172,6 +172,52 @@ func TestRemoteIsBounded(t *testing.T) {
 	}
 }
 
+// The permit goes and comes while connections are made: each is refused or cut, and none is remembered in the end.
+func TestPermitWhileDialling(t *testing.T) {
+	l, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	must(t, err)
+	defer l.Close()
+	o := server(t, func(http.ResponseWriter, *http.Request) {})
+	far := openBed(t, HandlerConfig{Remote: true})
+	far.SetPermit(permitAll{})
+	must(t, far.Configure(t.Context(), 1, fmt.Appendf(nil, `{"ingress":[{"hostname":"udp.test","service":"udp://%s"},{"hostname":"tcp.test","service":"tcp://%s"},{"service":"http_status:404"}]}`,
+		l.LocalAddr(), o.Listener.Addr())))
+	var dialling sync.WaitGroup
+	for range 4 {
+		dialling.Go(func() {
+			for range 100 {
+				if c, err := far.DialPacket(t.Context(), tunnel.Flow{Kind: tunnel.KindIngressUDP, Service: "udp", Host: "udp.test", Port: 1}); err == nil {
+					c.Close()
+				} else if !errors.Is(err, ErrDenied) {
+					t.Error(err)
+				}
+				if c, err := far.Dial(t.Context(), tunnel.Flow{Kind: tunnel.KindIngress, Service: "tcp", Host: "tcp.test", Port: 1}); err == nil {
+					c.Close()
+				} else if !errors.Is(err, ErrDenied) {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	done := make(chan struct{})
+	go func() {
+		dialling.Wait()
+		close(done)
+	}()
+	for over := false; !over; {
+		far.SetPermit(permitNone{})
+		far.SetPermit(permitAll{})
+		select {
+		case <-done:
+			over = true
+		default:
+		}
+	}
+	if n := far.SetPermit(nil); n != 0 {
+		t.Errorf("%d connections are left", n)
+	}
+}
+
 type onlyAddr netip.AddrPort
 
 func (onlyAddr) Name(string, uint16) bool { return false }
