@@ -81,7 +81,7 @@ func TestRenewalAndNewLogin(t *testing.T) {
 	l := newLab(t)
 	l.make("web", "ecdsa-p256")
 	cfg := l.config("web")
-	l.appRole(&cfg, lifetime(2*time.Second, 4*time.Second))
+	l.appRole(&cfg, lifetime(5*time.Second, 10*time.Second))
 	k := keys(t, l.open(cfg), 1)["web"]
 	eventually(t, "two logins by themselves and two renewals", func() bool {
 		sign(t, k, p256)
