@@ -3,6 +3,7 @@ package control
 import (
 	"cmp"
 	"context"
+	"maps"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -55,11 +56,12 @@ type registry struct {
 	byName   map[string][]*live   // by the connector's name
 	upSince  map[string]time.Time // of tunnels that have a main session; see Control.add
 	count    int
+	touched  set           // ids of tunnels whose sessions came or went since takeTouched
 	twinLook time.Duration // does not change
 }
 
 func newRegistry() *registry {
-	return &registry{twinLook: twinLook, byTunnel: map[string][]*live{}, byName: map[string][]*live{}, upSince: map[string]time.Time{}}
+	return &registry{touched: set{}, twinLook: twinLook, byTunnel: map[string][]*live{}, byName: map[string][]*live{}, upSince: map[string]time.Time{}}
 }
 
 // add enters l; a tunnel that had no main session is up since the given time. It returns the session whose place it
@@ -94,6 +96,7 @@ func (r *registry) add(l *live, since time.Time) (old *live) {
 	id := l.connector.Tunnel
 	r.byTunnel[id] = append(r.byTunnel[id], l)
 	r.byName[l.connector.Name] = append(r.byName[l.connector.Name], l)
+	r.touched[id] = struct{}{}
 	r.count++
 	if _, up := r.upSince[id]; !up && l.role == tunnel.RoleMain {
 		r.upSince[id] = since
@@ -118,7 +121,16 @@ func (r *registry) removeLocked(l *live) {
 	l.process.remove(l)
 	without(r.byTunnel, l.connector.Tunnel, l)
 	without(r.byName, l.connector.Name, l)
+	r.touched[l.connector.Tunnel] = struct{}{}
 	r.count--
+}
+
+// takeTouched moves the ids of tunnels whose sessions came or went to ids.
+func (r *registry) takeTouched(ids set) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	maps.Copy(ids, r.touched)
+	clear(r.touched)
 }
 
 func without(m map[string][]*live, key string, l *live) {

@@ -63,6 +63,7 @@ func (s *statuses) markAll() {
 // settleLocked works out anew what is dirty. Callers hold the model's mu and the statuses'.
 func (c *Control) settleLocked() {
 	s, m := c.status, c.model
+	c.reg.takeTouched(s.dirty) // so that whoever has seen a session come or go finds the state that goes with it
 	if s.all {
 		for id := range s.known {
 			s.dirty[id] = struct{}{}
