@@ -120,13 +120,6 @@ func (s *linkedSite) udpBlocked(t *testing.T) {
 
 	visitors = startLoop(t.Context(), s.page)
 	s.link.Set(testnet.Conditions{DropUDP: true})
-	eventually(t, "the tunnel is degraded", func(ctx context.Context) error {
-		v, err := s.w.info(ctx, 0, s.Name)
-		if err == nil && v.Status != "degraded" {
-			err = fmt.Errorf("it is %s", v.Status)
-		}
-		return err
-	})
 	s.await(t, "UDP blocked later, over TCP", both("tcp"))
 	visitors.end(t, "while the sessions moved to TCP")
 	long.whole(t) // begun over TCP, it has seen both moves
