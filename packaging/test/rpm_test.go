@@ -46,7 +46,8 @@ func (m *machine) trusts(s *site, ring string) {
 
 func (m *machine) tryDNF(args ...string) (string, error) {
 	m.t.Helper()
-	all := []string{"--installroot", m.root, "--config", m.path("/etc/dnf/dnf.conf"), "--setopt=reposdir=" + m.path("/etc/yum.repos.d"), "--setopt=install_weak_deps=false",
+	// What was fetched within the same second is not old enough for metadata_expire=0.
+	all := []string{"--refresh", "--installroot", m.root, "--config", m.path("/etc/dnf/dnf.conf"), "--setopt=reposdir=" + m.path("/etc/yum.repos.d"), "--setopt=install_weak_deps=false",
 		"--setopt=metadata_expire=0", "--setopt=cachedir=" + m.path("/var/cache/dnf"), "--setopt=persistdir=" + m.path("/var/lib/dnf"), "--setopt=logdir=/var/log", "--releasever=1", "-y"}
 	cmd := exec.CommandContext(m.t.Context(), "dnf", append(all, args...)...)
 	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C.UTF-8", "HOME=/root"}
