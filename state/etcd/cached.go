@@ -17,6 +17,8 @@ const (
 	reconnectPause = time.Second
 	// cacheEvery is how often the file is written, at most.
 	cacheEvery = 30 * time.Second
+	// lastLook bounds the reading of what changed just before the store is closed.
+	lastLook = 2 * time.Second
 )
 
 // A cached is a store that keeps a copy of everything, in memory and in a file. While the cluster is away it answers reads
@@ -84,10 +86,28 @@ func (c *cached) run() {
 	}
 	var writing sync.WaitGroup
 	writing.Go(c.keepFile)
-	defer writing.Wait()
 	for c.life.Err() == nil {
 		state.Follow(c.life, c.current(), "", c.reset, c.apply) //nolint:errcheck // it is tried again
 		c.pause(reconnectPause)
+	}
+	writing.Wait()
+	c.catchUp()
+	c.writeFile()
+}
+
+// catchUp reads what changed a moment before the store is closed, and what the watch has not told of.
+func (c *cached) catchUp() {
+	s := c.current()
+	c.mu.Lock()
+	behind := c.copy == nil || int64(c.copy.rev) < s.seen.Load()
+	c.mu.Unlock()
+	if !behind {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), lastLook)
+	defer cancel()
+	if entries, rev, err := s.List(ctx, ""); err == nil {
+		c.reset(entries, rev) //nolint:errcheck // it has none
 	}
 }
 
@@ -142,12 +162,11 @@ func (c *cached) volatile(key string) bool {
 	return false
 }
 
-// keepFile writes the file when something changed, soon after the first reading and once more at the end.
+// keepFile writes the file when something changed, soon after the first reading.
 func (c *cached) keepFile() {
 	for wait := reconnectPause; c.pause(wait); wait = cacheEvery {
 		c.writeFile()
 	}
-	c.writeFile()
 }
 
 func (c *cached) writeFile() {

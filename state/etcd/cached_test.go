@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -113,6 +114,29 @@ func TestStartWithoutCluster(t *testing.T) {
 	}
 	if _, err := Open(cfg); err == nil || !strings.Contains(err.Error(), "chmod 600") {
 		t.Errorf("a cache that is open to others: %v", err)
+	}
+}
+
+// What is written just before a store is closed is in the cache.
+func TestCacheHasTheLastChange(t *testing.T) {
+	t.Parallel()
+	ms := etcdtest.Start(t, 1)
+	cfg := Config{Endpoints: etcdtest.URLs(ms), Timeout: 5 * time.Second, Cache: filepath.Join(t.TempDir(), "cache")}
+	const rounds = 10
+	for i := range rounds {
+		s := mustOpen(t, cfg)
+		if _, err := state.Create(t.Context(), s, strconv.Itoa(i), nil); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ms[0].Kill()
+	cfg.Timeout = 300 * time.Millisecond
+	entries, _, err := mustOpen(t, cfg).List(t.Context(), "")
+	if err != nil || len(entries) != rounds {
+		t.Errorf("the cache has %v, %v; want %d", entries, err, rounds)
 	}
 }
 
