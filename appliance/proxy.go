@@ -3,7 +3,6 @@ package appliance
 import (
 	"net/url"
 	"path/filepath"
-	"strconv"
 	"strings"
 
 	"github.com/keyhaven/keyhaven/tunnel"
@@ -40,7 +39,7 @@ func (p *Proxy) check(fault faultFunc) {
 		fault("proxy.url", "holds a user or a password; write them beside url:, as user: and password:")
 	case err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Hostname() == "" || u.Path != "" && u.Path != "/" || u.RawQuery != "" || u.Fragment != "":
 		fault("proxy.url", "is no address of a proxy; write one such as http://192.168.1.5:3128")
-	case !proxyPort(u.Port()):
+	case (&tunnel.ProxyConfig{URL: p.URL}).Validate() != nil: // which looks at the port as well
 		fault("proxy.url", "has the port %s, and ports are from 1 to 65535; most proxies have 3128 or 8080", u.Port())
 	}
 	if (p.User == "") != (p.Password == "") {
@@ -54,12 +53,6 @@ func (p *Proxy) check(fault faultFunc) {
 	if strings.Contains(string(p.User), ":") {
 		fault("proxy.user", "has a colon, which the users of a proxy cannot have")
 	}
-}
-
-// proxyPort reports whether a URL may have the port, which may be absent.
-func proxyPort(port string) bool {
-	n, err := strconv.ParseUint(port, 10, 16)
-	return port == "" || err == nil && n > 0
 }
 
 // Address is the proxy with user and password for [net/http.ProxyURL]; nil if there is none.
