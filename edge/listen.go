@@ -166,7 +166,7 @@ func (l *tlsListener) run(ctx, hctx context.Context) error {
 		select {
 		case l.conns <- struct{}{}:
 		case <-ctx.Done():
-			l.last(hctx, &wg)
+			l.takeQueue(hctx, &wg)
 			return nil
 		}
 		raw, err := l.Listener.Accept()
@@ -176,7 +176,7 @@ func (l *tlsListener) run(ctx, hctx context.Context) error {
 		}
 		<-l.conns
 		if ctx.Err() != nil {
-			l.last(hctx, &wg)
+			l.takeQueue(hctx, &wg)
 			return nil
 		}
 		if errors.Is(err, net.ErrClosed) {
@@ -195,8 +195,8 @@ func (l *tlsListener) stop() {
 	_ = l.Close()
 }
 
-// last closes the listener and takes in who was in its queue.
-func (l *tlsListener) last(ctx context.Context, wg *sync.WaitGroup) {
+// takeQueue closes the listener and takes in who was in its queue.
+func (l *tlsListener) takeQueue(ctx context.Context, wg *sync.WaitGroup) {
 	waiting := queued(l.Listener)
 	_ = l.Close()
 	for _, raw := range waiting {
