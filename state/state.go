@@ -14,7 +14,7 @@ import (
 const (
 	MaxKeyLen   = 1024    // bytes in a key
 	MaxValueLen = 1 << 20 // bytes in a value
-	MaxTxnOps   = 120     // operations in a transaction, and likewise conditions
+	MaxTxnOps   = 120     // operations in a transaction, and likewise conditions; etcd takes 128, of which its engine needs one
 )
 
 var (

@@ -58,10 +58,10 @@ var errConflict = fmt.Errorf("%w: an entry was changed, made or deleted meanwhil
 func (m mark) look(r *clientv3.TxnResponse) (state.Revision, error) {
 	kvs := r.Responses[0].GetResponseRange().Kvs
 	switch {
+	case m.made && len(kvs) > 0 && string(kvs[0].Value) == m.text:
+		return state.Revision(kvs[0].ModRevision), nil
 	case m.made && (len(kvs) == 0 || kvs[0].ModRevision <= m.since):
 		return 0, errConflict
-	case m.made && string(kvs[0].Value) == m.text:
-		return state.Revision(kvs[0].ModRevision), nil
 	}
 	return 0, fmt.Errorf("%w: whether the change was made is not known, since its answer was lost; look, and try again if it was not", state.ErrUnavailable)
 }
