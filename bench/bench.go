@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
-	"fmt"
 	"net"
 	"net/netip"
 	"os"
@@ -12,6 +11,7 @@ import (
 	"time"
 
 	"github.com/keyhaven/keyhaven/edge/control"
+	"github.com/keyhaven/keyhaven/internal/freeport"
 	"github.com/keyhaven/keyhaven/internal/lab"
 	"github.com/keyhaven/keyhaven/keyless"
 	"github.com/keyhaven/keyhaven/mtls"
@@ -176,22 +176,13 @@ func (b *bench) client(dial func(context.Context, string) (net.Conn, error)) (*k
 }
 
 // freePorts returns n loopback addresses that are free for TCP and UDP.
-func freePorts(n int) (addrs []string, err error) {
-	for len(addrs) < n {
-		ln, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
+func freePorts(n int) ([]string, error) {
+	addrs := make([]string, n)
+	for i := range addrs {
+		var err error
+		if addrs[i], err = freeport.Addr("127.0.0.1"); err != nil {
 			return nil, err
 		}
-		defer ln.Close() // all at the end, so that no port comes twice
-		pc, err := net.ListenPacket("udp", ln.Addr().String())
-		if err != nil {
-			continue
-		}
-		pc.Close()
-		addrs = append(addrs, ln.Addr().String())
-	}
-	if len(addrs) != n {
-		return nil, fmt.Errorf("only %d of %d free ports", len(addrs), n)
 	}
 	return addrs, nil
 }

@@ -93,8 +93,8 @@ func over(c *Connector, carrier string) bool {
 // works they move to QUIC, and the flow that is open goes on.
 func TestUDPBlocked(t *testing.T) {
 	_, edgeID, connID := identities(t)
-	blocked := newGate(t, netip.MustParseAddrPort("127.0.0.1:0"))
-	addr := blocked.conn.LocalAddr().String()
+	addr := freeAddr(t)
+	blocked := newGate(t, netip.MustParseAddrPort(addr))
 	e := startEdgeWith(t, tunnel.ListenConfig{Addr: "127.0.0.1:0", TCPAddr: addr, Identity: edgeID})
 	c, err := New(Config{Identity: connID, Edges: []string{addr}, Allow: loopbackOnly(t)})
 	if err != nil {

@@ -22,6 +22,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
+	"github.com/keyhaven/keyhaven/internal/freeport"
 	"github.com/keyhaven/keyhaven/mtls"
 	"github.com/keyhaven/keyhaven/tunnel"
 )
@@ -47,6 +48,16 @@ type edge struct {
 
 	mu       sync.Mutex
 	sessions map[*tunnel.Session]struct{}
+}
+
+// freeAddr is an address where nothing listens, by UDP or TCP, but what the test has listen there.
+func freeAddr(t testing.TB) string {
+	t.Helper()
+	addr, err := freeport.Addr("127.0.0.1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return addr
 }
 
 func startEdge(t testing.TB, authority *mtls.Authority, id *mtls.Source, addr string) *edge {
@@ -226,7 +237,7 @@ func allUp(c *Connector) bool {
 
 func TestFlows(t *testing.T) {
 	authority, edgeID, connID := identities(t)
-	e := startEdge(t, authority, edgeID, "127.0.0.1:0")
+	e := startEdge(t, authority, edgeID, freeAddr(t))
 	reg := prometheus.NewRegistry()
 	resolver := names{"echo.example": {"127.0.0.1"}, "metadata.example": {"169.254.169.254"}}
 	c, _ := startConnector(t, Config{Identity: connID, Edges: []string{e.addr}, Resolver: resolver, Registerer: reg, Limits: Limits{MaxFlows: 2},
@@ -323,7 +334,7 @@ func TestFlows(t *testing.T) {
 // TestNothingPermitted holds the rule that no list permits nothing.
 func TestNothingPermitted(t *testing.T) {
 	authority, edgeID, connID := identities(t)
-	e := startEdge(t, authority, edgeID, "127.0.0.1:0")
+	e := startEdge(t, authority, edgeID, freeAddr(t))
 	startConnector(t, Config{Identity: connID, Edges: []string{e.addr}})
 	if conn, err := e.open(t, echoServer(t)); !errors.Is(err, tunnel.ErrDenied) {
 		t.Errorf("got %v, %v, want ErrDenied", conn, err)
@@ -333,7 +344,7 @@ func TestNothingPermitted(t *testing.T) {
 // TestSetAllow narrows the list while flows are open.
 func TestSetAllow(t *testing.T) {
 	authority, edgeID, connID := identities(t)
-	e := startEdge(t, authority, edgeID, "127.0.0.1:0")
+	e := startEdge(t, authority, edgeID, freeAddr(t))
 	stays, goes := echoServer(t), echoServer(t)
 	c, _ := startConnector(t, Config{Identity: connID, Edges: []string{e.addr}, Allow: loopbackOnly(t)})
 	open := map[string]tunnel.Conn{}
@@ -388,7 +399,7 @@ func echo(t testing.TB, conn net.Conn) {
 // TestHeals stops and starts the edge's listener twice: all four sessions must come back, and the flows with them.
 func TestHeals(t *testing.T) {
 	authority, edgeID, connID := identities(t)
-	e := startEdge(t, authority, edgeID, "127.0.0.1:0")
+	e := startEdge(t, authority, edgeID, freeAddr(t))
 	origin := echoServer(t)
 	c, _ := startConnector(t, Config{Identity: connID, Edges: []string{e.addr}, Allow: loopbackOnly(t)})
 	for round := range 3 {
@@ -418,7 +429,7 @@ func TestHeals(t *testing.T) {
 // TestDrain ends the connector with a flow open: the flow finishes, new ones go elsewhere, and Run returns when it has.
 func TestDrain(t *testing.T) {
 	authority, edgeID, connID := identities(t)
-	e := startEdge(t, authority, edgeID, "127.0.0.1:0")
+	e := startEdge(t, authority, edgeID, freeAddr(t))
 	origin := echoServer(t)
 	c, stop := startConnector(t, Config{Identity: connID, Edges: []string{e.addr}, Allow: loopbackOnly(t), DrainTimeout: 2 * patience})
 	eventually(t, "four sessions", func() bool { return e.count() == SessionsPerEdge && allUp(c) })
@@ -461,7 +472,7 @@ func TestDrain(t *testing.T) {
 // TestRenew has the connector ask for a certificate over its session.
 func TestRenew(t *testing.T) {
 	authority, edgeID, connID := identities(t)
-	e := startEdge(t, authority, edgeID, "127.0.0.1:0")
+	e := startEdge(t, authority, edgeID, freeAddr(t))
 	c, _ := startConnector(t, Config{Identity: connID, Edges: []string{e.addr}})
 	before := connID.Leaf().SerialNumber
 	if err := connID.Renew(t.Context(), c.renew); err == nil && e.count() == 0 {
@@ -479,7 +490,7 @@ func TestRenew(t *testing.T) {
 // TestLogsQuiet denies many flows in a row: an edge must not be able to fill the log.
 func TestLogsQuiet(t *testing.T) {
 	authority, edgeID, connID := identities(t)
-	e := startEdge(t, authority, edgeID, "127.0.0.1:0")
+	e := startEdge(t, authority, edgeID, freeAddr(t))
 	var mu sync.Mutex
 	var log bytes.Buffer
 	w := writerFunc(func(b []byte) (int, error) {

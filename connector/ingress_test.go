@@ -88,16 +88,12 @@ func TestIngressFlows(t *testing.T) {
 			c.Close()
 		}
 	}()
-	down, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	down.Close()
+	down := freeAddr(t)
 	rules, err := ingressconf.Parse(fmt.Appendf(nil, `ingress:
   - {hostname: bytes.test, service: "tcp://%s"}
   - {hostname: down.test, service: "tcp://%s"}
   - service: hello_world
-`, ln.Addr(), down.Addr()))
+`, ln.Addr(), down))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -275,21 +275,19 @@ func TestUDPAssociationsStayInTheirNetwork(t *testing.T) {
 	}
 }
 
-// listenBoth finds a port that is free for UDP and TCP.
+// listenBoth listens on one port by UDP and TCP.
 func listenBoth(t testing.TB) (net.PacketConn, net.Listener) {
 	t.Helper()
-	for range 20 {
-		udp, err := net.ListenPacket("udp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		if tcp, err := net.Listen("tcp", udp.LocalAddr().String()); err == nil {
-			return udp, tcp
-		}
-		udp.Close()
+	addr := freeAddr(t)
+	udp, err := net.ListenPacket("udp", addr)
+	if err != nil {
+		t.Fatal(err)
 	}
-	t.Fatal("no port is free for both UDP and TCP")
-	return nil, nil
+	tcp, err := net.Listen("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return udp, tcp
 }
 
 // startDNS answers A questions for one name, over UDP and TCP, and returns its address.

@@ -19,6 +19,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/keyhaven/keyhaven/internal/cli"
+	"github.com/keyhaven/keyhaven/internal/freeport"
 	"github.com/keyhaven/keyhaven/internal/lab"
 	"github.com/keyhaven/keyhaven/internal/testnet"
 )
@@ -216,26 +217,16 @@ func loopback(plan *lab.Plan, site *lab.SitePlan) error {
 	return nil
 }
 
-// freeAddr returns want if its port is free, for TCP and UDP, else the same host with a free port.
+// freeAddr returns want if its port is free, for TCP and UDP, else the same host with a free port. Port 0 is none.
 func freeAddr(want string) (string, error) {
-	host, _, err := net.SplitHostPort(want)
+	host, port, err := net.SplitHostPort(want)
 	if err != nil {
 		return "", err
 	}
-	for _, addr := range []string{want, host + ":0", host + ":0", host + ":0"} {
-		ln, err := net.Listen("tcp", addr)
-		if err != nil {
-			continue
-		}
-		got := ln.Addr().String()
-		pc, err := net.ListenPacket("udp", got)
-		ln.Close()
-		if err == nil {
-			pc.Close()
-			return got, nil
-		}
+	if port != "0" && freeport.Check(want) == nil {
+		return want, nil
 	}
-	return "", fmt.Errorf("no free port on %s", host)
+	return freeport.Addr(host)
 }
 
 func (d *demo) explain() {

@@ -23,6 +23,7 @@ import (
 	"github.com/keyhaven/keyhaven/edge/control"
 	"github.com/keyhaven/keyhaven/edge/spec"
 	"github.com/keyhaven/keyhaven/edge/zone"
+	"github.com/keyhaven/keyhaven/internal/freeport"
 	"github.com/keyhaven/keyhaven/tunnel"
 )
 
@@ -45,13 +46,12 @@ func named(t testing.TB, name string) string {
 	})
 }
 
-// deadAddr is an address at which nothing listens.
+// deadAddr is an address where nothing listens, by UDP or TCP, but what the test has listen there.
 func deadAddr(t testing.TB) string {
 	t.Helper()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	addr, err := freeport.Addr("127.0.0.1")
 	must(t, err)
-	must(t, ln.Close())
-	return ln.Addr().String()
+	return addr
 }
 
 // pooled gives w a zone for a.test whose origin is the pool p.

@@ -301,10 +301,7 @@ func TestOriginFailuresAndTheirPages(t *testing.T) {
 			_ = c.Close()
 		}
 	}()
-	dead, err := net.Listen("tcp", "127.0.0.1:0")
-	must(t, err)
-	deadURL := "http://" + dead.Addr().String()
-	_ = dead.Close()
+	deadURL := "http://" + deadAddr(t)
 	tlsURL, _ := w.tlsOrigin(func(http.ResponseWriter, *http.Request) {})
 	failing := "10.9.8.7:8080"
 	w.loop.cut(failing, &tunnel.FlowError{Result: tunnel.ResultDenied, Remote: true})

@@ -255,7 +255,7 @@ func TestPortsComeAndGo(t *testing.T) {
 	w := newWorld(t)
 	w.addZone("a", "p256", named(t, "a"), "a.test")
 	w.start()
-	taken, err := net.Listen("tcp", "127.0.0.1:0")
+	taken, err := net.Listen("tcp", deadAddr(t))
 	must(t, err)
 	one, two := portTo(t, "one", "tcp", tcpService(t, "one", false)), portTo(t, "two", "tcp", tcpService(t, "two", false))
 	two.Listen = taken.Addr().String()

@@ -328,6 +328,7 @@ func TestTicketsWithOpenSSL(t *testing.T) {
 	origin := echoOrigin(t)
 	w.addZone("a", "p256", origin, "a.test", "a2.test")
 	w.addZone("b", "p256", origin, "b.test")
+	w.cfg.Listen.TLS = []string{deadAddr(t)} // for both starts
 	w.start()
 	for _, vers := range []string{"-tls1_2", "-tls1_3"} {
 		sess := filepath.Join(w.dir, "sess"+vers)
@@ -354,7 +355,6 @@ func TestTicketsWithOpenSSL(t *testing.T) {
 	sess := filepath.Join(w.dir, "sess-restart")
 	w.saveSession(sess, "-tls1_3")
 	w.stop()
-	w.cfg.Listen.TLS = []string{w.addr()}
 	w.start()
 	if out, err := w.sClient("-servername", "a.test", "-tls1_3", "-sess_in", sess); err != nil || !strings.Contains(out, "Reused, TLS") {
 		t.Errorf("after a restart: %v\n%s", err, out)

@@ -35,11 +35,7 @@ func countAdmits(n *atomic.Int32) func(context.Context, mtls.Identity, *x509.Cer
 func TestRaceUDPBlocked(t *testing.T) {
 	t.Parallel()
 	p := newPKI(t)
-	silent, err := net.ListenPacket("udp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer silent.Close()
+	silent := listenSilent(t)
 	var admits atomic.Int32
 	e := startEdge(t, ListenConfig{Identity: p.source(mtls.KindEdge, "e1", 0), Admit: countAdmits(&admits), TCPAddr: silent.LocalAddr().String()})
 	dc := dialOver(e, "", p.source(mtls.KindConnector, "c1", 0), accept(echo))
@@ -63,13 +59,8 @@ func TestRaceUDPBlocked(t *testing.T) {
 func TestRaceLoser(t *testing.T) {
 	t.Parallel()
 	p := newPKI(t)
-	udp, err := net.ListenPacket("udp4", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	addr := udp.LocalAddr().String()
+	addr := freeAddr(t)
 	r := newRelay(t, addr, 200*time.Millisecond)
-	udp.Close()
 	var admits atomic.Int32
 	e := startEdge(t, ListenConfig{Addr: addr, TCPAddr: r.addr(), Identity: p.source(mtls.KindEdge, "e1", 0), Admit: countAdmits(&admits)})
 	dc := dialOver(e, "", p.source(mtls.KindConnector, "c1", 0), accept(echo))
@@ -125,12 +116,8 @@ func TestRaceOrder(t *testing.T) {
 		}
 	})
 	t.Run("both fail", func(t *testing.T) {
-		silent, err := net.ListenPacket("udp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer silent.Close()
-		_, err = Dial(context.Background(), DialConfig{Addr: silent.LocalAddr().String(), Identity: src, Registration: testRegistration, Handle: accept(echo)})
+		silent := listenSilent(t)
+		_, err := Dial(context.Background(), DialConfig{Addr: silent.LocalAddr().String(), Identity: src, Registration: testRegistration, Handle: accept(echo)})
 		if !errors.Is(err, ErrNoAnswer) || !strings.Contains(err.Error(), "quic: ") || !strings.Contains(err.Error(), "tcp: ") {
 			t.Errorf("Dial: %v, want what both carriers met", err)
 		}
@@ -200,8 +187,7 @@ func TestProxy(t *testing.T) {
 	if err := os.WriteFile(password, []byte(canary+"\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	closed, _ := net.Listen("tcp", "127.0.0.1:0")
-	closed.Close()
+	closed := freeAddr(t)
 	basic := "Basic " + base64.StdEncoding.EncodeToString([]byte("site:"+canary))
 	auth := func(r *http.Request) string {
 		if r.Header.Get("Proxy-Authorization") != basic {
@@ -223,7 +209,7 @@ func TestProxy(t *testing.T) {
 		"no HTTP":      {ProxyConfig{URL: connectProxy(t, say("220 smtp ready\r\n\r\n"))}, "is it an HTTP proxy"},
 		"endless":      {ProxyConfig{URL: connectProxy(t, say("HTTP/1.1 200 OK\r\n"+strings.Repeat("X: y\r\n", 4000)))}, "head of more"},
 		"hangs up":     {ProxyConfig{URL: connectProxy(t, say("HTTP"))}, "is it an HTTP proxy"},
-		"unreachable":  {ProxyConfig{URL: "http://" + closed.Addr().String()}, "cannot be reached"},
+		"unreachable":  {ProxyConfig{URL: "http://" + closed}, "cannot be reached"},
 		"port":         {ProxyConfig{URL: "http://proxy.test:70000"}, "must be from 1 to 65535"},
 		"no file":      {ProxyConfig{URL: connectProxy(t, auth), User: "site", PasswordFile: password + "x"}, "password file"},
 		"user in URL":  {ProxyConfig{URL: "http://site:" + canary + "@127.0.0.1:1"}, "put it into user"},

@@ -34,10 +34,7 @@ type delayed struct {
 
 func newRelay(tb testing.TB, server string, delay time.Duration) *relay {
 	tb.Helper()
-	front, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
-	if err != nil {
-		tb.Fatal(err)
-	}
+	front := listenSilent(tb)
 	newTransport(front).Close() // has the socket's buffers enlarged as far as may be
 	r := &relay{tb: tb, server: server, delay: delay, front: front}
 	tb.Cleanup(func() {

@@ -123,13 +123,9 @@ func TestDialErrors(t *testing.T) {
 	p := newPKI(t)
 	src := p.source(mtls.KindConnector, "c1", 0)
 	t.Run("nobody answers", func(t *testing.T) {
-		silent, err := net.ListenPacket("udp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer silent.Close()
+		silent := listenSilent(t)
 		cfg := DialConfig{Addr: silent.LocalAddr().String(), Identity: src, Registration: testRegistration, Handle: accept(echo)}
-		_, err = Dial(context.Background(), cfg)
+		_, err := Dial(context.Background(), cfg)
 		if !errors.Is(err, ErrNoAnswer) {
 			t.Errorf("Dial: %v, want ErrNoAnswer", err)
 		}

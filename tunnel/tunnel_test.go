@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/keyhaven/keyhaven/internal/freeport"
 	"github.com/keyhaven/keyhaven/mtls"
 	"go.uber.org/goleak"
 )
@@ -263,6 +264,27 @@ func eventually(tb testing.TB, what string, ok func() bool) {
 
 func testLogger(tb testing.TB) *slog.Logger {
 	return slog.New(slog.NewTextHandler(tb.Output(), &slog.HandlerOptions{Level: slog.LevelDebug}))
+}
+
+// freeAddr is an address where nothing listens, by UDP or TCP, but what the test has listen there.
+func freeAddr(tb testing.TB) string {
+	tb.Helper()
+	addr, err := freeport.Addr("127.0.0.1")
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return addr
+}
+
+// listenSilent is a UDP socket whose TCP port is free. It is closed with the test.
+func listenSilent(tb testing.TB) *net.UDPConn {
+	tb.Helper()
+	c, err := net.ListenPacket("udp4", freeAddr(tb))
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() { c.Close() })
+	return c.(*net.UDPConn)
 }
 
 func tcpPair(tb testing.TB) (*net.TCPConn, *net.TCPConn) {

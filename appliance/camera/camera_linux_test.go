@@ -21,6 +21,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/keyhaven/keyhaven/ingressconf"
+	"github.com/keyhaven/keyhaven/internal/freeport"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -203,10 +204,8 @@ func TestStreamer(t *testing.T) {
 	dir := t.TempDir()
 	must(t, os.Chmod(dir, 0o755))
 	must(t, os.WriteFile(filepath.Join(dir, "index.html"), Page(), 0o644))
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	addr, err := freeport.Addr("127.0.0.1")
 	must(t, err)
-	addr := ln.Addr().String()
-	ln.Close()
 	_, port, err := net.SplitHostPort(addr)
 	must(t, err)
 	args, err := Settings{Device: "/dev/video63"}.Args("")

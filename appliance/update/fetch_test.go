@@ -8,7 +8,6 @@ import (
 	"io"
 	"log/slog"
 	"math/rand/v2"
-	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
@@ -25,6 +24,7 @@ import (
 	"github.com/keyhaven/keyhaven/appliance/bundle"
 	"github.com/keyhaven/keyhaven/appliance/fleet"
 	"github.com/keyhaven/keyhaven/appliance/slot"
+	"github.com/keyhaven/keyhaven/internal/freeport"
 )
 
 // fast are intervals for a real server on the loopback.
@@ -401,11 +401,10 @@ func TestPasswordStaysSecret(t *testing.T) {
 	const canary = "c4n4ry"
 	p := newPublisher(t)
 	p.publish(t, "1.1.0", 100)
-	refused, err := net.Listen("tcp", "127.0.0.1:0")
+	refused, err := freeport.Addr("127.0.0.1")
 	if err != nil {
 		t.Fatal(err)
 	}
-	refused.Close()
 	away := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if strings.Contains(fmt.Sprint(r.Header), canary) || r.Header.Get("Authorization") != "" {
 			t.Error("another host was told the password")
@@ -430,7 +429,7 @@ func TestPasswordStaysSecret(t *testing.T) {
 		}
 	}))
 	defer s.Close()
-	for _, address := range []string{s.URL + "/missing", s.URL + "/redirect", s.URL + "/loop", s.URL + "/cut", "http://" + refused.Addr().String(), "https://" + s.Listener.Addr().String()} {
+	for _, address := range []string{s.URL + "/missing", s.URL + "/redirect", s.URL + "/loop", s.URL + "/cut", "http://" + refused, "https://" + s.Listener.Addr().String()} {
 		u, err := url.Parse(address)
 		if err != nil {
 			t.Fatal(err)

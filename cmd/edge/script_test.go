@@ -4,20 +4,18 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math/rand/v2"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
-	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
 	"go.uber.org/goleak"
 
+	"github.com/keyhaven/keyhaven/internal/freeport"
 	"github.com/keyhaven/keyhaven/mtls"
 	"github.com/keyhaven/keyhaven/tunnel"
 )
@@ -58,7 +56,7 @@ func TestScripts(t *testing.T) {
 
 func setUp(env *testscript.Env) error {
 	for _, name := range []string{"TUNNEL", "VISITORS", "OPS", "ADMIN", "TUNNEL2", "VISITORS2", "OPS2", "ETCD", "ETCDPEER"} {
-		addr, err := freeAddr()
+		addr, err := freeport.Addr("127.0.0.1")
 		if err != nil {
 			return err
 		}
@@ -99,30 +97,6 @@ visitors:
         - url: http://10.20.1.10:8080
           vnet: default
 `
-
-// ports counts on from anywhere, so that no two scripts of a run are given the same.
-var ports atomic.Uint32
-
-func init() { ports.Store(rand.Uint32N(12000)) }
-
-// freeAddr returns a loopback address whose port is free for TCP and UDP. It lies below the range from which systems
-// give ports to clients, so that it is still free when the edge binds it.
-func freeAddr() (string, error) {
-	for range 100 {
-		addr := fmt.Sprintf("127.0.0.1:%d", 20000+ports.Add(1)%12000)
-		ln, err := net.Listen("tcp", addr)
-		if err != nil {
-			continue
-		}
-		pc, err := net.ListenPacket("udp", addr)
-		ln.Close()
-		if err == nil {
-			pc.Close()
-			return addr, nil
-		}
-	}
-	return "", errors.New("no port is free for both TCP and UDP")
-}
 
 // exits runs a program that must end with the exit code of its first argument.
 func exits(ts *testscript.TestScript, neg bool, args []string) {

@@ -26,6 +26,7 @@ import (
 
 	"github.com/keyhaven/keyhaven/edge/control"
 	"github.com/keyhaven/keyhaven/edge/spec"
+	"github.com/keyhaven/keyhaven/internal/freeport"
 	"github.com/keyhaven/keyhaven/tunnel"
 )
 
@@ -259,10 +260,8 @@ func TestUDPEarlyPackets(t *testing.T) {
 }
 
 func TestUDPUnreachableEndsTheSession(t *testing.T) {
-	free, err := net.ListenPacket("udp", "127.0.0.1:0")
+	addr, err := freeport.Addr("127.0.0.1")
 	must(t, err)
-	addr := free.LocalAddr().String()
-	must(t, free.Close())
 	x := start(t, new(direct), portAt("p", "udp", addr))
 	c := visitorUDP(t, x.addr(t, "p"))
 	for i := range 2 { // the next packet begins a session anew

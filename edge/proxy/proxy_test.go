@@ -16,6 +16,7 @@ import (
 	"testing"
 
 	"github.com/keyhaven/keyhaven/edge/control"
+	"github.com/keyhaven/keyhaven/internal/freeport"
 	"github.com/keyhaven/keyhaven/tunnel"
 )
 
@@ -53,12 +54,10 @@ func TestForwarded(t *testing.T) {
 // real dials to nowhere and returns the error that the system makes.
 func realRefusal(t *testing.T) error {
 	t.Helper()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	addr, err := freeport.Addr("127.0.0.1")
 	if err != nil {
 		t.Fatal(err)
 	}
-	addr := ln.Addr().String()
-	_ = ln.Close()
 	_, err = net.Dial("tcp", addr)
 	if err == nil {
 		t.Fatal("a closed port answered")

@@ -10,6 +10,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/keyhaven/keyhaven/internal/freeport"
+
 	"github.com/spf13/cobra"
 )
 
@@ -26,9 +28,10 @@ func TestHealth(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	gone := httptest.NewServer(nil)
-	down := gone.Listener.Addr().String()
-	gone.Close()
+	down, err := freeport.Addr("127.0.0.1")
+	if err != nil {
+		t.Fatal(err)
+	}
 	broken := errors.New("line 3: no such key")
 	tests := []struct {
 		name, addr string

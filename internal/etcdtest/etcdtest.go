@@ -3,16 +3,16 @@ package etcdtest
 
 import (
 	"fmt"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/keyhaven/keyhaven/internal/freeport"
 )
 
 // patience bounds the wait for a member to be healthy.
@@ -33,8 +33,13 @@ func Start(t testing.TB, n int, args ...string) []*Member {
 	if err != nil {
 		t.Fatal("etcd is missing; run: make setup")
 	}
-	numbers := ports(t, 2*n)
-	url := func(i int) string { return "http://127.0.0.1:" + strconv.Itoa(numbers[i]) }
+	addrs := make([]string, 2*n)
+	for i := range addrs {
+		if addrs[i], err = freeport.Addr("127.0.0.1"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	url := func(i int) string { return "http://" + addrs[i] }
 	var peers []string
 	for i := range n {
 		peers = append(peers, fmt.Sprintf("m%d=%s", i, url(n+i)))
@@ -54,19 +59,6 @@ func Start(t testing.TB, n int, args ...string) []*Member {
 		m.await()
 	}
 	return members
-}
-
-func ports(t testing.TB, n int) (list []int) {
-	t.Helper()
-	for range n {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer l.Close()
-		list = append(list, l.Addr().(*net.TCPAddr).Port)
-	}
-	return list
 }
 
 func (m *Member) start() {

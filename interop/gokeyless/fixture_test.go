@@ -24,6 +24,7 @@ import (
 
 	"go.yaml.in/yaml/v3"
 
+	"github.com/keyhaven/keyhaven/internal/freeport"
 	"github.com/keyhaven/keyhaven/internal/softhsm"
 	"github.com/keyhaven/keyhaven/keyless"
 	"github.com/keyhaven/keyhaven/mtls"
@@ -273,9 +274,7 @@ func (s *site) peer(t testing.TB, args ...string) *program {
 }
 
 func freePort(t testing.TB) string {
-	ln := must(net.Listen("tcp", "127.0.0.1:0"))(t)
-	defer ln.Close()
-	return ln.Addr().String()
+	return must(freeport.Addr("127.0.0.1"))(t)
 }
 
 // raw opens a connection on which a test writes packets of its own.

@@ -7,7 +7,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"net"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/keyhaven/keyhaven/internal/freeport"
 	"github.com/keyhaven/keyhaven/internal/softhsm"
 )
 
@@ -139,21 +140,11 @@ func write(t *testing.T, path, text string) {
 // port is one that is free on loopback for TCP and UDP.
 func port(t *testing.T) int {
 	t.Helper()
-	for range 20 {
-		ln, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		addr := ln.Addr().(*net.TCPAddr)
-		udp, err := net.ListenUDP("udp", &net.UDPAddr{IP: addr.IP, Port: addr.Port})
-		ln.Close()
-		if err == nil {
-			udp.Close()
-			return addr.Port
-		}
+	addr, err := freeport.Addr("127.0.0.1")
+	if err != nil {
+		t.Fatal(err)
 	}
-	t.Fatal("no port is free")
-	return 0
+	return int(netip.MustParseAddrPort(addr).Port())
 }
 
 // TestImages looks at what each image is: its user, its entry point, and that it holds no shell.
