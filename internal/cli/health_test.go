@@ -10,9 +10,9 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/keyhaven/keyhaven/internal/freeport"
-
 	"github.com/spf13/cobra"
+
+	"github.com/keyhaven/keyhaven/internal/freeport"
 )
 
 func TestHealth(t *testing.T) {
