@@ -2,6 +2,7 @@ package tunnel
 
 import (
 	"encoding/binary"
+	"errors"
 	"net"
 	"sync"
 	"time"
@@ -28,6 +29,7 @@ func (m *mux) write() {
 			m.conn.SetWriteDeadline(deadline) //nolint:errcheck // Write would fail too
 		}
 		if err := m.writeOut(urgent, bulk); err != nil {
+			m.awaitLastWords(err)
 			m.fail(lostBecause(err), 0, false)
 			m.raw.Close() //nolint:errcheck // nothing is left to lose
 			return
@@ -46,6 +48,18 @@ func (m *mux) write() {
 		}
 	}
 	m.raw.Close() //nolint:errcheck // nothing is left to lose
+}
+
+// awaitLastWords gives the reading goroutine time to find why the peer takes nothing any more, which it may have said
+// before it closed: a write fails with err at once, and what came before that is still to be read.
+func (m *mux) awaitLastWords(err error) {
+	if isTimeout(err) || errors.Is(err, net.ErrClosed) {
+		return
+	}
+	select {
+	case <-m.doneCh:
+	case <-time.After(muxLinger):
+	}
 }
 
 func (m *mux) writeOut(urgent, bulk []byte) error {

@@ -5,10 +5,14 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"sync"
 	"time"
 )
+
+// maxUnreadOfRefused bounds what is read of a peer whose handshake failed, so that it sees the alert.
+const maxUnreadOfRefused = 64 << 10
 
 // portTries is how often a port that UDP got from the kernel is looked for that TCP has free too.
 const portTries = 16
@@ -101,8 +105,8 @@ func (l *Listener) serveTCPConn(ctx context.Context, raw *net.TCPConn, p *pendin
 	err := conn.HandshakeContext(setup)
 	cancel()
 	if err != nil {
-		raw.Close() //nolint:errcheck // nothing is left to lose
 		l.warn(raw.RemoteAddr(), "handshake failed", fmt.Errorf("TCP: %w", err))
+		hangUp(ctx, raw)
 		return
 	}
 	cork.corked = true
@@ -113,4 +117,15 @@ func (l *Listener) serveTCPConn(ctx context.Context, raw *net.TCPConn, p *pendin
 	m := newMux(conn, cork, false, l.cfg.Limits, streams)
 	m.start()
 	l.serveConn(ctx, m, p)
+}
+
+// hangUp closes a connection whose peer may not have read yet why. In TLS 1.3 the peer writes on before it learns that
+// its certificate is refused; closing over what it wrote would reset the connection, and the alert could be lost.
+func hangUp(ctx context.Context, raw *net.TCPConn) {
+	stop := context.AfterFunc(ctx, func() { raw.Close() }) //nolint:errcheck // see below
+	defer stop()
+	raw.SetDeadline(time.Now().Add(muxLinger))    //nolint:errcheck // it is closed, then
+	raw.CloseWrite()                              //nolint:errcheck // the peer has gone, then
+	io.CopyN(io.Discard, raw, maxUnreadOfRefused) //nolint:errcheck // ends at the latest with the deadline
+	raw.Close()                                   //nolint:errcheck // nothing is left to lose
 }
