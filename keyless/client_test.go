@@ -12,6 +12,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/keyhaven/keyhaven/internal/freeport"
 )
 
 func TestClientPipelines(t *testing.T) {
@@ -268,9 +270,8 @@ func TestClientMovesOnFromMissingKey(t *testing.T) {
 
 // While nothing can be reached, requests fail at once; when the server is back, they work again by themselves.
 func TestClientUnavailableAndBack(t *testing.T) {
-	ln := must(net.Listen("tcp", "127.0.0.1:0"))
-	addr := ln.Addr().String()
-	stop := serveOn(t, &Server{Handler: echo}, ln)
+	addr := must(freeport.Addr("127.0.0.1"))
+	stop := serveOn(t, &Server{Handler: echo}, must(net.Listen("tcp", addr)))
 	c := startClient(t, ClientConfig{Servers: []string{addr}})
 	ping := func() error {
 		_, err := c.Do(t.Context(), &Operation{Opcode: OpPing})

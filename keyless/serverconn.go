@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -26,6 +27,9 @@ const (
 	// flight; beyond it the connection is not read.
 	maxLarge = 4 << 20
 )
+
+// maxUnreadRefused bounds what is read of a peer whose handshake failed.
+const maxUnreadRefused = 64 << 10
 
 // Causes with which a connection's context ends.
 var (
@@ -79,6 +83,7 @@ func (l *serverLoop) serve(ctx context.Context, raw net.Conn) {
 		l.refused("handshake")
 		if ctx.Err() == nil { // else it is the server that ends
 			l.onRefused(raw.RemoteAddr(), conn.ConnectionState(), err)
+			hangUp(ctx, raw)
 		}
 		return
 	}
@@ -111,6 +116,20 @@ func (l *serverLoop) serve(ctx context.Context, raw net.Conn) {
 	ctx, cancel = context.WithDeadline(ctx, conn.ConnectionState().PeerCertificates[0].NotAfter)
 	defer cancel()
 	c.run(ctx)
+}
+
+// hangUp lets a peer whose handshake failed read why. In TLS 1.3 it writes on before it learns that its certificate is
+// refused; closing over what it wrote would reset the connection, and the alert could be lost.
+func hangUp(ctx context.Context, raw net.Conn) {
+	half, ok := raw.(interface{ CloseWrite() error })
+	if !ok {
+		return
+	}
+	stop := context.AfterFunc(ctx, func() { raw.Close() })
+	defer stop()
+	raw.SetDeadline(time.Now().Add(lastWords))  //nolint:errcheck // it is closed, then
+	half.CloseWrite()                           //nolint:errcheck // the peer has gone, then
+	io.CopyN(io.Discard, raw, maxUnreadRefused) //nolint:errcheck // ends at the latest with the deadline
 }
 
 func (l *serverLoop) identifyPeer(conn *tls.Conn) (Peer, error) {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -30,6 +31,9 @@ const suspectPoll = 100 * time.Millisecond
 // clientWriteTimeout bounds one batch of requests.
 const clientWriteTimeout = 5 * time.Second
 
+// lastWords is how long a connection is read whose peer takes nothing any more.
+const lastWords = 250 * time.Millisecond
+
 // A session is one connection of a client with its reader and writer, from the handshake to its end.
 type session struct {
 	conn     net.Conn
@@ -44,7 +48,7 @@ type session struct {
 	broken   chan struct{}   // closed when reading or writing failed
 	helpers  sync.WaitGroup
 	pool     sync.Pool   // of *call
-	dead     atomic.Bool // err is set
+	dead     atomic.Bool // err is set, or about to be
 
 	mu     sync.Mutex // guards the rest
 	calls  map[uint32]*call
@@ -79,6 +83,7 @@ func newSession(conn, raw net.Conn, maxInFlight int) *session {
 	s.helpers.Go(func() { s.fail(s.read()) })
 	s.helpers.Go(func() {
 		if err := s.writer.run(); err != nil {
+			s.awaitLastWords(err)
 			s.fail(err)
 		}
 	})
@@ -106,6 +111,19 @@ func (s *session) quiesce(ctx context.Context, timeout time.Duration) {
 func (s *session) end(cause error) {
 	s.fail(cause)
 	s.helpers.Wait()
+}
+
+// awaitLastWords lets read find what the server said before it closed: replies, or the alert that refuses the
+// certificate. A write fails with err at once, and what came before that is still to be read.
+func (s *session) awaitLastWords(err error) {
+	s.dead.Store(true) // for new requests
+	if errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, net.ErrClosed) {
+		return
+	}
+	select {
+	case <-s.broken:
+	case <-time.After(lastWords):
+	}
 }
 
 // fail breaks the session once and finishes its requests.
