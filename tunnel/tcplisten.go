@@ -11,8 +11,8 @@ import (
 	"time"
 )
 
-// maxUnreadOfRefused bounds what is read of a peer whose handshake failed, so that it sees the alert.
-const maxUnreadOfRefused = 64 << 10
+// maxUnreadRefused bounds what is read of a peer whose handshake failed, so that it sees the alert.
+const maxUnreadRefused = 64 << 10
 
 // portTries is how often a port that UDP got from the kernel is looked for that TCP has free too.
 const portTries = 16
@@ -124,8 +124,8 @@ func (l *Listener) serveTCPConn(ctx context.Context, raw *net.TCPConn, p *pendin
 func hangUp(ctx context.Context, raw *net.TCPConn) {
 	stop := context.AfterFunc(ctx, func() { raw.Close() }) //nolint:errcheck // see below
 	defer stop()
-	raw.SetDeadline(time.Now().Add(muxLinger))    //nolint:errcheck // it is closed, then
-	raw.CloseWrite()                              //nolint:errcheck // the peer has gone, then
-	io.CopyN(io.Discard, raw, maxUnreadOfRefused) //nolint:errcheck // ends at the latest with the deadline
-	raw.Close()                                   //nolint:errcheck // nothing is left to lose
+	raw.SetDeadline(time.Now().Add(muxLinger))  //nolint:errcheck // it is closed, then
+	raw.CloseWrite()                            //nolint:errcheck // the peer has gone, then
+	io.CopyN(io.Discard, raw, maxUnreadRefused) //nolint:errcheck // ends at the latest with the deadline
+	raw.Close()                                 //nolint:errcheck // nothing is left to lose
 }

@@ -6,6 +6,7 @@
 package freeport
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -32,7 +33,7 @@ var (
 func Addr(host string) (string, error) {
 	mu.Lock()
 	defer mu.Unlock()
-	var last error
+	last := errors.New("this process has them all")
 	for range count {
 		next = (next + 1) % count
 		port := first + next
