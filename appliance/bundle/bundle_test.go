@@ -140,9 +140,12 @@ func TestRefuses(t *testing.T) {
 	head := bytes.Index(good, []byte{0x28, 0xb5, 0x2f, 0xfd}) // where the stream of Zstandard begins
 	text := string(good[11 : 11+binary.BigEndian.Uint32(good[7:])])
 	stream := good[head:]
-	alter := func(at int) []byte {
+	alter := func(at int, to byte) []byte {
 		b := bytes.Clone(good)
-		b[at] ^= 1
+		if b[at] == to {
+			to++
+		}
+		b[at] = to
 		return b
 	}
 	manifest := func(old, new string) []byte {
@@ -166,9 +169,10 @@ func TestRefuses(t *testing.T) {
 		"another file":         {[]byte("<html>404</html>"), ErrFormat, "ends in .update"},
 		"signed by another":    {made(t, other, example(), slot), ErrKey, "where the image came from"},
 		"signed without hash":  {unhashed, ErrSignature, "hashed"},
-		"manifest altered":     {alter(20), ErrSignature, "get it again"},
-		"signature altered":    {alter(head - 20), ErrSignature, "get it again"},
-		"stream altered":       {alter(head + len(stream)/2), ErrCorrupt, "get it again"},
+		"manifest altered":     {alter(20, 'a'), ErrSignature, "get it again"},
+		"signature altered":    {alter(head-20, 'A'), ErrSignature, "changed after"}, // still of the alphabet of base64
+		"signature unreadable": {alter(head-20, '!'), ErrSignature, "cannot be read; get it again"},
+		"stream altered":       {alter(head+len(stream)/2, 0), ErrCorrupt, "get it again"},
 		"cut in the head":      {good[:head/2], ErrTruncated, "get it again"},
 		"cut in the stream":    {good[:len(good)-100], ErrTruncated, "bytes are missing"},
 		"cut before the end":   {good[:len(good)-1], ErrTruncated, "get it again"},

@@ -91,7 +91,7 @@ func verify(keys []minisign.PublicKey, message, sig []byte) error {
 	}
 	var s minisign.Signature
 	if err := s.UnmarshalText(sig); err != nil {
-		return fmt.Errorf("%w: it cannot be read; get the update again", ErrSignature)
+		return fmt.Errorf("%w: it cannot be read; get it again", ErrSignature)
 	}
 	if s.Algorithm != minisign.HashEdDSA {
 		return fmt.Errorf("%w: it is not of a hashed message; sign with a current minisign", ErrSignature)
