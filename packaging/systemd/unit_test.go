@@ -42,6 +42,26 @@ func TestUnitsAreClosed(t *testing.T) {
 	}
 }
 
+// A unit calls its own program and the shell: there are machines without anything else, kill(1) for one.
+func TestUnitsCallWhatIsThere(t *testing.T) {
+	command := regexp.MustCompile(`(?m)^Exec\w+=[-@:+!]*(\S+)`)
+	for _, unit := range units(t) {
+		text, err := os.ReadFile(unit)
+		if err != nil {
+			t.Fatal(err)
+		}
+		own, calls := "/usr/bin/"+strings.TrimSuffix(filepath.Base(unit), ".service"), command.FindAllSubmatch(text, -1)
+		if len(calls) < 2 {
+			t.Errorf("%s calls %q", unit, calls)
+		}
+		for _, m := range calls {
+			if p := string(m[1]); p != own && p != "/bin/sh" {
+				t.Errorf("%s calls %s", unit, p)
+			}
+		}
+	}
+}
+
 // The program is put where the test may, so that everything else of the unit is what is judged.
 func TestUnitsAreWellFormed(t *testing.T) {
 	program := regexp.MustCompile(`(?m)^(ExecStart=)\S+/(\S+)`)
