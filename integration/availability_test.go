@@ -148,7 +148,7 @@ func (s *linkedSite) oneCarrier(t *testing.T) {
 		must(t, s.Connector.WaitLog(ctx, from, text))
 	}
 
-	open := s.block(t, "ipproto", "tcp")
+	open := s.block(t, "ipproto", protoTCP)
 	s.start(t, map[string]any{"carrier": "auto"})
 	s.await(t, "TCP blocked, up over QUIC", map[string]string{s.Name: "quic"})
 	must(t, s.page(t.Context()))
@@ -159,7 +159,7 @@ func (s *linkedSite) oneCarrier(t *testing.T) {
 	open()
 	s.await(t, "TCP passes, carrier tcp", map[string]string{s.Name: "tcp"})
 
-	open = s.block(t, "ipproto", "udp")
+	open = s.block(t, "ipproto", protoUDP)
 	from = len(s.Connector.Log())
 	s.start(t, map[string]any{"carrier": "quic"})
 	says(from, "no session to the edge")

@@ -21,6 +21,12 @@ import (
 	"github.com/keyhaven/keyhaven/internal/testnet"
 )
 
+// Protocols for ip rule, which knows their names only where there is /etc/protocols.
+const (
+	protoTCP = "6"
+	protoUDP = "17"
+)
+
 // listenUDP opens a socket in a namespace that is closed when the test ends.
 func listenUDP(t *testing.T, ns *testnet.Namespace, addr string) (pc net.PacketConn) {
 	t.Helper()
@@ -310,7 +316,7 @@ func (f *flowSites) silence(t *testing.T) (ports []string) {
 		t.Fatalf("the connectors' sockets are not to be seen:\n%s", out)
 	}
 	for _, p := range ports {
-		must(t, f.edge.IP("rule", "add", "pref", "20", "iif", f.edgeDev, "ipproto", "udp", "sport", p, "blackhole"))
+		must(t, f.edge.IP("rule", "add", "pref", "20", "iif", f.edgeDev, "ipproto", protoUDP, "sport", p, "blackhole"))
 	}
 	f.moveLocal(t)
 	return ports
