@@ -80,12 +80,13 @@ type peers struct {
 	mute atomic.Bool   // others could not be told, and that was logged
 	tell sync.Mutex    // held while the own record is written, so that nothing comes after the farewell
 
-	running context.Context // sessions with other edges end with it
-	stop    context.CancelFunc
-	tasks   sync.WaitGroup
+	running  context.Context // sessions with other edges end with it
+	stop     context.CancelFunc
+	tasks    sync.WaitGroup
+	spawning sync.Mutex // guards stopped; nothing is locked under it
+	stopped  bool
 
 	mu      sync.RWMutex // guards the fields below
-	stopped bool
 	leaving bool
 	clock   time.Duration // runs only while the store delivers: what counts the silence of others
 	beatAt  time.Time     // when the own beat was seen last
@@ -119,8 +120,8 @@ func (p *peers) alone() bool { return p.name == "" }
 
 // spawn runs f unless the edge is stopping.
 func (p *peers) spawn(f func(context.Context)) bool {
-	p.mu.RLock()
-	defer p.mu.RUnlock()
+	p.spawning.Lock()
+	defer p.spawning.Unlock()
 	if p.stopped {
 		return false
 	}
@@ -130,9 +131,9 @@ func (p *peers) spawn(f func(context.Context)) bool {
 
 // close ends the sessions with other edges and waits for them.
 func (p *peers) close() {
-	p.mu.Lock()
+	p.spawning.Lock()
 	p.stopped = true
-	p.mu.Unlock()
+	p.spawning.Unlock()
 	p.stop()
 	p.tasks.Wait()
 }
@@ -173,6 +174,10 @@ func (p *peers) apply(d delta) {
 	if err != nil {
 		p.c.complain([]error{err})
 	}
+	if rest, ok := strings.CutPrefix(d.key, prefixPresent); ok {
+		id, _, _ := strings.Cut(rest, "/")
+		p.c.status.mark(id) // without mu, which who settles the statuses takes
+	}
 	if strings.HasPrefix(d.key, prefixEdge) {
 		p.judge()
 	}
@@ -187,7 +192,6 @@ func (p *peers) applyLocked(d delta) error {
 		return nil
 	}
 	id, edge, _ := strings.Cut(rest, "/")
-	p.c.status.mark(id)
 	before := p.present[id][edge].draining()
 	delete(p.present[id], edge)
 	if len(p.present[id]) == 0 {
