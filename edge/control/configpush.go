@@ -25,8 +25,9 @@ type processKey struct{ tunnel, connector, instance string } // ids, but for the
 // told is how far a process has been told its tunnel's configuration.
 type told struct {
 	ConnectorConfig
-	at   time.Time // of the last refusal
-	busy bool      // somebody is telling it
+	at    time.Time // of the last refusal
+	busy  bool      // somebody is telling it
+	again bool      // who tells it has to look again: there was a round meanwhile
 }
 
 // A pusher tells processes their configurations.
@@ -125,6 +126,12 @@ func (c *Control) configRound() map[processKey]bool {
 			}
 		}
 	}
+	wanted := map[string]TunnelConfig{} // before mu, which comes after the model's; what changes meanwhile makes a round due
+	for k := range here {
+		if _, ok := wanted[k.tunnel]; !ok {
+			wanted[k.tunnel] = c.wantedConfig(k.tunnel)
+		}
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if all {
@@ -139,7 +146,10 @@ func (c *Control) configRound() map[processKey]bool {
 			}
 			p.procs[k.connector][k] = t
 		}
-		if t.busy || t.settled(c.wantedConfig(k.tunnel), time.Now()) {
+		if t.busy {
+			t.again = true
+		}
+		if t.busy || t.settled(wanted[k.tunnel], time.Now()) {
 			delete(here, k)
 			continue
 		}
@@ -173,6 +183,14 @@ func (t *told) settled(want TunnelConfig, now time.Time) bool {
 	return want.Version == 0 || t.Applied == want.Version || t.Refused == want.Version && now.Sub(t.at) < configAgain
 }
 
+// over reports whether who tells the process may leave it, and notes that. What is settled by what was wanted before the
+// last round is not.
+func (t *told) over(settled, gone bool) bool {
+	t.busy = !gone && (!settled || t.again)
+	t.again = false
+	return !t.busy
+}
+
 // pushConfig tells a process its configuration, and again what it has become meanwhile.
 func (c *Control) pushConfig(ctx context.Context, k processKey) {
 	wait := configRetry
@@ -180,12 +198,15 @@ func (c *Control) pushConfig(ctx context.Context, k processKey) {
 		want, s := c.wantedConfig(k.tunnel), c.sessionOf(k, try)
 		c.configs.mu.Lock()
 		t := c.configs.procs[k.connector][k]
-		if s == nil || ctx.Err() != nil || t.settled(want, time.Now()) {
-			t.busy = false
-			c.configs.mu.Unlock()
+		settled := t.settled(want, time.Now())
+		over := t.over(settled, s == nil || ctx.Err() != nil)
+		c.configs.mu.Unlock()
+		if over {
 			return
 		}
-		c.configs.mu.Unlock()
+		if settled {
+			continue
+		}
 		limited, cancel := context.WithTimeout(ctx, configTimeout)
 		err := s.Configure(limited, want.Version, want.Body)
 		cancel()

@@ -186,3 +186,45 @@ func TestConfigsSettle(t *testing.T) {
 		eventually(t, fmt.Sprintf("connector %d has the last", i), func() bool { _, v, body := k.last(); return v == 20 && strings.Contains(body, "219") })
 	}
 }
+
+// A configuration that changes after somebody has looked what to tell a process, and before they say that this is done, is
+// told too.
+func TestConfigThatChangesMeanwhile(t *testing.T) {
+	e := newBed(t).edge()
+	_, err := e.AddTunnel(t.Context(), "site", "")
+	must(t, err)
+	e.takes(e.enrol("site", "c"), "i", 0, &taker{})
+	k := e.reg.all()[0].processKey()
+	state := func() told {
+		e.configs.mu.Lock()
+		defer e.configs.mu.Unlock()
+		if p := e.configs.procs[k.connector][k]; p != nil {
+			return *p
+		}
+		return told{}
+	}
+	set := func(service string) {
+		t.Helper()
+		_, err := e.SetTunnelConfig(t.Context(), "site", []byte(`{"ingress":[{"service":"`+service+`"}]}`), nil)
+		must(t, err)
+	}
+	set("http_status:404")
+	eventually(t, "the first is told", func() bool { s := state(); return s.Applied == 1 && !s.busy })
+	e.configs.mu.Lock()
+	p := e.configs.procs[k.connector][k]
+	p.busy = true // somebody has looked and wants the first
+	e.configs.mu.Unlock()
+	set("http_status:405")
+	eventually(t, "they are to look again", func() bool { return state().again })
+	e.configs.mu.Lock()
+	over, done := p.over(true, false), p.over(true, false)
+	p.busy = true
+	e.configs.mu.Unlock()
+	if over || !done {
+		t.Errorf("with a round meanwhile: over %v; looked again: over %v", over, done)
+	}
+	e.pushConfig(t.Context(), k)
+	if s := state(); s.Applied != 2 || s.busy || s.again {
+		t.Errorf("got %+v, want the second told", s)
+	}
+}
