@@ -129,7 +129,7 @@ func (p *Process) Signal(s os.Signal) error {
 // Kill ends the process without a chance to clean up, and waits for its end.
 func (p *Process) Kill() error { return p.end(syscall.SIGKILL, 10*time.Second) }
 
-// Stop ends the process by SIGTERM, and by SIGKILL if it has not ended after two minutes, when every grace that programs give
+// Stop ends the process by SIGTERM, and by SIGQUIT and SIGKILL if it has not ended after two minutes, when every grace that programs give
 // by default is long over; that is an error.
 func (p *Process) Stop() error { return p.end(syscall.SIGTERM, 2*time.Minute) }
 
@@ -148,8 +148,13 @@ func (p *Process) end(s os.Signal, patience time.Duration) error {
 	case <-done:
 		return nil
 	case <-time.After(patience):
-		cmd.Process.Kill()
-		<-done
+		cmd.Process.Signal(syscall.SIGQUIT) // a Go program tells what it was doing
+		select {
+		case <-done:
+		case <-time.After(10 * time.Second):
+			cmd.Process.Kill()
+			<-done
+		}
 		return fmt.Errorf("lab: %s did not end within %v of %v", p.name, patience, s)
 	}
 }
