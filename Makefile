@@ -29,7 +29,7 @@ GOBUILD = $(GO) build -trimpath -buildvcs=false -ldflags '$(LDFLAGS)'
 CONTAINER_ARCHS ?= $(shell $(GO) env GOARCH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo demo-check test unit netns chaos idle upgrade browser interop peer transit reliability fuzz lint vuln bench image image-lock image-e2e image-cuts image-check packages repo packages-check install-site binaries binaries-check containers containers-check clean
+.PHONY: help setup build demo demo-check test unit netns lockorder chaos idle upgrade browser interop peer transit reliability fuzz lint vuln bench image image-lock image-e2e image-cuts image-check packages repo packages-check install-site binaries binaries-check containers containers-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +60,9 @@ netns: ## the tests over network namespaces (as root, or in a user namespace)
 	@$(GO) build -race -o /dev/null ./cmd/keyserver ./cmd/connector ./cmd/edge ./demo # fetches what the namespace cannot
 	@$(GO) test -race -tags netns -run '^$$' ./internal/testnet ./integration >/dev/null
 	./scripts/rootless $(GO) test -race -count=1 -tags netns ./internal/testnet ./integration
+
+lockorder: ## whether tests take two mutexes in both orders, in PACKAGES or everywhere
+	@GO="$(GO)" ./scripts/lockorder $(PACKAGES)
 
 chaos: ## faults at random for ROUNDS rounds, or for DURATION; SEED repeats a run
 	@$(GO) build -race -o /dev/null ./cmd/keyserver ./cmd/connector ./cmd/edge
