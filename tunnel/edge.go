@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/x509"
 	"errors"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -21,9 +22,10 @@ type Session struct {
 	cert  *x509.Certificate
 	renew func(ctx context.Context, peer mtls.Identity, csrDER []byte) ([][]byte, error)
 
-	ownMinor int // what this edge announces
-	renewing atomic.Bool
-	expiry   *time.Timer // drains the session when its certificate ends
+	ownMinor  int // what this edge announces
+	renewing  atomic.Bool
+	answering sync.Mutex  // held while a renewal is answered, so that no more than two are under way
+	expiry    *time.Timer // drains the session when its certificate ends
 }
 
 // Peer is the connector's identity.
@@ -107,11 +109,13 @@ func (s *Session) handleFrame(ctx context.Context, f frame) error {
 		return s.answerRenewal(ctx, id, nil, ErrBusy)
 	}
 	started := s.spawn(func() {
-		defer s.renewing.Store(false)
 		chain, err := s.renewChain(ctx, csr)
 		if err != nil {
 			s.log.Warn("certificate not renewed", "err", err)
 		}
+		s.answering.Lock()
+		defer s.answering.Unlock()
+		s.renewing.Store(false)              // who has the answer may ask again
 		s.answerRenewal(ctx, id, chain, err) //nolint:errcheck // the session has ended, then
 	})
 	if !started {

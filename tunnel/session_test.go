@@ -268,6 +268,20 @@ func testRenewalRefused(t *testing.T, via Carrier) {
 	}
 }
 
+// Who has an answer may ask again at once.
+func TestRenewalsInARow(t *testing.T) {
+	overBoth(t, func(t *testing.T, via Carrier) {
+		_, c, _ := pairOver(t, via, accept(echo), func(lc *ListenConfig, _ *DialConfig) {
+			lc.Renew = func(context.Context, mtls.Identity, []byte) ([][]byte, error) { return nil, ErrRevoked }
+		})
+		for i := range 2000 {
+			if _, err := c.Renew(context.Background(), []byte("csr")); !errors.Is(err, ErrRevoked) {
+				t.Fatalf("renewal %d: %v, want ErrRevoked", i, err)
+			}
+		}
+	})
+}
+
 // TestRenewalGivenUp leaves an answer to a caller that is gone, then renews again.
 func TestRenewalGivenUp(t *testing.T) { overBoth(t, testRenewalGivenUp) }
 
