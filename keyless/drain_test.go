@@ -163,3 +163,49 @@ func TestDrainOfYoungConnection(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// acknowledged is a connection over a path that dies, when told to, behind having acknowledged what was written first: only
+// what is written after that is owed an acknowledgement.
+type acknowledged struct {
+	silenced
+	taken *atomic.Bool // of all paths that die together
+	owing *atomic.Bool
+}
+
+func (m acknowledged) Write(p []byte) (int, error) {
+	if !m.dead.Load() {
+		return m.Conn.Write(p)
+	}
+	if m.taken.Swap(true) {
+		m.owing.Store(true)
+	}
+	return len(p), nil
+}
+
+func (m acknowledged) Suspect() bool { return m.owing.Load() }
+
+// A request that was acknowledged by a path that then died, as all others did, is sent again over a new one, before its time
+// is up and without a heartbeat.
+func TestClientAsksWhenItIsQuiet(t *testing.T) {
+	addr, _ := startServer(t, &Server{TLS: serverTLS(), Handler: handlerFunc(func(context.Context, *Request) ([]byte, error) { return []byte("done"), nil })})
+	var dead, taken atomic.Bool
+	var dials atomic.Int32
+	c := startClient(t, ClientConfig{Servers: []string{addr}, TLS: clientTLS, ConnsPerServer: 2, Timeout: 20 * time.Second, Heartbeat: 29 * time.Second,
+		Dial: func(ctx context.Context, addr string) (net.Conn, error) {
+			raw, err := new(net.Dialer).DialContext(ctx, "tcp", addr)
+			if err != nil || dials.Add(1) > 2 {
+				return raw, err
+			}
+			return acknowledged{silenced{raw, &dead}, &taken, new(atomic.Bool)}, nil
+		}})
+	for up := 0; up < 2; time.Sleep(time.Millisecond) {
+		c.mu.Lock()
+		up = len(c.live)
+		c.mu.Unlock()
+	}
+	dead.Store(true)
+	got, err := c.Do(t.Context(), &Operation{Opcode: OpECDSASignSHA256, SKI: SKI{1}, Payload: make([]byte, 32)})
+	if err != nil || string(got) != "done" {
+		t.Errorf("got %q, %v", got, err)
+	}
+}

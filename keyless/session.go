@@ -28,6 +28,10 @@ const quiescePoll = 5 * time.Millisecond
 // suspectPoll is how often a Suspecter is asked.
 const suspectPoll = 100 * time.Millisecond
 
+// quietPolls is how often in a row a Suspecter has been asked when a request in flight is taken to be waited for in vain: what
+// carries the connection may have died after it had acknowledged the request.
+const quietPolls = 3
+
 // clientWriteTimeout bounds one batch of requests.
 const clientWriteTimeout = 5 * time.Second
 
@@ -230,10 +234,7 @@ func (s *session) forget(id uint32) bool {
 // doubt marks a session on which a request timed out with no sign of life, and has it pinged.
 func (s *session) doubt() {
 	s.suspect.Store(true)
-	select {
-	case s.prod <- struct{}{}:
-	default:
-	}
+	s.ask()
 }
 
 // read finishes calls with the replies that come in, in whatever order. Replies that nobody waits for are dropped.
@@ -286,8 +287,8 @@ func (s *session) ping(ctx context.Context) error {
 
 // watch pings the server each heartbeat, and when a request found it silent. It returns what ended the session: a
 // failure, silence for timeout after a ping, errDraining, errSilent, or ctx. A server that is too busy to answer the ping but
-// sends replies is alive.
-func (s *session) watch(ctx context.Context, heartbeat, timeout time.Duration) error {
+// sends replies is alive. Over a Suspecter quiet is called once when nothing comes while a request is in flight.
+func (s *session) watch(ctx context.Context, heartbeat, timeout time.Duration, quiet func()) error {
 	tick := time.NewTicker(heartbeat)
 	defer tick.Stop()
 	var ask <-chan time.Time // nil if nobody can be asked
@@ -297,6 +298,12 @@ func (s *session) watch(ctx context.Context, heartbeat, timeout time.Duration) e
 		defer t.Stop()
 		ask = t.C
 	}
+	pings, cancel := context.WithCancel(ctx)
+	var pinging sync.WaitGroup
+	defer pinging.Wait()
+	defer cancel()
+	pinged := make(chan error, 1)
+	under, polls, last := false, 0, s.received.Load()
 	for {
 		select {
 		case <-ctx.Done():
@@ -307,20 +314,47 @@ func (s *session) watch(ctx context.Context, heartbeat, timeout time.Duration) e
 			return s.err
 		case <-s.draining:
 			return errDraining
+		case err := <-pinged:
+			if err != nil {
+				return err
+			}
+			under = false
+			continue
 		case <-ask:
 			if path.Suspect() {
 				return errSilent
+			}
+			if n := s.received.Load(); n != last || s.inFlight.Load() == 0 {
+				polls, last = 0, n
+			} else if polls++; polls == quietPolls {
+				quiet()
 			}
 			continue
 		case <-tick.C:
 		case <-s.prod:
 		}
-		before := s.received.Load()
-		pctx, cancel := context.WithTimeout(ctx, timeout)
-		err := s.ping(pctx)
-		cancel()
-		if err != nil && ctx.Err() == nil && s.received.Load() == before {
-			return fmt.Errorf("keyless: ping: %w", err)
+		if !under {
+			under = true
+			pinging.Go(func() { pinged <- s.alive(pings, timeout) })
 		}
+	}
+}
+
+// alive pings the server and waits, for timeout at most, for any sign of life.
+func (s *session) alive(ctx context.Context, timeout time.Duration) error {
+	before := s.received.Load()
+	limited, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	if err := s.ping(limited); err != nil && ctx.Err() == nil && s.received.Load() == before {
+		return fmt.Errorf("keyless: ping: %w", err)
+	}
+	return nil
+}
+
+// ask has watch ping the server now.
+func (s *session) ask() {
+	select {
+	case s.prod <- struct{}{}:
+	default:
 	}
 }
