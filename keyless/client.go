@@ -111,8 +111,9 @@ type Drainer interface {
 }
 
 // A Suspecter is a connection, as [ClientConfig.Dial] returns it, that can tell that whatever carries it has most likely died:
-// something is owed, and nothing is heard. The client asks several times a second; when the answer is yes it gives the
-// connection up, sends what can be repeated over another, and connects again.
+// something is owed, and nothing is heard. The client asks every 100 ms; when the answer is yes it gives the connection up,
+// sends what can be repeated over another, and connects again. A request without a reply for 300 ms has it ping over all its
+// connections, so that something is owed over each. Suspect is called by one goroutine at a time.
 type Suspecter interface{ Suspect() bool }
 
 // NewClient checks cfg and starts connecting in the background; it does not wait for a connection.

@@ -38,7 +38,7 @@ func (l *link) run() {
 		if err == nil {
 			born := time.Now()
 			l.up(s)
-			err = s.watch(ctx, c.cfg.Heartbeat, c.cfg.DialTimeout, c.askAll)
+			err = s.watch(ctx, c.cfg.Heartbeat, c.cfg.DialTimeout, c.pingAll)
 			l.down()
 			if ctx.Err() != nil {
 				l.giveUp() // the server was taken out, or the client closed
@@ -78,12 +78,12 @@ func (l *link) run() {
 	}
 }
 
-// askAll has all servers pinged, so that connections whose path has died are known before a request is sent over them.
-func (c *Client) askAll() {
+// pingAll has all servers pinged, so that connections whose path has died are known before a request is sent over them.
+func (c *Client) pingAll() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for _, l := range c.live {
-		l.session.ask()
+		l.session.pingSoon()
 	}
 }
 

@@ -28,8 +28,8 @@ const quiescePoll = 5 * time.Millisecond
 // suspectPoll is how often a Suspecter is asked.
 const suspectPoll = 100 * time.Millisecond
 
-// quietPolls is how often in a row a Suspecter has been asked when a request in flight is taken to be waited for in vain: what
-// carries the connection may have died after it had acknowledged the request.
+// quietPolls is how many times suspectPoll a request is in flight, and nothing comes, before it may be waited for in vain: what
+// carries the connection may have died after it had acknowledged the request, and then owes nothing.
 const quietPolls = 3
 
 // clientWriteTimeout bounds one batch of requests.
@@ -234,7 +234,7 @@ func (s *session) forget(id uint32) bool {
 // doubt marks a session on which a request timed out with no sign of life, and has it pinged.
 func (s *session) doubt() {
 	s.suspect.Store(true)
-	s.ask()
+	s.pingSoon()
 }
 
 // read finishes calls with the replies that come in, in whatever order. Replies that nobody waits for are dropped.
@@ -287,7 +287,8 @@ func (s *session) ping(ctx context.Context) error {
 
 // watch pings the server each heartbeat, and when a request found it silent. It returns what ended the session: a
 // failure, silence for timeout after a ping, errDraining, errSilent, or ctx. A server that is too busy to answer the ping but
-// sends replies is alive. Over a Suspecter quiet is called once when nothing comes while a request is in flight.
+// sends replies is alive. Over a Suspecter quiet is called, once for each silence, when nothing has come for quietPolls while a
+// request is in flight.
 func (s *session) watch(ctx context.Context, heartbeat, timeout time.Duration, quiet func()) error {
 	tick := time.NewTicker(heartbeat)
 	defer tick.Stop()
@@ -303,7 +304,7 @@ func (s *session) watch(ctx context.Context, heartbeat, timeout time.Duration, q
 	defer pinging.Wait()
 	defer cancel()
 	pinged := make(chan error, 1)
-	under, polls, last := false, 0, s.received.Load()
+	underWay, polls, last := false, 0, s.received.Load()
 	for {
 		select {
 		case <-ctx.Done():
@@ -318,7 +319,7 @@ func (s *session) watch(ctx context.Context, heartbeat, timeout time.Duration, q
 			if err != nil {
 				return err
 			}
-			under = false
+			underWay = false
 			continue
 		case <-ask:
 			if path.Suspect() {
@@ -333,8 +334,8 @@ func (s *session) watch(ctx context.Context, heartbeat, timeout time.Duration, q
 		case <-tick.C:
 		case <-s.prod:
 		}
-		if !under {
-			under = true
+		if !underWay {
+			underWay = true
 			pinging.Go(func() { pinged <- s.alive(pings, timeout) })
 		}
 	}
@@ -351,8 +352,8 @@ func (s *session) alive(ctx context.Context, timeout time.Duration) error {
 	return nil
 }
 
-// ask has watch ping the server now.
-func (s *session) ask() {
+// pingSoon has watch ping the server, unless a ping is under way. It never blocks.
+func (s *session) pingSoon() {
 	select {
 	case s.prod <- struct{}{}:
 	default:
