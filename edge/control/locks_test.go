@@ -19,8 +19,7 @@ func TestLocksAreTakenInOneOrder(t *testing.T) {
 	session := text(presence{Since: time.Now(), Processes: []presentProcess{{Connector: "p", Instance: "i", Sessions: 1, Draining: 1, Want: 1}}})
 
 	stop := make(chan struct{})
-	var others sync.WaitGroup
-	var done sync.WaitGroup
+	var loops, done sync.WaitGroup
 	for _, f := range []func(i int){
 		func(i int) { // another edge is started anew
 			a.peers.apply(delta{key: prefixEdge + "b", value: text(edgeRecord{Instance: fmt.Sprint(i), Beat: uint64(i)})})
@@ -59,7 +58,7 @@ func TestLocksAreTakenInOneOrder(t *testing.T) {
 	} {
 		// Each does this often, and goes on until all have.
 		done.Add(1)
-		others.Go(func() {
+		loops.Go(func() {
 			for i := 0; ; i++ {
 				f(i)
 				if i == 1000 {
@@ -75,5 +74,5 @@ func TestLocksAreTakenInOneOrder(t *testing.T) {
 	}
 	done.Wait()
 	close(stop)
-	others.Wait()
+	loops.Wait()
 }
